@@ -1,0 +1,64 @@
+# The verbs of the house; CI uses the same ones. Everything runs inside .venv.
+#
+#   make demo     talk to the shipped model in the browser
+#   make test     the tests, in minutes
+#   make setup TORCH_BACKEND=cpu      torch's CPU builds (uv's own switch, handed through)
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed$(if $(TORCH_BACKEND),-$(TORCH_BACKEND))
+CODE := audio_codec synth_data speechlm streaming demo tests
+UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check fix test test-all bench tiny lock
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(STAMP)  ## install the locked dependencies and the project into .venv
+
+$(STAMP): requirements.lock pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("speechlm needs Python 3.11 or newer: make setup PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(UV_INSTALL) $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND)) --requirement requirements.lock
+	$(UV_INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup  ## talk to the shipped model: http://127.0.0.1:7860
+	$(BIN)/speechlm demo
+
+check: setup  ## format, lint, layers, types, spelling
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+fix: setup  ## what of `check` can be mended by a program
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+test: setup  ## all but the slow tests and those that need a GPU
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-all: setup  ## every test that this machine can run
+	$(BIN)/python -m pytest -q
+
+bench: setup  ## frame time and answer latency on this machine
+	$(BIN)/python -m streaming.bench
+
+tiny: setup  ## the whole recipe from nothing at a reduced size; each stage goes on where it stopped
+	$(BIN)/speechlm synth speech configs/tiny/speech.yaml
+	$(BIN)/speechlm train tokenizer configs/tiny/tokenizer.yaml --resume
+	$(BIN)/speechlm train codec configs/tiny/codec.yaml --resume
+	$(BIN)/speechlm synth dialogues configs/tiny/dialogues.yaml
+	$(BIN)/speechlm train lm configs/tiny/lm.yaml --resume
+
+# What torch's own metadata pins stays out, so that torch's CPU build brings none of it.
+lock: $(BIN)/uv  ## choose the newest versions that pyproject.toml allows
+	$(BIN)/uv pip compile pyproject.toml --extra tts --extra dev --universal --python-version 3.11 \
+		--upgrade --quiet --no-header --no-emit-index-url --no-annotate \
+		| grep -vE '^(nvidia-|cuda-|triton|flash-attn)' > requirements.lock.tmp
+	mv requirements.lock.tmp requirements.lock

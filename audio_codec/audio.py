@@ -1,0 +1,280 @@
+"""Sound in and out of files, and the features that models hear.
+
+Everything inside the project is mono float32 in [-1, 1] at 24 kHz, cut into frames of 1920 samples
+(80 ms, 12.5 a second). This file is where any other sound becomes that.
+
+Letters: B batch, S samples, T mel frames, M mel bands.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import scipy.signal
+import soundfile
+import sphn
+import torch
+import torchaudio.functional
+from torch import Tensor, nn
+
+from audio_codec import files
+from audio_codec.errors import UserError
+from audio_codec.state import State, all_active, keep
+
+SAMPLE_RATE: Final = 24_000  # Hz
+FRAME_SIZE: Final = 1_920  # samples
+FRAME_RATE: Final = SAMPLE_RATE / FRAME_SIZE  # 12.5 Hz
+
+Pcm = npt.NDArray[np.float32]
+
+log = logging.getLogger(__name__)
+
+# suffix -> (libsndfile container, subtype). 16 bits: 6 dB a bit leave the noise at -98 dBFS.
+_WRITABLE = {
+    ".wav": ("WAV", "PCM_16"),
+    ".flac": ("FLAC", "PCM_16"),
+    ".ogg": ("OGG", "VORBIS"),
+    ".opus": ("OGG", "OPUS"),
+    ".mp3": ("MP3", "MPEG_LAYER_III"),
+}
+_CONTAINERS = {".wav": {"WAV", "WAVEX", "RF64"}, ".flac": {"FLAC"}, ".mp3": {"MPEG", "MP3"}}
+_USUAL_RATES = range(8_000, 48_001)
+
+
+def load(path: str | Path, sample_rate: int = SAMPLE_RATE) -> Pcm:
+    """Read a sound file as mono float32 [S] at `sample_rate` Hz.
+
+    Any container, rate and number of channels that libsndfile (or, failing that, sphn) can decode;
+    channels are averaged. What is usable but unusual (more than two channels, a rate outside
+    8-48 kHz, a suffix that lies about the content) is used, with one notice in the log.
+
+    Raises UserError when the file is missing, empty, not decodable, shorter than two samples or not
+    finite.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a sound file.")
+    if not path.exists():
+        raise UserError(f"There is no sound file {path}.")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty (0 bytes).")
+    samples, rate, container = _decode(path)  # [channels, S]
+    channels, count = samples.shape
+    if count < 2:
+        raise UserError(f"{path} holds {count} sample{'' if count else 's'}; sound needs two.")
+    if not np.isfinite(samples).all():
+        raise UserError(f"{path} holds values that are not numbers (NaN or infinity).")
+
+    unusual = []
+    if channels > 2:
+        unusual.append(f"{channels} channels, averaged")
+    if rate not in _USUAL_RATES:
+        unusual.append(f"{rate} Hz, resampled to {sample_rate}")
+    expected = _CONTAINERS.get(path.suffix.lower())
+    if expected is not None and container not in expected:
+        unusual.append(f"{container} inside, whatever its name says")
+    if unusual:
+        log.warning("%s is unusual: %s.", path, "; ".join(unusual))
+    return resample(samples.mean(axis=0, dtype=np.float32), rate, sample_rate)
+
+
+def _decode(path: Path) -> tuple[Pcm, int, str]:
+    """Samples [channels, S], the rate and the container's name."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            samples = file.read(dtype="float32", always_2d=True).T
+            return samples, file.samplerate, file.format
+    except (soundfile.LibsndfileError, RuntimeError) as first:
+        try:  # libsndfile knows no AAC or MP4; Symphonia, inside sphn, does
+            samples, rate = sphn.read(str(path))
+        except Exception as second:  # sphn raises bare Exceptions of no narrower type
+            raise UserError(f"{path} cannot be decoded as sound: {first}") from second
+        return np.asarray(samples, dtype=np.float32), int(rate), path.suffix.lstrip(".").upper()
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise the UserError that `save` would raise for this path; touch nothing."""
+    path = Path(path)
+    if path.suffix.lower() not in _WRITABLE:
+        choices = ", ".join(_WRITABLE)
+        raise UserError(
+            f"Cannot write sound as {path.name!r}: the suffix must be one of {choices}."
+        )
+    files.check_writable(path)
+
+
+def save(path: str | Path, pcm: npt.ArrayLike, sample_rate: int = SAMPLE_RATE) -> None:
+    """Write mono `pcm` [S] to `path`, clipped to [-1, 1]; the suffix chooses the container.
+
+    The file appears whole or not at all: it is written under a temporary name and renamed.
+    Raises UserError for a suffix that cannot be written or a folder that refuses.
+    """
+    path = Path(path)
+    check_writable(path)
+    samples = np.asarray(pcm, dtype=np.float32)
+    assert samples.ndim == 1, f"pcm is [S], got shape {samples.shape}"
+    assert np.isfinite(samples).all(), "pcm must be finite"
+    container, subtype = _WRITABLE[path.suffix.lower()]
+    with files.replacing(path) as temporary:
+        soundfile.write(
+            temporary, samples.clip(-1, 1), sample_rate, format=container, subtype=subtype
+        )
+
+
+def resample(pcm: Pcm, source_rate: int, target_rate: int) -> Pcm:
+    """Change the rate of `pcm` [..., S] in Hz; the result has ceil(S * target / source) samples.
+
+    Polyphase filtering with a linear-phase low pass at the lower Nyquist frequency, so that sound
+    stays where it was in time; the Kaiser window (beta 8.6) keeps aliases about 80 dB down.
+    """
+    assert source_rate > 0 and target_rate > 0, (source_rate, target_rate)
+    if source_rate == target_rate:
+        return np.asarray(pcm, dtype=np.float32)
+    common = math.gcd(source_rate, target_rate)
+    resampled = scipy.signal.resample_poly(
+        pcm, target_rate // common, source_rate // common, axis=-1, window=("kaiser", 8.6)
+    )
+    return np.asarray(resampled, dtype=np.float32)
+
+
+def loudness_dbfs(pcm: Pcm) -> float:
+    """Root-mean-square level in dB relative to full scale: a square wave of 1.0 is 0 dBFS, a sine
+    -3 dBFS, silence (or no samples) minus infinity.
+    """
+    power = float(np.mean(np.square(pcm, dtype=np.float64))) if len(pcm) else 0.0
+    return 10 * math.log10(power) if power > 0 else -math.inf
+
+
+def normalize(pcm: Pcm, dbfs: float) -> Pcm:
+    """Scale `pcm` [S] to a level of `dbfs` (RMS), or to a peak of 1.0 if it would clip before.
+
+    Silence stays silence.
+    """
+    level = loudness_dbfs(pcm)
+    if level == -math.inf:
+        return np.asarray(pcm, dtype=np.float32)
+    gain = 10 ** ((dbfs - level) / 20)
+    return np.asarray(pcm * min(gain, 1 / float(np.abs(pcm).max())), dtype=np.float32)
+
+
+def mel_filterbank(sample_rate: int, n_fft: int, n_mels: int, f_min: float, f_max: float) -> Tensor:
+    """Triangular mel filters [n_fft // 2 + 1, M] whose columns each sum to one.
+
+    A power spectrum times this is the mean power in each band. The scale is Slaney's (linear below
+    1 kHz): HTK's is finer than an FFT bin at the low end and would leave filters empty.
+    """
+    filters = torchaudio.functional.melscale_fbanks(
+        n_fft // 2 + 1, f_min, f_max, n_mels, sample_rate, norm=None, mel_scale="slaney"
+    )
+    weight = filters.sum(0)
+    assert bool((weight > 0).all()), f"{n_mels} mel bands are too many for n_fft={n_fft}"
+    return filters / weight
+
+
+@dataclass(slots=True)
+class LogMelState(State):
+    """What a `LogMel` remembers between chunks."""
+
+    tail: Tensor  # [B, window - hop] last samples of the input
+
+
+class LogMel(nn.Module):
+    """Causal log-mel features: sound [B, 1, S] -> [B, T, M] with T = S / hop, in float32.
+
+    Mel frame j sees the window of samples that ends at (j + 1) * hop, so a chunk of whole hops
+    yields all its frames at once and the delay beyond the chunk is nothing:
+
+        samples   |--hop--|--hop--|--hop--|--hop--|
+        frame 1  ..window-------->|
+        frame 2        ..window-------->  |
+
+    Before the first sample there is silence. The logarithm is floored at white noise of -70 dBFS
+    and followed by a fixed shift and scale that bring speech to about zero mean and unit variance;
+    nothing is estimated from the input, so streaming equals offline.
+    """
+
+    FLOOR = 1e-7  # mean power in a band
+    MEAN = -10.4  # of the logarithm, over recorded speech near -25 dBFS
+    DEVIATION = 3.9
+
+    window: Tensor
+    filters: Tensor
+
+    def __init__(
+        self,
+        sample_rate: int = SAMPLE_RATE,
+        n_fft: int = 1024,
+        window: int = 600,
+        hop: int = 240,
+        n_mels: int = 80,
+        f_min: float = 0.0,
+        f_max: float = 8_000.0,
+    ) -> None:
+        super().__init__()
+        assert hop <= window <= n_fft, (hop, window, n_fft)
+        self.n_fft, self.stride, self.n_mels = n_fft, hop, n_mels
+        self._window_size = window
+        self._band = (sample_rate, n_fft, n_mels, f_min, f_max)
+        self.register_buffer("window", torch.empty(0), persistent=False)
+        self.register_buffer("filters", torch.empty(0), persistent=False)
+        self._build(torch.get_default_device())
+
+    def _build(self, device: torch.device) -> None:
+        window = torch.hann_window(self._window_size, device="cpu")
+        # Unit energy: white noise of power p then has a spectrum of mean power p.
+        self.window = (window / window.square().sum().sqrt()).to(device)
+        self.filters = mel_filterbank(*self._band).to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogMel:
+        # `model.to(bfloat16)` comes through here and would round the tables: rebuild them.
+        super()._apply(fn, recurse)
+        self._build(self.window.device)
+        return self
+
+    def new_state(self, batch: int, max_chunk: int = 1) -> LogMelState:
+        """A state for `batch` slots, from silence."""
+        device = self.window.device
+        return LogMelState(
+            all_active(batch, device),
+            torch.zeros(batch, self._window_size - self.stride, device=device),
+        )
+
+    def forward(self, pcm: Tensor, state: LogMelState | None = None) -> Tensor:
+        """Sound [B, 1, S], S a multiple of the stride -> features [B, S / stride, M]."""
+        batch, channels, samples = pcm.shape
+        assert channels == 1 and samples % self.stride == 0, tuple(pcm.shape)
+        if state is None:
+            state = self.new_state(batch)
+        with torch.autocast(pcm.device.type, enabled=False):
+            heard = torch.cat([state.tail, pcm[:, 0].float()], dim=1)
+            tail = heard[:, heard.shape[1] - state.tail.shape[1] :]
+            state.tail.copy_(keep(state.active, tail, state.tail))
+            frames = heard.unfold(1, self._window_size, self.stride)  # [B, T, window]
+            spectrum = torch.fft.rfft(frames * self.window, n=self.n_fft)
+            power = torch.view_as_real(spectrum).square().sum(-1)
+            logarithm = torch.log(power @ self.filters + self.FLOOR)
+            return (logarithm - self.MEAN) / self.DEVIATION
+
+
+__all__ = [
+    "FRAME_RATE",
+    "FRAME_SIZE",
+    "SAMPLE_RATE",
+    "LogMel",
+    "LogMelState",
+    "Pcm",
+    "check_writable",
+    "load",
+    "loudness_dbfs",
+    "mel_filterbank",
+    "normalize",
+    "resample",
+    "save",
+]

@@ -1,0 +1,210 @@
+"""A checkpoint is a directory: `config.json`, `model.safetensors`, other files, `card.json`.
+
+Weights are stored in float32, bfloat16, or int8 with one scale a row (matrices only). A loaded
+checkpoint always gives float32 tensors, so that what was stored never matters to who computes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from audio_codec.errors import UserError
+
+StoredType = Literal["fp32", "bf16", "int8"]
+_SCALE = "::scale"
+_shipped: dict[str, Path] = {}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint directory holds."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    card: dict[str, Any] = field(default_factory=dict)
+
+
+def register_shipped(name: str, path: Path) -> None:
+    """Let `resolve(name)` find weights that ship inside a package."""
+    _shipped[name] = path
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The local directory of a shipped name, a path, or `hf://organisation/name[/folder]`.
+
+    Raises UserError when there is no such directory or the hub cannot be reached.
+    """
+    text = str(name_or_path)
+    if text in _shipped:
+        return _shipped[text]
+    if text.startswith("hf://"):
+        return _from_hub(text.removeprefix("hf://"))
+    path = Path(text)
+    if not path.is_dir():
+        names = ", ".join(sorted(_shipped)) or "none"
+        raise UserError(
+            f"model '{text}' is neither a directory nor hf://organisation/name nor one of the "
+            f"shipped names ({names})."
+        )
+    return path
+
+
+def _from_hub(address: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    parts = address.split("/")
+    if len(parts) < 2:
+        raise UserError(f"model 'hf://{address}' must name organisation and model: hf://org/name.")
+    try:
+        root = Path(snapshot_download("/".join(parts[:2])))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"model 'hf://{address}' could not be fetched: {error}") from error
+    return root.joinpath(*parts[2:])
+
+
+def _pack(tensors: Mapping[str, Tensor], dtype: StoredType) -> dict[str, Tensor]:
+    packed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        if not value.is_floating_point() or dtype == "fp32":
+            packed[name] = value.clone()
+        elif dtype == "int8" and value.dim() == 2 and min(value.shape) >= 16:
+            scale = value.float().abs().amax(1).clamp(min=1e-12) / 127
+            packed[name] = (value.float() / scale[:, None]).round().to(torch.int8)
+            packed[name + _SCALE] = scale
+        else:
+            # A vector costs little and a bias or a norm is worth its digits.
+            packed[name] = value.to(torch.bfloat16) if value.dim() > 1 else value.clone()
+    return packed
+
+
+def _unpack(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, value in stored.items():
+        if name.endswith(_SCALE):
+            continue
+        if name + _SCALE in stored:
+            tensors[name] = value.float() * stored[name + _SCALE].float()[:, None]
+        else:
+            tensors[name] = value.float() if value.is_floating_point() else value
+    return tensors
+
+
+def save(
+    directory: str | Path,
+    config: BaseModel,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: StoredType = "bf16",
+    files: Mapping[str, bytes] | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint directory; the old one is replaced only once the new one is whole."""
+    target = Path(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        fresh.chmod(0o755)
+        (fresh / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+        save_file(_pack(tensors, dtype), fresh / "model.safetensors")
+        for name, content in (files or {}).items():
+            (fresh / name).write_bytes(content)
+        if card is not None:
+            (fresh / "card.json").write_text(json.dumps(dict(card), indent=2) + "\n")
+        replace_directory(fresh, target)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    return target
+
+
+def replace_directory(fresh: Path, target: Path) -> None:
+    """Move `fresh` to `target`; what was there stays whole until the very last step."""
+    if target.exists():
+        old = target.with_name(f".{target.name}-old-{os.getpid()}")
+        target.rename(old)
+        fresh.rename(target)
+        shutil.rmtree(old)
+    else:
+        fresh.rename(target)
+
+
+def load(name_or_path: str | Path) -> Checkpoint:
+    """Read a checkpoint directory. Raises UserError that names what is missing or broken."""
+    path = resolve(name_or_path)
+    config = _json(path / "config.json")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"model '{path}' has no *.safetensors file.")
+    stored: dict[str, Tensor] = {}
+    for file in weights:
+        try:
+            stored.update(load_file(file))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"weights '{file}' are truncated or corrupt: {error}") from error
+    card = _json(path / "card.json") if (path / "card.json").exists() else {}
+    return Checkpoint(path, config, _unpack(stored), card)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"file '{path}' cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"file '{path}' must hold a JSON object.")
+    return value
+
+
+ConfigType = TypeVar("ConfigType", bound=BaseModel)
+
+
+def parse_config(model: type[ConfigType], checkpoint: Checkpoint) -> ConfigType:
+    """A checkpoint's config as `model`; UserError that names the first field that does not fit."""
+    try:
+        return model.model_validate(checkpoint.config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field_name = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"config of '{checkpoint.path}': field '{field_name}': {first['msg']}."
+        ) from error
+
+
+def restore(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's tensors into a module.
+
+    Raises UserError that names the tensor and what was expected: missing, unknown, of another
+    shape, or not finite.
+    """
+    expected = module.state_dict()
+    where = checkpoint.path
+    for name, tensor in expected.items():
+        found = checkpoint.tensors.get(name)
+        if found is None:
+            raise UserError(f"weights in '{where}': tensor '{name}' is missing.")
+        if found.shape != tensor.shape:
+            raise UserError(
+                f"weights in '{where}': tensor '{name}' has shape {tuple(found.shape)}, "
+                f"expected {tuple(tensor.shape)}."
+            )
+        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+            raise UserError(f"weights in '{where}': tensor '{name}' holds NaN or infinity.")
+    if unknown := sorted(checkpoint.tensors.keys() - expected.keys()):
+        raise UserError(f"weights in '{where}': tensor '{unknown[0]}' has no place in this model.")
+    module.load_state_dict(checkpoint.tensors)

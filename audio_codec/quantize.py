@@ -1,0 +1,239 @@
+"""Quantizers: finite scalar (FSQ), exponential-moving-average vector (EMA-VQ), residual.
+
+Shapes: N vectors, D width of a code, L codes of a codebook, K codebooks, B batch, T frames.
+Every quantizer returns what it can be decoded from (codes) beside what training needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def entropy_bits(counts: Tensor) -> float:
+    """Entropy in bits of the distribution that the counts [L] are a sample of."""
+    p = counts.double() / counts.sum().clamp(min=1)
+    return float(-(p * p.clamp(min=1e-30).log2()).sum())
+
+
+class FSQ(nn.Module):
+    """Finite scalar quantization (arXiv 2309.15505) of vectors of len(levels) numbers.
+
+    Each number is normalized to zero mean and unit variance (running statistics at inference),
+    pushed through the normal distribution's own cumulative function, so that a Gaussian input
+    falls on its levels evenly and the whole codebook is used, and rounded to one of its levels;
+    the rounding's gradient is the identity (straight-through).
+    """
+
+    mean: Tensor
+    variance: Tensor
+    bases: Tensor
+    sizes: Tensor
+
+    def __init__(self, levels: Sequence[int], momentum: float = 0.01) -> None:
+        super().__init__()
+        self.levels = tuple(levels)
+        self.momentum = momentum
+        bases = [math.prod(self.levels[:i]) for i in range(len(self.levels))]
+        self.register_buffer("sizes", torch.tensor(self.levels), persistent=False)
+        self.register_buffer("bases", torch.tensor(bases), persistent=False)
+        self.register_buffer("mean", torch.zeros(len(self.levels)))
+        self.register_buffer("variance", torch.ones(len(self.levels)))
+
+    @property
+    def size(self) -> int:
+        """Number of codes L."""
+        return math.prod(self.levels)
+
+    def bound(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """[..., D] → (−1, 1) float32. While training, `valid` ([...] bool) picks what is counted."""
+        x = x.float()
+        if self.training:
+            seen = x[valid] if valid is not None else x.flatten(0, -2)
+            if seen.shape[0] > 1:
+                mean, variance = seen.mean(0), seen.var(0)
+                with torch.no_grad():
+                    self.mean.lerp_(mean, self.momentum)
+                    self.variance.lerp_(variance, self.momentum)
+                return torch.erf((x - mean) * (2 * (variance + 1e-5)).rsqrt())
+        return torch.erf((x - self.mean) * (2 * (self.variance + 1e-5)).rsqrt())
+
+    def digits(self, bounded: Tensor) -> Tensor:
+        """Level of each number: (−1, 1) [..., D] → int64 [..., D], 0 … levels−1."""
+        scaled = ((bounded + 1) / 2 * self.sizes).floor().long()
+        return torch.minimum(scaled.clamp(min=0), self.sizes - 1)
+
+    def values(self, digits: Tensor) -> Tensor:
+        """Middle of each level: int [..., D] → (−1, 1) [..., D]."""
+        return (2 * digits + 1).float() / self.sizes - 1
+
+    def codes(self, digits: Tensor) -> Tensor:
+        """[..., D] digits → [...] code numbers; the first digit varies fastest."""
+        return (digits * self.bases).sum(-1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """[...] code numbers → [..., D] values in (−1, 1)."""
+        return self.values(codes.unsqueeze(-1) // self.bases % self.sizes)
+
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, quantized: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[..., D] → (values [..., D], codes [...]).
+
+        Rows where `quantized` ([B] bool) is False pass the bound alone: the warm-up of a bottleneck.
+        """
+        bounded = self.bound(x, valid)
+        digits = self.digits(bounded)
+        values = bounded + (self.values(digits) - bounded).detach()
+        if quantized is not None:
+            values = torch.where(quantized.view(-1, *([1] * (x.dim() - 1))), values, bounded)
+        return values, self.codes(digits)
+
+
+class EMAVQ(nn.Module):
+    """Vector quantizer whose codes are moving averages of what they catch (VQ-VAE, 1711.00937).
+
+    The first batch of training places the codes by k-means. Codes whose usage falls below `dead`
+    times an even share are restarted at random vectors of the batch, so that a codebook cannot
+    collapse.
+    """
+
+    codebook: Tensor
+    usage: Tensor
+    total: Tensor
+    ready: Tensor
+
+    def __init__(
+        self, dim: int, size: int, decay: float = 0.99, dead: float = 0.1, kmeans: int = 10
+    ) -> None:
+        super().__init__()
+        self.dim, self.size = dim, size
+        self.decay, self.dead, self.kmeans = decay, dead, kmeans
+        self.register_buffer("codebook", torch.randn(size, dim) * dim**-0.5)
+        self.register_buffer("usage", torch.ones(size))
+        self.register_buffer("total", self.codebook.clone())
+        self.register_buffer("ready", torch.tensor(False))
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Code of least Euclidean distance: [..., D] → int64 [...]."""
+        flat = x.reshape(-1, self.dim).to(self.codebook.dtype)
+        with torch.autocast(flat.device.type, enabled=False):
+            # |x − c|² without |x|², which is the same for every code.
+            distance = torch.addmm(self.codebook.square().sum(1), flat, self.codebook.T, alpha=-2)
+        return distance.argmin(1).view(x.shape[:-1])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """int [...] → [..., D]."""
+        return F.embedding(codes, self.codebook)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, codes: Tensor, generator: torch.Generator | None = None) -> None:
+        """Move the codes towards the vectors x [N, D] that fell on them (codes [N])."""
+        hits = torch.zeros_like(self.usage).index_add_(0, codes, torch.ones_like(x[:, 0]))
+        sums = torch.zeros_like(self.total).index_add_(0, codes, x)
+        if dist.is_initialized():
+            dist.all_reduce(hits)
+            dist.all_reduce(sums)
+        self.usage.lerp_(hits, 1 - self.decay)
+        self.total.lerp_(sums, 1 - self.decay)
+        self.codebook.copy_(self.total / self.usage.clamp(min=1e-5).unsqueeze(1))
+        dead = self.usage < self.dead * self.usage.mean()
+        if bool(dead.any()):
+            self._place(dead, self._draw(x, int(dead.sum()), generator))
+
+    def _draw(self, x: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+        picks = x[torch.randint(len(x), (count,), generator=generator, device=x.device)]
+        if dist.is_initialized():
+            dist.broadcast(picks, 0)
+        return picks
+
+    def _place(self, where: Tensor, vectors: Tensor) -> None:
+        share = self.usage.mean().clamp(min=1e-5)
+        self.codebook[where] = vectors
+        self.usage[where] = share
+        self.total[where] = vectors * share
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, generator: torch.Generator | None = None) -> None:
+        """Place the codes by k-means on x [N, D]."""
+        self.codebook.copy_(self._draw(x, self.size, generator))
+        for _ in range(self.kmeans):
+            codes = self.nearest(x)
+            hits = torch.zeros_like(self.usage).index_add_(0, codes, torch.ones_like(x[:, 0]))
+            sums = torch.zeros_like(self.total).index_add_(0, codes, x)
+            if dist.is_initialized():
+                dist.all_reduce(hits)
+                dist.all_reduce(sums)
+            caught = hits > 0
+            self.codebook[caught] = sums[caught] / hits[caught].unsqueeze(1)
+        self.usage.fill_(len(x) / self.size)
+        self.total.copy_(self.codebook * self.usage.unsqueeze(1))
+        self.ready.fill_(True)
+
+    def forward(
+        self, x: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., D] → (nearest codes' vectors [..., D], codes [...], commitment loss).
+
+        The vectors carry no gradient; put the straight-through estimator where it belongs (once
+        around a whole residual stack).
+        """
+        if not self.training:
+            codes = self.nearest(x)
+            return self.decode(codes), codes, x.new_zeros(())
+        flat = x.detach().float().reshape(-1, self.dim)
+        if not bool(self.ready):
+            self.initialize(flat, generator)
+        codes = self.nearest(flat)
+        vectors = self.decode(codes).view(x.shape)
+        loss = F.mse_loss(x.float(), vectors)
+        self.update(flat, codes, generator)
+        return vectors, codes.view(x.shape[:-1]), loss
+
+
+class ResidualVQ(nn.Module):
+    """Quantizers in a row, each coding what those before it left over (arXiv 2107.03312)."""
+
+    def __init__(self, dim: int, sizes: Sequence[int], decay: float = 0.99) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(EMAVQ(dim, size, decay) for size in sizes)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[B, T, D] → int64 [B, K, T]."""
+        codes, residual = [], x
+        for level in self.levels:
+            codes.append(level.nearest(residual))
+            residual = residual - level.decode(codes[-1])
+        return torch.stack(codes, dim=1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """int [B, K' ≤ K, T] → [B, T, D]; fewer levels give a coarser vector."""
+        return torch.stack(
+            [level.decode(c) for level, c in zip(self.levels, codes.unbind(1), strict=False)]
+        ).sum(0)
+
+    def forward(
+        self,
+        x: Tensor,
+        depth: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, D] → (quantized [B, T, D] straight-through, codes [B, K, T], commitment loss).
+
+        `depth` ([B] int): how many levels each row keeps (quantizer dropout, for variable bitrate).
+        """
+        total, residual, codes, losses = torch.zeros_like(x), x, [], []
+        for index, level in enumerate(self.levels):
+            vectors, picked, loss = level(residual, generator)
+            residual = residual - vectors
+            used = vectors if depth is None else vectors * (depth > index).view(-1, 1, 1)
+            total = total + used
+            codes.append(picked)
+            losses.append(loss)
+        straight = x + (total - x).detach()
+        return straight, torch.stack(codes, dim=1), torch.stack(losses).mean()

@@ -1,0 +1,264 @@
+"""Our own fast codec: spectrum in, causal ConvNeXt, spectrum out (after Vocos, arXiv 2306.00814).
+
+Codebook 0 is the code of the semantic tokenizer; what it does not say about the sound (voice, pitch,
+loudness, background) is coded by residual vector quantizers.
+
+    24 kHz ─┬─ SpeechTokenizer ════════════ code 0 ─ embed ───┬──────────┐
+            │                                                 −          +
+            └─ STFT, 100 Hz ─ ConvNeXt ─ ×8 → 12.5 Hz ─ latent ─ residual VQ ═ codes 1…7
+                                                                         │
+                    24 kHz ─ overlap-add ─ inverse STFT, 100 Hz ─ ConvNeXt ─ ×8 ─ ConvNeXt
+
+Algorithmic delay: none beyond the frame of 1920 samples (80 ms). An analysis window *ends* with its
+hop; a synthesis window *begins* with its hop, so that all windows over a sample of a frame exist once
+the frame's code is there, and what hangs over is kept and added to the next frame:
+
+    frame t         |0 ──── 1920 samples ──── |                  hop 240, window 960
+    windows of t    [──────]                  |
+                        [──────]      …       |
+                                         [────|──]  ← overhang, completed by the windows of t+1
+
+Shapes: B batch, S samples, T frames, N hops (8 T), K codebooks, D latent width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from torch import Tensor, nn
+
+from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
+from audio_codec.layers import ConvNeXtStack, StackState, TailState, with_past
+from audio_codec.quantize import ResidualVQ
+from audio_codec.speech_tokenizer import EncoderState as TokenizerState
+from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig
+from audio_codec.state import State, all_active
+
+HOP = 240
+HOPS = FRAME_SIZE // HOP
+
+
+class SpectralConfig(BaseModel):
+    """Shape of the codec; the defaults are the shipped one's, about 13 M parameters + tokenizer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["spectral"] = "spectral"
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    window: PositiveInt = 960
+    """Samples of an STFT window, a multiple of the hop of 240."""
+    encoder_dim: PositiveInt = 160
+    """Encoder width at 100 Hz."""
+    encoder_blocks: int = 3
+    encoder_latent_dim: PositiveInt = 384
+    """Encoder width at 12.5 Hz."""
+    encoder_latent_blocks: int = 2
+    latent: PositiveInt = 64
+    """Width D of what is quantized."""
+    codebooks: tuple[int, ...] = (1024,) * 7
+    """Sizes of the residual codebooks after the semantic one."""
+    decoder_latent_dim: PositiveInt = 512
+    decoder_latent_blocks: int = 3
+    decoder_dim: PositiveInt = 352
+    decoder_blocks: int = 6
+
+
+@dataclass(slots=True)
+class SpectralEncoderState(State):
+    """What the encoder has heard."""
+
+    tokenizer: TokenizerState
+    samples: TailState  # the past of an analysis window
+    front: StackState
+    latent: StackState
+
+
+@dataclass(slots=True)
+class SpectralDecoderState(State):
+    """What the decoder has said."""
+
+    latent: StackState
+    back: StackState
+    overhang: TailState  # the last synthesis windows, [B, window/hop − 1, window]
+
+
+class Analysis(nn.Module):
+    """Causal STFT with compressed magnitudes: [B, S] → [B, N, 2 · (window/2 + 1)]."""
+
+    shape: Tensor
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        assert window % HOP == 0, f"window={window} must be a multiple of {HOP}"
+        self.window = window
+        self.features = 2 * (window // 2 + 1)
+        self.register_buffer("shape", torch.hann_window(window), persistent=False)
+
+    def forward(self, pcm: Tensor, state: TailState | None = None) -> Tensor:
+        """Real and imaginary parts, magnitudes to the power 0.3 (evens out the dynamics)."""
+        with torch.autocast(pcm.device.type, enabled=False):
+            padded = with_past(pcm.float(), self.window - HOP, state)
+            frames = padded.unfold(1, self.window, HOP) * self.shape
+            spectrum = torch.fft.rfft(frames) * (2 / self.window)
+            scale = (spectrum.abs() + 1e-6) ** -0.7
+            return torch.cat((spectrum.real * scale, spectrum.imag * scale), dim=-1)
+
+    def new_state(self, batch: int) -> TailState:
+        """State of a stream that begins in silence."""
+        tail = self.shape.new_zeros(batch, self.window - HOP)
+        return TailState(all_active(batch, tail.device), tail)
+
+
+class Synthesis(nn.Module):
+    """Inverse STFT by overlap-add; a window begins with its hop: [B, N, window + 2] → [B, S]."""
+
+    shape: Tensor
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.overlap = window // HOP
+        # Hann windows a quarter apart add up to 2, so half of one keeps the level.
+        self.register_buffer("shape", torch.hann_window(window) / (self.overlap / 2), persistent=False)
+
+    def forward(self, head: Tensor, state: TailState | None = None) -> Tensor:
+        """Log-magnitudes and phases of each hop's window → samples."""
+        with torch.autocast(head.device.type, enabled=False):
+            magnitude, phase = head.float().chunk(2, dim=-1)
+            # The cap keeps an untrained or derailed head from overflowing.
+            magnitude = magnitude.clamp(max=6.0).exp()
+            spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
+            frames = torch.fft.irfft(spectrum, self.window) * self.shape
+            padded = with_past(frames, self.overlap - 1, state)
+            hops = frames.shape[1]
+            parts = padded.unflatten(-1, (self.overlap, HOP))
+            pcm = parts[:, self.overlap - 1 :, 0]
+            for late in range(1, self.overlap):
+                first = self.overlap - 1 - late
+                pcm = pcm + parts[:, first : first + hops, late]
+            return pcm.flatten(1)
+
+    def new_state(self, batch: int) -> TailState:
+        """State of a stream that begins in silence."""
+        tail = self.shape.new_zeros(batch, self.overlap - 1, self.window)
+        return TailState(all_active(batch, tail.device), tail)
+
+
+@dataclass
+class SpectralOutput:
+    """One training forward."""
+
+    pcm: Tensor  # [B, 1, S]
+    codes: Tensor  # [B, K, T]
+    commitment: Tensor  # []
+
+
+class SpectralCodec(nn.Module):
+    """The `Codec` of this project. Stride: one frame of 1920 samples; see the module's docstring."""
+
+    sample_rate = SAMPLE_RATE
+    frame_size = FRAME_SIZE
+    delay = 0
+
+    def __init__(self, config: SpectralConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = SpeechTokenizer(config.tokenizer)
+        self.analysis = Analysis(config.window)
+        self.front_in = nn.Linear(self.analysis.features, config.encoder_dim)
+        self.front = ConvNeXtStack(config.encoder_dim, config.encoder_blocks)
+        self.down = nn.Linear(HOPS * config.encoder_dim, config.encoder_latent_dim)
+        self.latent = ConvNeXtStack(config.encoder_latent_dim, config.encoder_latent_blocks, kernel=5)
+        self.to_latent = nn.Sequential(
+            nn.LayerNorm(config.encoder_latent_dim),
+            nn.Linear(config.encoder_latent_dim, config.latent),
+        )
+        self.semantic = nn.Sequential(
+            nn.Linear(len(config.tokenizer.levels), 256), nn.GELU(), nn.Linear(256, config.latent)
+        )
+        self.quantizer = ResidualVQ(config.latent, config.codebooks)
+        self.from_latent = nn.Linear(config.latent, config.decoder_latent_dim)
+        self.decoder_latent = ConvNeXtStack(
+            config.decoder_latent_dim, config.decoder_latent_blocks, kernel=5
+        )
+        self.up = nn.Linear(config.decoder_latent_dim, HOPS * config.decoder_dim)
+        self.back = ConvNeXtStack(config.decoder_dim, config.decoder_blocks)
+        self.head = nn.Sequential(
+            nn.LayerNorm(config.decoder_dim), nn.Linear(config.decoder_dim, config.window + 2)
+        )
+        self.synthesis = Synthesis(config.window)
+        # Start near silence: the log-magnitudes of speech lie well below 0.
+        bins = config.window // 2 + 1
+        nn.init.normal_(self.head[1].weight, std=0.02)
+        nn.init.constant_(self.head[1].bias[:bins], -1.0)
+        nn.init.uniform_(self.head[1].bias[bins:], -torch.pi, torch.pi)
+
+    @property
+    def codebooks(self) -> tuple[tuple[int, ...], ...]:
+        """Factor sizes of each of the K codebooks."""
+        return (self.tokenizer.codebook, *((size,) for size in self.config.codebooks))
+
+    def _encode_latent(self, pcm: Tensor, state: SpectralEncoderState | None) -> Tensor:
+        x = self.front_in(self.analysis(pcm[:, 0], None if state is None else state.samples))
+        x = self.front(x, None if state is None else state.front)
+        x = self.down(x.reshape(x.shape[0], x.shape[1] // HOPS, -1))
+        return self.to_latent(self.latent(x, None if state is None else state.latent))
+
+    def _decode_latent(self, latent: Tensor, state: SpectralDecoderState | None) -> Tensor:
+        x = self.from_latent(latent)
+        x = self.decoder_latent(x, None if state is None else state.latent)
+        x = self.up(x).reshape(x.shape[0], x.shape[1] * HOPS, -1)
+        x = self.head(self.back(x, None if state is None else state.back))
+        return self.synthesis(x, None if state is None else state.overhang).unsqueeze(1)
+
+    def encode(self, pcm: Tensor, state: SpectralEncoderState | None = None) -> Tensor:
+        """Waveform [B, 1, S], S a multiple of 1920 → codes int64 [B, K, T]."""
+        semantic = self.tokenizer.encode(pcm, None if state is None else state.tokenizer)
+        latent = self._encode_latent(pcm, state).float()
+        residual = latent - self.semantic(self.tokenizer.embed(semantic)).float()
+        return torch.cat((semantic.unsqueeze(1), self.quantizer.encode(residual)), dim=1)
+
+    def decode(self, codes: Tensor, state: SpectralDecoderState | None = None) -> Tensor:
+        """Codes [B, K' ≤ K, T] → waveform [B, 1, S]; fewer codebooks give a coarser sound."""
+        latent = self.semantic(self.tokenizer.embed(codes[:, 0]))
+        if codes.shape[1] > 1:
+            latent = latent + self.quantizer.decode(codes[:, 1:])
+        return self._decode_latent(latent, state)
+
+    def new_encoder_state(self, batch: int, max_chunk: int = 1) -> SpectralEncoderState:
+        """Encoder state for chunks of up to `max_chunk` frames."""
+        return SpectralEncoderState(
+            all_active(batch, self.up.weight.device),
+            self.tokenizer.new_state(batch, max_chunk),
+            self.analysis.new_state(batch),
+            self.front.new_state(batch),
+            self.latent.new_state(batch),
+        )
+
+    def new_decoder_state(self, batch: int, max_chunk: int = 1) -> SpectralDecoderState:
+        """Decoder state; its layers are convolutions, so any chunk length will do."""
+        return SpectralDecoderState(
+            all_active(batch, self.up.weight.device),
+            self.decoder_latent.new_state(batch),
+            self.back.new_state(batch),
+            self.synthesis.new_state(batch),
+        )
+
+    def forward(self, pcm: Tensor, depth: Tensor | None = None) -> SpectralOutput:
+        """One training pass over [B, 1, S]; the tokenizer is frozen.
+
+        `depth` [B] int: residual codebooks that each row keeps (quantizer dropout).
+        """
+        with torch.no_grad():
+            semantic = self.tokenizer.encode(pcm)
+            said = self.tokenizer.embed(semantic)
+        base = self.semantic(said).float()
+        residual = self._encode_latent(pcm, None).float() - base
+        quantized, codes, commitment = self.quantizer(residual, depth)
+        decoded = self._decode_latent(base + quantized, None)
+        return SpectralOutput(
+            decoded, torch.cat((semantic.unsqueeze(1), codes), dim=1), commitment
+        )

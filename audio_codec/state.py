@@ -1,0 +1,104 @@
+"""Streaming state as a value: a tree of preallocated tensors that mirrors the module tree.
+
+Nothing hides on a module. A conversation is the rows that it owns in such a tree, so it can be
+snapshotted, moved to another slot or machine, and restored by copying those rows.
+
+Rules that every streaming module of the project keeps:
+
+* axis 0 of every tensor is the session slot;
+* all zeros means "from silence", so a reset is a fill with zeros;
+* tensors are written in place, so that their addresses never change (a CUDA graph can be captured);
+* `active` ([B] bool, one tensor shared by the whole tree) freezes the rows that have no input this
+  tick: a forward leaves every tensor of such a row as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class State:
+    """Base of every streaming state; subclasses add tensors, states, or lists of states."""
+
+    active: Tensor  # [B] bool, shared by the tree
+
+    def __post_init__(self) -> None:
+        for child in self.children():
+            child._share(self.active)
+
+    def children(self) -> Iterator[State]:
+        """The states directly below this one."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, State):
+                yield value
+            elif isinstance(value, (list, tuple)):
+                yield from (item for item in value if isinstance(item, State))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor of the tree but `active`, in a fixed order."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and field.name != "active":
+                yield value
+        for child in self.children():
+            yield from child.tensors()
+
+    @property
+    def batch(self) -> int:
+        """Number of slots."""
+        return self.active.shape[0]
+
+    def _share(self, active: Tensor) -> None:
+        self.active = active
+        for child in self.children():
+            child._share(active)
+
+    def reset(self, slots: Sequence[int] | Tensor | None = None) -> None:
+        """Put the given slots (all when None) back to silence and wake them."""
+        rows = slice(None) if slots is None else torch.as_tensor(slots, device=self.active.device)
+        for tensor in self.tensors():
+            tensor[rows] = 0
+        self.active[rows] = True
+
+    def clone(self) -> State:
+        """A deep copy that keeps the sharing of `active`."""
+        return copy.deepcopy(self)
+
+    def extract(self, slot: int) -> State:
+        """The state of one session: a copy with a batch of one."""
+        picked = self.clone()
+        picked._narrow(slot)
+        picked._share(self.active[slot : slot + 1].clone())
+        return picked
+
+    def _narrow(self, slot: int) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and field.name != "active":
+                setattr(self, field.name, value[slot : slot + 1].clone())
+        for child in self.children():
+            child._narrow(slot)
+
+    def insert(self, slot: int, session: State) -> None:
+        """Write a session taken by `extract` into a slot of this batch."""
+        assert session.batch == 1, f"a session has one slot, this state has {session.batch}"
+        for mine, theirs in zip(self.tensors(), session.tensors(), strict=True):
+            mine[slot] = theirs[0]
+        self.active[slot] = session.active[0]
+
+
+def all_active(batch: int, device: torch.device | str | None = None) -> Tensor:
+    """The mask of a batch in which every slot has input: [B] bool."""
+    return torch.ones(batch, dtype=torch.bool, device=device)
+
+
+def keep(active: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Rows of `new` where the slot is active, rows of `old` elsewhere; shapes [B, ...]."""
+    return torch.where(active.view(-1, *([1] * (new.dim() - 1))), new, old)

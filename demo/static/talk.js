@@ -1,0 +1,240 @@
+// The talk tab's behaviour: one conversation at a time, shown as it happens.
+// Sound and wire are the client's business; this file turns its events into what one sees.
+
+import { SpeechClient } from "../web/speechlm-client.js";
+
+const RATE = 24000; // Hz, of the wire
+const FLOOR_DB = -60; // the empty end of a meter
+const VOICED_DB = -40;
+const HOLD_MS = 400; // a pause this short does not end "speaking"
+const SAME_TURN_MS = 1500; // what one side adds within this time continues its turn
+const LONG_PAUSE_MS = 4000; // what it adds after this time never does
+const UNATTENDED_MS = 25_000; // a call without a microphone gives its line back after this silence
+
+/** What the state line says; `failed` says what went wrong instead. */
+const SAYS = {
+  idle: "Press the button and speak.",
+  connecting: "Connecting…",
+  listening: "Listening.",
+  asking: "Asking your question…",
+  speaking: "Speaking. Interrupt as you like.",
+  refused: "The microphone was refused. Allow it in the address bar, or pick a question.",
+  full: "Every line is busy. Try again in a moment.",
+};
+const LIVE = new Set(["listening", "asking", "speaking"]);
+
+/** The two-sided transcript: pieces of text in, turns out. */
+class Transcript {
+  constructor(list) {
+    this.list = list;
+    this.empty = list.firstElementChild;
+    this.clear();
+  }
+
+  clear() {
+    this.open = {}; // side → {text: element, at: ms of its last piece}
+    this.latest = null; // the side that opened the last turn
+    this.list.replaceChildren(this.empty);
+  }
+
+  add(side, piece) {
+    const now = performance.now();
+    let turn = this.open[side];
+    const since = now - (turn?.at ?? -Infinity);
+    const continues = since < SAME_TURN_MS || (this.latest === side && since < LONG_PAUSE_MS);
+    if (!continues) {
+      if (!piece.trim()) return;
+      turn = this.open[side] = { text: this.begin(side) };
+      this.latest = side;
+    }
+    turn.at = now;
+    turn.text.append(turn.text.textContent ? piece : piece.trimStart());
+    this.list.scrollTop = this.list.scrollHeight;
+  }
+
+  begin(side) {
+    this.empty.remove();
+    const item = document.createElement("li");
+    item.className = `turn ${side}`;
+    const who = document.createElement("span");
+    who.className = "who";
+    who.textContent = side === "you" ? "You, as it heard you" : "Model";
+    const text = document.createElement("span");
+    text.className = "text";
+    item.append(who, text);
+    this.list.append(item);
+    return text;
+  }
+}
+
+class TalkPage {
+  constructor(root) {
+    this.root = root;
+    const find = (selector) => root.querySelector(selector);
+    this.orb = find(".orb");
+    this.orbLabel = find(".orb-label");
+    this.stateLine = find(".state");
+    this.bars = { you: find(".level.you .bar"), model: find(".level.model .bar") };
+    this.figures = { latency: find(".latency"), response: find(".response") };
+    this.startOver = find(".start-over");
+    this.note = find(".note");
+    this.transcript = new Transcript(find(".log"));
+    this.client = null;
+    this.asking = 0; // recordings on their way to the model
+    this.soundAt = 0; // ms: when either side was last heard
+    this.spokeAt = -Infinity; // ms: when the model was last heard
+    this.attended = false; // a microphone is open
+
+    this.orb.addEventListener("click", () => (this.client ? this.stop() : this.start(true)));
+    this.startOver.addEventListener("click", () => this.clear());
+    for (const chip of root.querySelectorAll("[data-src]")) {
+      chip.addEventListener("click", () => this.askExample(chip));
+    }
+    find("input[type=file]").addEventListener("change", ({ target }) => {
+      const [file] = target.files;
+      target.value = ""; // the same file may be chosen again
+      if (file) this.ask(file, target.closest(".chip"));
+    });
+    addEventListener("pagehide", () => this.stop());
+  }
+
+  /** Show `state`; `message` replaces its usual line. */
+  show(state, message = SAYS[state]) {
+    const live = LIVE.has(state);
+    this.root.dataset.state = state;
+    this.root.toggleAttribute("data-live", live);
+    // Written only when it changes: a screen reader speaks whatever is written here.
+    if (this.stateLine.textContent !== message) this.stateLine.textContent = message;
+    this.orbLabel.textContent = live ? "Stop" : state === "connecting" ? "Cancel" : "Talk";
+    this.orb.toggleAttribute("data-busy", state === "connecting");
+  }
+
+  /** Open a conversation; true when it is live. */
+  async start(microphone) {
+    const client = new SpeechClient({ format: "pcm_f32" });
+    this.client = client;
+    this.attended = microphone;
+    this.soundAt = performance.now();
+    this.show("connecting");
+    client.addEventListener("text", ({ detail }) => this.write("model", detail.text));
+    client.addEventListener("heard", ({ detail }) => this.write("you", detail.text));
+    client.addEventListener("level", ({ detail }) => this.level(detail));
+    client.addEventListener("latency", ({ detail }) => this.latency(detail));
+    client.addEventListener("error", ({ detail }) => {
+      if (this.client === client) this.fail(detail.message);
+    });
+    try {
+      await client.connect({ microphone });
+    } catch {
+      return false; // told by the error event above, or stopped by hand
+    }
+    if (this.client !== client) return false;
+    this.show("listening");
+    return true;
+  }
+
+  stop() {
+    const client = this.client;
+    this.hangUp();
+    client?.close();
+    this.show("idle");
+  }
+
+  fail(message) {
+    this.hangUp();
+    if (/microphone/i.test(message) && /NotAllowedError/.test(message)) this.show("refused");
+    else if (/\b(full|busy|free (slot|channel)s?)\b/i.test(message)) this.show("full");
+    else this.show("failed", message);
+  }
+
+  hangUp() {
+    this.client = null;
+    this.asking = 0;
+    this.player?.pause();
+    this.setLevel("you", FLOOR_DB);
+    this.setLevel("model", FLOOR_DB);
+  }
+
+  clear() {
+    this.transcript.clear();
+    this.startOver.disabled = true;
+    if (LIVE.has(this.root.dataset.state)) this.client.restart();
+  }
+
+  async askExample(chip) {
+    const answer = await fetch(chip.dataset.src);
+    if (answer.ok) await this.ask(await answer.blob(), chip);
+    else this.note.textContent = `The example could not be fetched (${answer.status}).`;
+  }
+
+  /** Stream a recording in the microphone's place, and let the visitor hear it. */
+  async ask(recording, chip) {
+    if (this.asking || this.root.dataset.state === "connecting") return;
+    let pcm;
+    try {
+      pcm = await decode(recording);
+    } catch {
+      this.note.textContent = "That file holds no sound that this browser can read. Try another.";
+      return;
+    }
+    if (!this.client && !(await this.start(false))) return;
+    const client = this.client;
+    this.asking += 1;
+    chip.setAttribute("aria-busy", "true");
+    this.show("asking");
+    this.player = new Audio(URL.createObjectURL(recording));
+    this.player.volume = 0.6;
+    this.player.play().catch(() => {}); // to hear it is a courtesy: what is sent does not depend on it
+    await client.feed(pcm, RATE);
+    URL.revokeObjectURL(this.player.src);
+    chip.removeAttribute("aria-busy");
+    if (this.client !== client) return;
+    this.asking -= 1;
+    this.show("listening");
+  }
+
+  write(side, piece) {
+    this.transcript.add(side, piece);
+    this.startOver.disabled = false;
+  }
+
+  level({ input, output }) {
+    const now = performance.now();
+    this.setLevel("you", input);
+    this.setLevel("model", output);
+    if (output > VOICED_DB) this.spokeAt = now;
+    if (Math.max(input, output) > VOICED_DB || this.asking) this.soundAt = now;
+    if (!this.attended && now - this.soundAt > UNATTENDED_MS) return this.stop();
+    if (!LIVE.has(this.root.dataset.state)) return;
+    const speaking = now - this.spokeAt < HOLD_MS;
+    this.show(speaking ? "speaking" : this.asking ? "asking" : "listening");
+  }
+
+  setLevel(side, dbfs) {
+    const level = Math.min(1, Math.max(0, 1 - dbfs / FLOOR_DB));
+    this.root.style.setProperty(`--${side}-level`, level.toFixed(3));
+    this.bars[side].setAttribute("aria-valuenow", Math.round(Math.max(FLOOR_DB, dbfs)));
+  }
+
+  latency({ pipeline_ms, response_ms }) {
+    if (pipeline_ms != null) this.figures.latency.textContent = `${Math.round(pipeline_ms)} ms`;
+    if (response_ms != null) this.figures.response.textContent = `${Math.round(response_ms)} ms`;
+  }
+}
+
+/** Any sound file that the browser reads → mono Float32Array at the wire's rate. */
+async function decode(recording) {
+  const offline = new OfflineAudioContext(1, 1, RATE); // decodes to its own rate
+  const sound = await offline.decodeAudioData(await recording.arrayBuffer());
+  const pcm = new Float32Array(sound.length);
+  for (let channel = 0; channel < sound.numberOfChannels; channel++) {
+    const samples = sound.getChannelData(channel);
+    for (let k = 0; k < pcm.length; k++) pcm[k] += samples[k] / sound.numberOfChannels;
+  }
+  return pcm;
+}
+
+/** Bring the page under `element` to life. */
+export function mount(element) {
+  new TalkPage(element.querySelector(".talk"));
+}

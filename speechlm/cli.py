@@ -1,0 +1,217 @@
+"""The front door: `speechlm chat|serve|talk|demo|train|synth|eval`.
+
+Every command parses its arguments, calls one function of a room and writes what came back. Rooms
+are imported inside the commands, so that `speechlm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from audio_codec.errors import UserError
+from audio_codec.files import check_writable
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Talk to a speech language model, train one from nothing, embed one.",
+)
+train_app = typer.Typer(no_args_is_help=True, help="Train one part by a recipe in configs/.")
+synth_app = typer.Typer(no_args_is_help=True, help="Make training data by a recipe in configs/.")
+eval_app = typer.Typer(no_args_is_help=True, help="Measure a model; prints a table.")
+app.add_typer(train_app, name="train")
+app.add_typer(synth_app, name="synth")
+app.add_typer(eval_app, name="eval")
+
+Recipe = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[A.B=C]...", help="Values laid over the YAML's.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+ModelName = Annotated[
+    str, typer.Option("--model", help='"tiny", a folder or hf://organisation/name.')
+]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers to FILE too.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same answer.")]
+Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        sys.exit(_complain(error))
+
+
+def _complain(error: UserError) -> int:
+    print(f"speechlm: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+@app.callback()
+def _setup(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO if verbose else logging.WARNING)
+
+
+@app.command()
+def chat(
+    input: Annotated[Path, typer.Option("--input", help="A recorded question.")],
+    output: Annotated[Path, typer.Option("--output", help="Where the spoken answer goes.")],
+    model: ModelName = "tiny",
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Answer a recording: stream it frame by frame, then silence until the answer is over."""
+    from audio_codec import audio
+
+    audio.check_writable(output)
+    _check(json)
+    question = audio.load(input)
+
+    # Only now: the models take seconds to import.
+    from speechlm import convert
+    from streaming import engine
+
+    answer = engine.chat(convert.load(model), question, seed=seed)
+    audio.save(output, answer.pcm)
+    _report("chat", answer.metrics, json, text=answer.text)
+    print(answer.text)
+
+
+@app.command()
+def serve(
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65_535)] = 8998,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Conversations at once.")] = 1,
+    model: ModelName = "tiny",
+) -> None:
+    """Serve conversations over WebSocket and HTTP."""
+    from streaming import server
+
+    server.serve(model, host=host, port=port, slots=slots)
+
+
+@app.command()
+def talk(
+    url: Annotated[str, typer.Option("--url", help="The server.")] = "ws://127.0.0.1:8998",
+) -> None:
+    """Talk to a server by microphone and loudspeaker."""
+    from streaming import client
+
+    client.talk(url)
+
+
+@app.command()
+def demo(
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65_535)] = 7860,
+    model: ModelName = "tiny",
+) -> None:
+    """Open the page on which one talks to a model in the browser."""
+    from demo import app as page
+
+    page.launch(model, host=host, port=port)
+
+
+def _train(trainee: str, config: Path, overrides: list[str] | None, resume: bool) -> None:
+    # Each trainee is a module of speechlm.training with a `TrainConfig` and a `train`.
+    from speechlm.config import load_config
+
+    module = importlib.import_module(f"speechlm.training.{trainee}")
+    module.train(load_config(config, overrides or [], module.TrainConfig), resume=resume)
+
+
+@train_app.command("tokenizer")
+def train_tokenizer(config: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
+    """The speech tokenizer: a causal recognizer with a quantized bottleneck."""
+    _train("tokenizer", config, overrides, resume)
+
+
+@train_app.command("codec")
+def train_codec(config: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
+    """The codec, on top of a frozen tokenizer."""
+    _train("codec", config, overrides, resume)
+
+
+@train_app.command("lm")
+def train_lm(config: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
+    """The language model, on codes."""
+    _train("lm", config, overrides, resume)
+
+
+@synth_app.command("speech")
+def synth_speech(config: Recipe, overrides: Overrides = None) -> None:
+    """Sentences read aloud in many voices, with word times."""
+    from speechlm.config import load_config
+    from synth_data import build
+
+    build.build_speech(load_config(config, overrides or [], build.SpeechConfig))
+
+
+@synth_app.command("dialogues")
+def synth_dialogues(config: Recipe, overrides: Overrides = None) -> None:
+    """Conversations on two channels, as shards."""
+    from speechlm.config import load_config
+    from synth_data import build
+
+    build.build_dialogues(load_config(config, overrides or [], build.DialoguesConfig))
+
+
+def _evaluate(question: str, model: str, json: Path | None, **options: Any) -> None:
+    _check(json)
+    module = importlib.import_module(f"speechlm.evaluation.{question.replace('-', '_')}")
+    _report(f"eval {question}", module.evaluate(model, **options), json)
+
+
+@eval_app.command("codec")
+def eval_codec(model: ModelName = "tiny", json: Json = None) -> None:
+    """How much of speech survives the codec."""
+    _evaluate("codec", model, json)
+
+
+@eval_app.command("tokenizer")
+def eval_tokenizer(model: ModelName = "tiny", json: Json = None) -> None:
+    """How well words can be read off the semantic codes."""
+    _evaluate("tokenizer", model, json)
+
+
+@eval_app.command("spoken-qa")
+def eval_spoken_qa(model: ModelName = "tiny", json: Json = None, seed: Seed = 0) -> None:
+    """Held-out spoken questions: is the answer right, as text and as sound?"""
+    _evaluate("spoken-qa", model, json, seed=seed)
+
+
+@eval_app.command("duplex")
+def eval_duplex(model: ModelName = "tiny", json: Json = None, seed: Seed = 0) -> None:
+    """Turn taking: does it answer, wait, stop and keep silent when it should?"""
+    _evaluate("duplex", model, json, seed=seed)
+
+
+def _check(json: Path | None) -> None:
+    """Refuse a place that cannot be written before the measurement, not after it."""
+    if json is not None:
+        check_writable(json)
+
+
+def _report(command: str, metrics: Any, json: Path | None, **extra: Any) -> None:
+    from speechlm.evaluation import report
+
+    if json is not None:
+        report.write_json(json, report.envelope(command, metrics, **extra))
+    report.print_table(command, metrics)
+
+
+if __name__ == "__main__":
+    main()

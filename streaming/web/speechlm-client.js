@@ -1,0 +1,313 @@
+// A conversation with a speechlm server from a web page. One ES module, no dependencies.
+//
+//   import { SpeechClient } from "/web/speechlm-client.js";
+//   const client = new SpeechClient();
+//   client.addEventListener("text", ({ detail }) => log.append(detail.text));
+//   button.onclick = () => client.connect();            // inside a click: browsers ask for it
+//   await client.feed(samples, 44100);                  // a recording instead of the microphone
+//
+// Events (all CustomEvent, facts in `detail`):
+//   state    {state}                    "idle" | "connecting" | "live" | "closed"
+//   session  {id, seed, format, model, delay_ms, ignored, …}   once, when the server has a place
+//   text     {text}                     a piece of what the assistant says
+//   heard    {text}                     a piece of what it heard
+//   level    {input, output}            dBFS over 40 ms, 25 times a second, measured in the page
+//   latency  {response_ms}              last voiced input → first audible output, in the page; and
+//            {compute_ms, queue_ms, pipeline_ms, playout_ms}   as the server measures them
+//   error    {message}                  one sentence; the connection is then closed
+//   metadata {…}                        any other JSON the server sends
+
+import { resample } from "./resampler.js";
+
+const RATE = 24000;
+const KIND = { handshake: 0, audio: 1, text: 2, control: 3, metadata: 4, error: 5, ping: 6, coloredText: 7 };
+const ACTION = { start: 0, endTurn: 1, pause: 2, restart: 3 };
+const CONNECT_MS = 10_000;
+const SILENT_MS = 20_000; // the server pings more often than this
+
+/** Samples of a chunk of bytes, for bytes cut anywhere. */
+class PcmDecoder {
+  constructor(format) {
+    this.float = format === "pcm_f32";
+    this.rest = new Uint8Array(0);
+  }
+
+  decode(bytes) {
+    const width = this.float ? 4 : 2;
+    const all = new Uint8Array(this.rest.length + bytes.length);
+    all.set(this.rest);
+    all.set(bytes, this.rest.length);
+    const count = Math.floor(all.length / width);
+    this.rest = all.slice(count * width);
+    const view = new DataView(all.buffer);
+    const pcm = new Float32Array(count);
+    for (let k = 0; k < count; k++) {
+      pcm[k] = this.float ? view.getFloat32(4 * k, true) : view.getInt16(2 * k, true) / 32767;
+    }
+    return pcm;
+  }
+}
+
+/** One audio message: the kind, then little-endian samples. */
+function audioMessage(pcm, format) {
+  const width = format === "pcm_f32" ? 4 : 2;
+  const bytes = new Uint8Array(1 + width * pcm.length);
+  bytes[0] = KIND.audio;
+  const view = new DataView(bytes.buffer, 1);
+  for (let k = 0; k < pcm.length; k++) {
+    if (width === 4) view.setFloat32(4 * k, pcm[k], true);
+    else view.setInt16(2 * k, Math.round(32767 * Math.max(-1, Math.min(1, pcm[k]))), true);
+  }
+  return bytes;
+}
+
+export class SpeechClient extends EventTarget {
+  #socket = null;
+  #context = null;
+  #node = null;
+  #stream = null;
+  #decoder = null;
+  #watchdog = 0;
+  #feeds = new Map();
+  #feedId = 0;
+  #state = "idle";
+  #playout = 0;
+
+  /**
+   * @param {object} [options]
+   * @param {string|URL} [options.url] the server; by default the one this module came from
+   * @param {"pcm_s16"|"pcm_f32"} [options.format]
+   * @param {object} [options.params] seed, text_temperature, audio_temperature, text_topk, audio_topk
+   * @param {string} [options.apiKey] sent as ?auth_id= (a page cannot set a WebSocket's headers)
+   * @param {number} [options.jitterMs] sound held back against uneven arrival
+   */
+  constructor({ url, format = "pcm_s16", params = {}, apiKey, jitterMs = 50 } = {}) {
+    super();
+    this.url = new URL(url ?? new URL("../api/chat", import.meta.url), location.href);
+    this.url.protocol = this.url.protocol.replace("http", "ws");
+    this.url.searchParams.set("format", format);
+    for (const [name, value] of Object.entries(params)) this.url.searchParams.set(name, value);
+    if (apiKey) this.url.searchParams.set("auth_id", apiKey);
+    this.format = format;
+    this.jitterMs = jitterMs;
+  }
+
+  get state() {
+    return this.#state;
+  }
+
+  /**
+   * Opens sound and server; resolves when the conversation is live. Call it inside a click.
+   * @param {object} [options]
+   * @param {boolean} [options.microphone] false: silence is sent until something is fed
+   * @throws {Error} when the microphone or the server says no; nothing is left open then
+   */
+  async connect({ microphone = true } = {}) {
+    if (this.#state === "connecting" || this.#state === "live") {
+      throw new Error(`connect() needs an idle or closed client; this one is ${this.#state}.`);
+    }
+    this.#enter("connecting");
+    try {
+      // Created first and in the caller's task: a browser lets it sound only inside a user gesture.
+      this.#context = new AudioContext({ latencyHint: "interactive" });
+      const running = this.#context.resume();
+      if (microphone) this.#stream = await this.#openMicrophone();
+      await this.#openAudio();
+      await this.#openSocket();
+      await running;
+    } catch (error) {
+      this.#fail(error.message);
+      throw error;
+    }
+    this.#enter("live");
+  }
+
+  /**
+   * Streams a recording in the microphone's place, at the pace of speech.
+   * @param {Float32Array} samples mono, -1…1
+   * @param {number} [sampleRate] Hz
+   * @returns {Promise<void>} resolves when all of it is on its way to the server
+   */
+  feed(samples, sampleRate = RATE) {
+    if (this.#state !== "live") throw new Error(`feed() needs a live client; this one is ${this.#state}.`);
+    if (!samples.length) return Promise.resolve();
+    const pcm = Float32Array.from(resample(samples, sampleRate, RATE));
+    const id = ++this.#feedId;
+    this.#node.port.postMessage({ type: "feed", pcm, id }, [pcm.buffer]);
+    return new Promise((resolve) => this.#feeds.set(id, resolve));
+  }
+
+  /** Forgets the conversation so far and begins a new one on the same connection. */
+  restart() {
+    this.#control("restart");
+    this.#node?.port.postMessage({ type: "flush" });
+  }
+
+  /** The model's clock stands still until `resume()`. */
+  pause() {
+    this.#control("pause");
+  }
+
+  resume() {
+    this.#control("start");
+  }
+
+  /** Ends the conversation and frees microphone, sound and server. */
+  close() {
+    clearTimeout(this.#watchdog);
+    for (const resolve of this.#feeds.values()) resolve();
+    this.#feeds.clear();
+    this.#stream?.getTracks().forEach((track) => track.stop());
+    this.#node?.port.postMessage({ type: "close" });
+    this.#node?.disconnect();
+    if (this.#context && this.#context.state !== "closed") this.#context.close();
+    const socket = this.#socket;
+    this.#socket = this.#context = this.#node = this.#stream = null;
+    socket?.close(1000);
+    if (this.#state !== "idle") this.#enter("closed");
+  }
+
+  #enter(state) {
+    if (this.#state === state) return;
+    this.#state = state;
+    this.#emit("state", { state });
+  }
+
+  #emit(type, detail) {
+    this.dispatchEvent(new CustomEvent(type, { detail }));
+  }
+
+  #fail(message) {
+    if (this.#state === "closed" || this.#state === "idle") return;
+    this.#emit("error", { message });
+    this.close();
+  }
+
+  #control(action) {
+    if (this.#state !== "live") throw new Error(`${action} needs a live client; this one is ${this.#state}.`);
+    this.#socket.send(Uint8Array.of(KIND.control, ACTION[action]));
+  }
+
+  async #openMicrophone() {
+    if (!navigator.mediaDevices) {
+      throw new Error("This page may not use a microphone: open it over https or on localhost.");
+    }
+    try {
+      // The server leaves echo, noise and gain to the browser, which knows the loudspeaker.
+      return await navigator.mediaDevices.getUserMedia({
+        audio: { channelCount: 1, echoCancellation: true, noiseSuppression: true, autoGainControl: true },
+      });
+    } catch (error) {
+      throw new Error(
+        error.name === "NotFoundError"
+          ? "No microphone was found; connect one, or feed a recording."
+          : `The microphone could not be opened (${error.name}); allow it in the browser, or feed a recording.`,
+      );
+    }
+  }
+
+  async #openAudio() {
+    await this.#context.audioWorklet.addModule(new URL("./speechlm-worklet.js", import.meta.url));
+    if (!this.#context) throw new Error("The client was closed while it connected.");
+    this.#node = new AudioWorkletNode(this.#context, "speechlm", {
+      numberOfInputs: 1,
+      numberOfOutputs: 1,
+      outputChannelCount: [2],
+      channelCount: 1,
+      channelCountMode: "explicit",
+      processorOptions: { jitterMs: this.jitterMs },
+    });
+    this.#node.port.onmessage = ({ data }) => this.#fromAudio(data);
+    this.#node.onprocessorerror = () => this.#fail("The browser's audio thread stopped.");
+    this.#node.connect(this.#context.destination);
+    if (this.#stream) this.#context.createMediaStreamSource(this.#stream).connect(this.#node);
+  }
+
+  /** Resolves when the server has said which session this is. */
+  #openSocket() {
+    this.#decoder = new PcmDecoder(this.format);
+    return new Promise((resolve, reject) => {
+      const socket = new WebSocket(this.url);
+      socket.binaryType = "arraybuffer";
+      this.#socket = socket;
+      let refused = "";
+      const timer = setTimeout(() => reject(new Error(`No answer from ${this.url.host}.`)), CONNECT_MS);
+      socket.onmessage = ({ data }) => {
+        if (socket !== this.#socket) return; // closed from this side
+        this.#watch();
+        const message = this.#fromServer(new Uint8Array(data));
+        if (message?.type === "error") {
+          refused = message.message;
+          if (this.#state === "live") this.#fail(refused);
+        } else if (message?.type === "session") {
+          clearTimeout(timer);
+          if (message.format === this.format) resolve();
+          else reject(new Error(`The server speaks ${message.format}, not ${this.format}.`));
+        }
+      };
+      socket.onclose = ({ code }) => {
+        clearTimeout(timer);
+        if (socket !== this.#socket) return; // closed from this side
+        const message = refused || `The connection to ${this.url.host} was closed (code ${code}).`;
+        if (this.#state === "live") this.#fail(message);
+        else reject(new Error(message));
+      };
+    });
+  }
+
+  #watch() {
+    clearTimeout(this.#watchdog);
+    this.#watchdog = setTimeout(() => this.#fail(`Nothing came from ${this.url.host} for 20 s.`), SILENT_MS);
+  }
+
+  #fromAudio(data) {
+    if (data.type === "capture") {
+      this.#playout = data.buffered;
+      this.#emit("level", { input: data.input, output: data.output });
+      if (this.#state === "live" && this.#socket.readyState === WebSocket.OPEN) {
+        this.#socket.send(audioMessage(data.pcm, this.format));
+      }
+    } else if (data.type === "response") {
+      this.#emit("latency", { response_ms: data.ms + 1000 * (this.#context?.outputLatency ?? 0) });
+    } else if (data.type === "fed") {
+      this.#feeds.get(data.id)?.();
+      this.#feeds.delete(data.id);
+    }
+  }
+
+  /** Acts on one message; returns the metadata or error in it, if any. */
+  #fromServer(bytes) {
+    const payload = bytes.subarray(1);
+    const text = () => new TextDecoder().decode(payload);
+    switch (bytes[0]) {
+      case KIND.audio: {
+        const pcm = this.#decoder.decode(payload);
+        this.#node?.port.postMessage({ type: "play", pcm }, [pcm.buffer]);
+        return null;
+      }
+      case KIND.text:
+        this.#emit("text", { text: text() });
+        return null;
+      case KIND.coloredText:
+        this.#emit("text", { text: new TextDecoder().decode(payload.subarray(1)) });
+        return null;
+      case KIND.metadata: {
+        const { type, ...detail } = JSON.parse(text());
+        if (type === "level") return null; // the page measures its own, closer to the ear
+        if (type === "latency") {
+          // The server's response time leaves out the network; the page's own does not.
+          const { response_ms, ...measured } = detail;
+          this.#emit("latency", { ...measured, playout_ms: this.#playout });
+        } else {
+          const named = type === "session" || type === "heard";
+          this.#emit(named ? type : "metadata", named ? detail : { type, ...detail });
+        }
+        return { type, ...detail };
+      }
+      case KIND.error:
+        return { type: "error", message: text() };
+      default:
+        return null; // the handshake, a ping, a kind of a newer protocol
+    }
+  }
+}

@@ -1,0 +1,464 @@
+"""Builds shards with many workers: what to say is planned once, each shard is made by one process.
+
+The plan is a pure function of the configuration, a shard is a pure function of its part of the
+plan, and a shard appears on disk only when whole. So the bytes do not depend on the number of
+workers, and an interrupted build, started again, makes the missing shards alone.
+
+    speechlm synth speech configs/synth/speech.yaml workers=2
+"""
+
+import csv
+import functools
+import gzip
+import hashlib
+import json
+import logging
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from audio_codec.audio import SAMPLE_RATE, load
+from audio_codec.errors import UserError
+from audio_codec.files import replacing
+from synth_data import quiz
+from synth_data.shards import Sample, shard_name, write
+from synth_data.text import normalize, sentences_from, spell_out
+from synth_data.tts import Voice, speak, user_voices
+
+log = logging.getLogger(__name__)
+
+# Kept out of training for good: it is what the finished model is tested on.
+_NEVER_TRAINED = frozenset({"digits"})
+
+# Synthetic English, over all training voices: 0.3 s of lead-in and tail, then 14 characters a
+# second. Used only to turn hours into a number of utterances before anything is spoken.
+_LEAD_SECONDS, _CHARACTERS_A_SECOND = 0.3, 14.0
+
+
+class TextSource(BaseModel):
+    """Sentences of a text file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["text"]
+    path: Path
+    """A ``.txt`` or ``.txt.xz`` file, one sentence a line."""
+    licence: str
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the utterances, relative to the other sources."""
+    max_words: int = Field(default=30, gt=0)
+    """Longer sentences are left out."""
+
+
+class QuizSource(BaseModel):
+    """Questions and answers of the built-in quiz world."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["quiz"]
+    split: Literal["train", "heldout"] = "train"
+    pool: int = Field(default=20_000, gt=0)
+    """Number of sentences to draw from."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the utterances, relative to the other sources."""
+
+
+class RecordedSource(BaseModel):
+    """Recordings of a data folder with a ``manifest.tsv.gz``: each file once."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["recorded"]
+    data: Path
+    """The folder that holds ``manifest.tsv.gz``."""
+    sets: tuple[str, ...]
+    """Values of the manifest's column ``set``."""
+    splits: tuple[str, ...] = ("train",)
+    """Values of its column ``split``."""
+    max_seconds: float = Field(default=20.0, gt=0)
+    """Longer recordings are left out."""
+
+    @field_validator("sets")
+    @classmethod
+    def _no_test_set(cls, sets: tuple[str, ...]) -> tuple[str, ...]:
+        if barred := _NEVER_TRAINED & set(sets):
+            raise ValueError(f"{sorted(barred)} is kept for testing; leave it out")
+        return sets
+
+
+Source = Annotated[TextSource | QuizSource | RecordedSource, Field(discriminator="kind")]
+
+
+class VerifyConfig(BaseModel):
+    """Listen to what was synthesized, with an independent recognizer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    drop_above: float = Field(gt=0)
+    """Utterances with a larger word error rate are dropped; the others carry theirs."""
+
+
+class SpeechConfig(BaseModel):
+    """Shards of single-speaker speech: synthesized, recorded, or both."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    output: Path
+    """Folder of the shards."""
+    sources: tuple[Source, ...] = Field(min_length=1)
+    hours: float | None = Field(default=None, gt=0)
+    """Synthesized speech, about (recorded speech comes on top)."""
+    utterances: int | None = Field(default=None, gt=0)
+    """Synthesized utterances; one of ``hours`` and ``utterances`` is needed for text or quiz."""
+    voices: Literal["train", "heldout"] | tuple[str, ...] = "train"
+    """User voices: a split of ``tts.user_voices``, or voices by name."""
+    engines: tuple[str, ...] = ("espeak", "flite")
+    """Speech engines that a split's voices may use; all must be installed."""
+    assistant: str = "flite:rms"
+    """The assistant's voice."""
+    assistant_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the synthesized utterances that the assistant's voice speaks."""
+    jitter: bool = True
+    """Vary the rate, pitch and range of user voices from one utterance to the next."""
+    verify: VerifyConfig | None = None
+    seed: int = 0
+    shard_size: int = Field(default=256, gt=0)
+    """Utterances a shard, dropped ones included."""
+    workers: int = Field(default=1, gt=0)
+    """Processes; 1 works in this one. The shards do not depend on it."""
+
+    @model_validator(mode="after")
+    def _amount_given(self) -> "SpeechConfig":
+        spoken = any(source.kind != "recorded" for source in self.sources)
+        if spoken and (self.hours is None) == (self.utterances is None):
+            raise ValueError("give either hours or utterances")
+        return self
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A planned sample that could not be made or was not good enough."""
+
+    id: str
+    reason: str
+
+
+@dataclass
+class BuildReport:
+    """What a build did."""
+
+    samples: int = 0
+    seconds: float = 0.0
+    """Of sound, in the shards written now."""
+    written: int = 0
+    """Shards."""
+    kept: int = 0
+    """Shards that an earlier run had finished."""
+    compute_seconds: float = 0.0
+    """Spent in workers, summed over them."""
+    dropped: list[Dropped] = field(default_factory=list)
+
+    @property
+    def speed(self) -> float:
+        """Seconds of sound made in one second of one worker (0 when nothing was made)."""
+        return self.seconds / self.compute_seconds if self.compute_seconds else 0.0
+
+
+# --- Running --------------------------------------------------------------------------------------
+
+Part = TypeVar("Part")
+
+
+def run_shards(
+    directory: Path,
+    prefix: str,
+    parts: Sequence[Part],
+    make: Callable[[Part], Iterable[Sample | Dropped]],
+    *,
+    workers: int = 1,
+    fingerprint: str = "",
+) -> BuildReport:
+    """Make one shard a part, skip what is there, show progress with the time left.
+
+    Args:
+        directory: where the shards go.
+        prefix: of their names.
+        parts: what ``make`` turns into the samples of a shard; must pickle.
+        make: a pure function (picklable, so of a module or a partial of one).
+        workers: processes; 1 works in this one.
+        fingerprint: names the plan; a folder that holds shards of another plan is refused.
+
+    Raises:
+        UserError: the folder holds shards of another plan.
+    """
+    _claim(directory / f"{prefix}.json", fingerprint, len(parts))
+    report = BuildReport()
+    todo = []
+    for index, part in enumerate(parts):
+        path = directory / shard_name(prefix, index)
+        if path.exists():
+            report.kept += 1
+        else:
+            todo.append((path, part))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("shards, {task.fields[hours]:.2f} h"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task(prefix, total=len(parts), completed=report.kept, hours=0.0)
+        for made in _run(todo, make, workers):
+            report.samples += made.samples
+            report.seconds += made.seconds
+            report.written += made.written
+            report.compute_seconds += made.compute_seconds
+            report.dropped += made.dropped
+            progress.update(task, advance=1, hours=report.seconds / 3600)
+    report.dropped.sort(key=lambda dropped: dropped.id)
+    for dropped in report.dropped:
+        log.info("dropped %s: %s", dropped.id, dropped.reason)
+    return report
+
+
+def _claim(marker: Path, fingerprint: str, shards: int) -> None:
+    plan = {"fingerprint": fingerprint, "shards": shards}
+    if marker.exists():
+        if json.loads(marker.read_text()) != plan:
+            raise UserError(
+                f"output {str(marker.parent)!r} holds shards of another configuration; "
+                "choose another folder or delete it"
+            )
+        return
+    with replacing(marker) as temporary:
+        temporary.write_text(json.dumps(plan))
+
+
+def _run(
+    todo: Sequence[tuple[Path, Part]],
+    make: Callable[[Part], Iterable[Sample | Dropped]],
+    workers: int,
+) -> Iterator[BuildReport]:
+    if workers == 1 or len(todo) <= 1:
+        for path, part in todo:
+            yield _make_shard(path, make, part)
+        return
+    # Spawned, not forked: torch's thread pool and the speech engines do not survive a fork.
+    pool = ProcessPoolExecutor(
+        min(workers, len(todo)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
+    try:
+        futures = [pool.submit(_make_shard, path, make, part) for path, part in todo]
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _make_shard(
+    path: Path, make: Callable[[Part], Iterable[Sample | Dropped]], part: Part
+) -> BuildReport:
+    report = BuildReport(written=1)
+    started = time.perf_counter()
+
+    def kept() -> Iterator[Sample]:
+        for result in make(part):
+            if isinstance(result, Dropped):
+                report.dropped.append(result)
+            else:
+                report.samples += 1
+                report.seconds += result.seconds
+                yield result
+
+    write(path, kept())
+    report.compute_seconds = time.perf_counter() - started
+    return report
+
+
+# --- Speech ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One utterance of the plan: a text and a voice, or a recording."""
+
+    id: str
+    text: str
+    voice: str
+    """A ``tts.Voice`` as text, or ``set/speaker``."""
+    source: str
+    licence: str
+    recording: Path | None = None
+
+
+def build_speech(config: SpeechConfig) -> BuildReport:
+    """Synthesize and collect speech into ``config.output/speech-*.tar``.
+
+    Raises:
+        UserError: a source, voice or engine is missing, or the folder holds another build.
+    """
+    lines = plan_speech(config)
+    parts = [
+        lines[start : start + config.shard_size]
+        for start in range(0, len(lines), config.shard_size)
+    ]
+    described = config.model_dump_json(exclude={"workers", "output"})
+    fingerprint = hashlib.sha256(described.encode()).hexdigest()
+    make = functools.partial(_speech, verification=config.verify)
+    return run_shards(
+        config.output, "speech", parts, make, workers=config.workers, fingerprint=fingerprint
+    )
+
+
+def plan_speech(config: SpeechConfig) -> list[_Line]:
+    """Decide every utterance: its words, its voice, its place. Pure but for reading the sources."""
+    rng = np.random.default_rng(config.seed)
+    lines = [
+        line
+        for source in config.sources
+        if isinstance(source, RecordedSource)
+        for line in _recordings(source)
+    ]
+    spoken = [source for source in config.sources if not isinstance(source, RecordedSource)]
+    if spoken:
+        lines += _utterances(config, spoken, rng)
+    order = rng.permutation(len(lines))
+    return [lines[index] for index in order]
+
+
+def _utterances(
+    config: SpeechConfig, sources: Sequence[TextSource | QuizSource], rng: np.random.Generator
+) -> Iterator[_Line]:
+    if isinstance(config.voices, str):
+        voices = user_voices(config.voices, config.engines)
+    else:
+        voices = [Voice.parse(text) for text in config.voices]
+    assistant = Voice.parse(config.assistant)
+    used = [*voices, assistant] if config.assistant_share else voices
+    for voice in used:
+        speak("one", voice)  # A missing engine or an unknown name shows here, before hours of work.
+    pools = [_sentences(source, config.seed) for source in sources]
+    orders = [rng.permutation(len(pool)) for pool in pools]
+    weights = np.array([source.weight for source in sources])
+    taken = [0] * len(sources)
+    seconds = 0.0
+    for number in range(config.utterances or 10**9):
+        if config.hours is not None and seconds >= config.hours * 3600:
+            return
+        chosen = int(rng.choice(len(sources), p=weights / weights.sum()))
+        source, pool = sources[chosen], pools[chosen]
+        text = pool[orders[chosen][taken[chosen] % len(pool)]]
+        taken[chosen] += 1
+        if rng.random() < config.assistant_share:
+            voice = assistant
+        else:
+            voice = voices[int(rng.integers(len(voices)))]
+            voice = voice.jitter(rng) if config.jitter else voice
+        seconds += _LEAD_SECONDS + len(text) / _CHARACTERS_A_SECOND
+        yield _Line(
+            id=f"s{config.seed}-{number:07d}",
+            text=text,
+            voice=str(voice),
+            source="quiz" if isinstance(source, QuizSource) else source.path.name,
+            licence="Apache-2.0" if isinstance(source, QuizSource) else source.licence,
+        )
+
+
+def _sentences(source: TextSource | QuizSource, seed: int) -> list[str]:
+    if isinstance(source, QuizSource):
+        sentences: Iterable[str] = quiz.sentences(source.split, source.pool, seed)
+        limit, name = None, "quiz"
+    else:
+        sentences = sentences_from(source.path)
+        limit, name = source.max_words, str(source.path)
+    spoken = [
+        text
+        for text in map(spell_out, sentences)
+        if (words := len(normalize(text).split())) and (limit is None or words <= limit)
+    ]
+    if not spoken:
+        raise UserError(f"text source {name!r} holds no sentence to speak")
+    return spoken
+
+
+def _recordings(source: RecordedSource) -> Iterator[_Line]:
+    manifest = source.data / "manifest.tsv.gz"
+    if not manifest.is_file():
+        raise UserError(f"recorded source: {str(manifest)!r} is not a file")
+    with gzip.open(manifest, "rt", encoding="utf-8", newline="") as opened:
+        rows = list(csv.DictReader(opened, delimiter="\t", quoting=csv.QUOTE_NONE))
+    known = {row["set"] for row in rows}
+    for name in source.sets:
+        if name not in known:
+            raise UserError(
+                f"recorded source: unknown set {name!r}; "
+                f"choose from {', '.join(sorted(known - _NEVER_TRAINED))}"
+            )
+    for row in rows:
+        if (
+            row["set"] in source.sets
+            and row["split"] in source.splits
+            and float(row["seconds"]) <= source.max_seconds
+        ):
+            yield _Line(
+                id=f"{row['set']}-{row['id']}".replace(".", "_"),
+                text=spell_out(row["text"]),
+                voice=f"{row['set']}/{row['speaker']}",
+                source=row["set"],
+                licence=row["licence_source"],
+                recording=source.data / row["path"],
+            )
+
+
+def _speech(
+    lines: Sequence[_Line], verification: VerifyConfig | None
+) -> Iterator[Sample | Dropped]:
+    for line in lines:
+        try:
+            yield _sample(line, verification)
+        except UserError as error:
+            # One text that an engine cannot read, or one broken recording, does not end a build.
+            yield Dropped(line.id, str(error))
+
+
+def _sample(line: _Line, verification: VerifyConfig | None) -> Sample | Dropped:
+    if line.recording is None:
+        utterance = speak(line.text, Voice.parse(line.voice))
+        pcm, words = utterance.pcm, utterance.words
+    else:
+        pcm, words = load(line.recording), ()
+    wer = None
+    return Sample(
+        id=line.id,
+        text=line.text,
+        words=(words,),
+        voices=(line.voice,),
+        source=line.source,
+        licence=line.licence,
+        synthetic=line.recording is None,
+        seconds=len(pcm) / SAMPLE_RATE,
+        wer=wer,
+        pcm=pcm[None],
+    )

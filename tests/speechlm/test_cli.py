@@ -1,0 +1,210 @@
+"""The front door answers at once, hands over to one room, and complains in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import BaseModel
+
+from audio_codec import audio
+from audio_codec.errors import UserError
+from speechlm import cli
+from speechlm.evaluation.report import Metric
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process: (exit status, stdout, stderr)."""
+
+    def invoke(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["speechlm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        code = done.value.code
+        return (code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return invoke
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put a fake module, with the given functions, where the front door would look for a room."""
+
+    def fake(name: str, **content: Any) -> None:
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+        package, _, leaf = name.rpartition(".")
+        monkeypatch.setattr(sys.modules[package], leaf, module, raising=False)
+
+    import demo
+    import speechlm.evaluation
+    import speechlm.training
+    import streaming
+    import synth_data
+
+    assert demo and speechlm and streaming and synth_data
+    return fake
+
+
+def test_help_answers_within_a_second_and_without_torch() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    program = "import sys; sys.argv[1:] = ['--help']; from speechlm.cli import app; "
+    program += "app(standalone_mode=False); print(*sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    *help_text, modules = done.stdout.splitlines()
+    heavy = {"torch", "numpy", "scipy", "transformers", "gradio", "omegaconf", "pydantic"}
+    assert not heavy & set(modules.split())
+    # Processor time: the wall clock of a busy machine says nothing about this program.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    for command in ("chat", "serve", "talk", "demo", "train", "synth", "eval"):
+        assert any(command in line for line in help_text), command
+
+
+@pytest.mark.parametrize(
+    ("group", "commands"),
+    [
+        ("train", ["tokenizer", "codec", "lm"]),
+        ("synth", ["speech", "dialogues"]),
+        ("eval", ["codec", "tokenizer", "spoken-qa", "duplex"]),
+    ],
+)
+def test_the_fixed_commands_exist(run: Run, group: str, commands: list[str]) -> None:
+    for command in commands:
+        status, out, _ = run(group, command, "--help")
+        assert status == 0 and command in out
+    assert run(group, "nonsense")[0] == 2
+
+
+class Config(BaseModel):
+    steps: int = 10
+
+
+@pytest.mark.parametrize("trainee", ["tokenizer", "codec", "lm"])
+def test_train_hands_over_the_validated_recipe(
+    run: Run, room: Callable[..., None], tmp_path: Path, trainee: str
+) -> None:
+    calls: list[tuple[int, bool]] = []
+    room(
+        f"speechlm.training.{trainee}",
+        TrainConfig=Config,
+        train=lambda config, resume: calls.append((config.steps, resume)),
+    )
+    (tmp_path / "c.yaml").write_text("steps: 3\n")
+    assert run("train", trainee, tmp_path / "c.yaml")[0] == 0
+    assert run("train", trainee, tmp_path / "c.yaml", "steps=4", "--resume")[0] == 0
+    assert calls == [(3, False), (4, True)]
+    status, out, err = run("train", trainee, tmp_path / "c.yaml", "step=4")
+    assert status == 2 and out == "" and "did you mean 'steps'?" in err
+    assert run("train", trainee, tmp_path / "c.yaml", "steps=many")[0] == 2
+    assert len(calls) == 2
+
+
+def test_synth_hands_over_the_validated_recipe(
+    run: Run, room: Callable[..., None], tmp_path: Path
+) -> None:
+    calls: list[tuple[str, int]] = []
+    room(
+        "synth_data.build",
+        SpeechConfig=Config,
+        DialoguesConfig=Config,
+        build_speech=lambda config: calls.append(("speech", config.steps)),
+        build_dialogues=lambda config: calls.append(("dialogues", config.steps)),
+    )
+    (tmp_path / "c.yaml").write_text("steps: 3\n")
+    assert run("synth", "speech", tmp_path / "c.yaml")[0] == 0
+    assert run("synth", "dialogues", tmp_path / "c.yaml", "steps=4")[0] == 0
+    assert calls == [("speech", 3), ("dialogues", 4)]
+    assert run("synth", "speech", tmp_path / "none.yaml")[0] == 2
+
+
+@pytest.mark.parametrize("question", ["codec", "tokenizer", "spoken-qa", "duplex"])
+def test_eval_writes_the_envelope_and_prints_the_table(
+    run: Run, room: Callable[..., None], tmp_path: Path, question: str
+) -> None:
+    def evaluate(model: str, **options: Any) -> dict[str, Metric]:
+        if model != "tiny":
+            raise UserError(f"There is no model {model!r}; shipped is tiny.")
+        return {"score": Metric(0.5, 0.4, 0.6, 10)}
+
+    room(f"speechlm.evaluation.{question.replace('-', '_')}", evaluate=evaluate)
+    status, out, _ = run("eval", question, "--json", tmp_path / "a.json")
+    assert status == 0 and "score" in out
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["command"] == f"eval {question}"
+    assert written["metrics"]["score"]["n"] == 10
+    status, out, err = run("eval", question, "--model", "huge", "--json", tmp_path / "b.json")
+    assert (status, out, err) == (2, "", "speechlm: There is no model 'huge'; shipped is tiny.\n")
+    assert not (tmp_path / "b.json").exists()
+
+
+@pytest.fixture
+def chatty(room: Callable[..., None]) -> None:
+    """A model that answers with what it heard."""
+
+    def answer(model: str, pcm: np.ndarray, seed: int) -> SimpleNamespace:
+        return SimpleNamespace(pcm=pcm, text="four.", metrics={"frame_ms_p50": Metric(7.0)})
+
+    room("speechlm.convert", load=lambda name: name)
+    room("streaming.engine", chat=answer)
+
+
+@pytest.mark.usefixtures("chatty")
+def test_chat_reads_answers_and_reports(run: Run, tmp_path: Path) -> None:
+    question = np.sin(np.arange(24_000, dtype=np.float32)) / 2
+    audio.save(tmp_path / "q.wav", question)
+    status, out, _ = run(
+        "chat", "--input", tmp_path / "q.wav", "--output", tmp_path / "a.wav",
+        "--json", tmp_path / "a.json",
+    )  # fmt: skip
+    assert status == 0 and "four." in out
+    np.testing.assert_allclose(audio.load(tmp_path / "a.wav"), question, atol=1e-3)
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["text"] == "four." and written["metrics"]["frame_ms_p50"]["value"] == 7.0
+
+
+@pytest.mark.usefixtures("chatty")
+def test_chat_with_bad_input_overwrites_nothing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.wav").touch()
+    good, kept = tmp_path / "q.wav", tmp_path / "kept.wav"
+    audio.save(good, np.zeros(2_400, np.float32))
+    kept.write_text("precious")
+    for question, output, extra in [
+        (tmp_path / "none.wav", kept, []),
+        (tmp_path / "empty.wav", kept, []),
+        (good, tmp_path / "a.xyz", []),
+        (good, tmp_path, []),
+        (good, kept, ["--json", tmp_path]),
+        (good, kept, ["--json", good / "a.json"]),
+    ]:
+        status, out, err = run("chat", "--input", question, "--output", output, *extra)
+        assert status == 2 and out == "" and len(err.splitlines()) == 1, err
+        assert "Traceback" not in err
+    assert kept.read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.wav", "kept.wav", "q.wav"]
+
+
+def test_a_real_process_exits_with_two_and_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "speechlm.cli", "chat", "--input=q.wav", "--output=a.xyz"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("speechlm: Cannot write sound as 'a.xyz': ")
+    assert len(done.stderr.splitlines()) == 1
