@@ -46,15 +46,15 @@ test: setup  ## all but the slow tests and those that need a GPU
 test-all: setup  ## every test that this machine can run
 	$(BIN)/python -m pytest -q
 
-bench: setup  ## frame time and answer latency on this machine
-	$(BIN)/python -m streaming.bench
+bench: setup  ## frame times on this machine
+	$(BIN)/speechlm bench
 
 tiny: setup  ## the whole recipe from nothing at a reduced size; each stage goes on where it stopped
-	$(BIN)/speechlm synth speech configs/tiny/speech.yaml
-	$(BIN)/speechlm train tokenizer configs/tiny/tokenizer.yaml --resume
-	$(BIN)/speechlm train codec configs/tiny/codec.yaml --resume
-	$(BIN)/speechlm synth dialogues configs/tiny/dialogues.yaml
-	$(BIN)/speechlm train lm configs/tiny/lm.yaml --resume
+	$(BIN)/speechlm synth speech configs/synth/speech_tiny.yaml
+	$(BIN)/speechlm train tokenizer configs/tokenizer/tiny.yaml --resume
+	$(BIN)/speechlm train codec configs/codec/tiny.yaml --resume
+	$(BIN)/speechlm synth dialogues configs/synth/dialogues_tiny.yaml
+	$(BIN)/speechlm train lm configs/lm/tiny.yaml --resume
 
 # What torch's own metadata pins stays out, so that torch's CPU build brings none of it.
 lock: $(BIN)/uv  ## choose the newest versions that pyproject.toml allows

@@ -234,7 +234,7 @@ class LogMel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogMel:
         # `model.to(bfloat16)` comes through here and would round the tables: rebuild them.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._build(self.window.device)
         return self
 

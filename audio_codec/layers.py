@@ -7,6 +7,7 @@ than a small `Conv1d`; a depthwise convolution becomes one multiply-add a tap.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,36 @@ def with_past(x: Tensor, past: int, state: TailState | None) -> Tensor:
     return padded
 
 
+class _Depthwise(torch.autograd.Function):
+    """y[t] = b + Σ_k w[k] · x[t + k] on [B, T + K − 1, C], accumulated in place both ways.
+
+    Left to autograd, each tap's slice would get a gradient of full size, filled with zeros, copied
+    and added: most of the time of a training step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        time = x.shape[1] - len(weight) + 1
+        y = torch.addcmul(bias, x[:, :time], weight[0])
+        for tap in range(1, len(weight)):
+            y.addcmul_(x[:, tap : tap + time], weight[tap])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        time = grad.shape[1]
+        grad_x = torch.zeros_like(x)
+        grad_weight = []
+        for tap in range(len(weight)):
+            grad_x[:, tap : tap + time].addcmul_(grad, weight[tap])
+            grad_weight.append((x[:, tap : tap + time] * grad).sum((0, 1), dtype=torch.float32))
+        stacked = torch.stack(grad_weight).to(weight.dtype)
+        return grad_x, stacked, grad.sum((0, 1), dtype=torch.float32).to(weight.dtype)
+
+
 class DepthwiseConv(nn.Module):
     """Causal depthwise convolution: each output sees its own position and the kernel−1 before."""
 
@@ -46,12 +77,8 @@ class DepthwiseConv(nn.Module):
 
     def forward(self, x: Tensor, state: TailState | None = None) -> Tensor:
         """[B, T, C] → [B, T, C]."""
-        time = x.shape[1]
         padded = with_past(x, self.kernel - 1, state)
-        weight = self.weight.to(x.dtype)
-        y = torch.addcmul(self.bias.to(x.dtype), padded[:, :time], weight[0])
-        for tap in range(1, self.kernel):
-            y = torch.addcmul(y, padded[:, tap : tap + time], weight[tap])
+        y: Tensor = _Depthwise.apply(padded, self.weight.to(x.dtype), self.bias.to(x.dtype))
         return y
 
     def new_state(self, batch: int) -> TailState:

@@ -134,11 +134,11 @@ class Synthesis(nn.Module):
             frames = torch.fft.irfft(spectrum, self.window) * self.shape
             padded = with_past(frames, self.overlap - 1, state)
             hops = frames.shape[1]
-            parts = padded.unflatten(-1, (self.overlap, HOP))
-            pcm = parts[:, self.overlap - 1 :, 0]
-            for late in range(1, self.overlap):
-                first = self.overlap - 1 - late
-                pcm = pcm + parts[:, first : first + hops, late]
+            # Piece r of a window falls on the hop r places later.
+            pieces = padded.unflatten(-1, (self.overlap, HOP)).unbind(2)
+            last = self.overlap - 1
+            late = [piece[:, last - r : last - r + hops] for r, piece in enumerate(pieces)]
+            pcm = torch.stack(late).sum(0)
             return pcm.flatten(1)
 
     def new_state(self, batch: int) -> TailState:

@@ -9,6 +9,7 @@ the same address that other clients use; Gradio takes what is left.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from audio_codec import checkpoint
 from audio_codec.errors import UserError
 from demo.card import card_tab, read_card
 from demo.talk import talk_tab
-from speechlm import convert
 from streaming import server
 from streaming.engine import Engine
 
@@ -35,7 +35,7 @@ _MONO = ("ui-monospace", "SF Mono", "Cascadia Mono", "Menlo", "Consolas", "monos
 _CONFIG = server.ServerConfig(drain_seconds=1)
 
 
-def create_page(card: Mapping[str, Any]) -> gr.Blocks:
+def _page(card: Mapping[str, Any]) -> gr.Blocks:
     """The tabs: talk, and the card of the model that answers."""
     with gr.Blocks(title="speechlm", analytics_enabled=False) as page:
         with gr.Tab("Talk"):
@@ -49,15 +49,20 @@ def create_app(engine: Engine[Any], card: Mapping[str, Any] | None = None) -> Fa
     """The server of `engine` (`/api/chat` and the rest) with the page at `/`.
 
     `card` is the checkpoint's `card.json`, drawn in the second tab. The engine must run already;
-    its owner closes it.
+    its owner closes it. Call it outside an event loop.
     """
     app = server.create_app(engine, _CONFIG)
     app.mount(f"/{STATIC_URL}", StaticFiles(directory=STATIC), name="demo")
+    # Gradio makes an event loop for every lock that it creates outside of one, and closes none.
+    return asyncio.run(_with_page(app, card or {}))
+
+
+async def _with_page(app: FastAPI, card: Mapping[str, Any]) -> FastAPI:
     # The plain strings are font names of the reader's machine; Gradio's own theme fetches fonts.
     theme = gr.themes.Base(font=_SANS, font_mono=_MONO, primary_hue="teal", neutral_hue="stone")
     return gr.mount_gradio_app(
         app,
-        create_page(card or {}),
+        _page(card),
         path="/",
         theme=theme,
         css_paths=STATIC / "page.css",
@@ -83,6 +88,8 @@ def launch(
     """
     if slots < 1:
         raise UserError(f"slots: {slots} is too few; choose 1 or more.")
+    from speechlm import convert  # here: `create_app` also serves models that need none of it
+
     loaded = convert.load(model)
     card = read_card(checkpoint.resolve(model))
     with Engine(loaded, slots, name=model) as engine:

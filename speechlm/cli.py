@@ -1,4 +1,4 @@
-"""The front door: `speechlm chat|serve|talk|demo|train|synth|eval`.
+"""The front door: `speechlm chat|serve|talk|demo|bench|train|synth|eval`.
 
 Every command parses its arguments, calls one function of a room and writes what came back. Rooms
 are imported inside the commands, so that `speechlm --help` answers at once.
@@ -10,12 +10,15 @@ import importlib
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from audio_codec.errors import UserError
 from audio_codec.files import check_writable
+
+if TYPE_CHECKING:
+    from synth_data.build import BuildReport
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,6 +45,7 @@ Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers to FILE too.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same answer.")]
+Slots = Annotated[int, typer.Option("--slots", min=1, help="Conversations at once.")]
 Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
 
 
@@ -94,23 +98,31 @@ def chat(
 def serve(
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65_535)] = 8998,
-    slots: Annotated[int, typer.Option("--slots", min=1, help="Conversations at once.")] = 1,
+    slots: Slots = 1,
     model: ModelName = "tiny",
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option("--api-key", envvar="SPEECHLM_API_KEYS", help="A key that opens the door."),
+    ] = None,
 ) -> None:
     """Serve conversations over WebSocket and HTTP."""
     from streaming import server
 
-    server.serve(model, host=host, port=port, slots=slots)
+    config = server.ServerConfig(api_keys=frozenset(api_key or ()))
+    server.serve(model, host=host, port=port, slots=slots, config=config)
 
 
 @app.command()
 def talk(
     url: Annotated[str, typer.Option("--url", help="The server.")] = "ws://127.0.0.1:8998",
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="SPEECHLM_API_KEY", help="The server's key.")
+    ] = None,
 ) -> None:
     """Talk to a server by microphone and loudspeaker."""
     from streaming import client
 
-    client.talk(url)
+    client.talk(url, api_key=api_key)
 
 
 @app.command()
@@ -125,12 +137,22 @@ def demo(
     page.launch(model, host=host, port=port)
 
 
+@app.command()
+def bench(model: ModelName = "tiny", slots: Slots = 1, json: Json = None) -> None:
+    """How long a frame takes on this machine, for 1, 2, 4 … conversations at once."""
+    _check(json)
+    from speechlm import convert
+    from streaming import bench as room
+
+    _report("bench", room.frame_times(convert.load(model), slots), json)
+
+
 def _train(trainee: str, config: Path, overrides: list[str] | None, resume: bool) -> None:
     # Each trainee is a module of speechlm.training with a `TrainConfig` and a `train`.
     from speechlm.config import load_config
 
     module = importlib.import_module(f"speechlm.training.{trainee}")
-    module.train(load_config(config, overrides or [], module.TrainConfig), resume=resume)
+    print(module.train(load_config(config, overrides or [], module.TrainConfig), resume=resume))
 
 
 @train_app.command("tokenizer")
@@ -157,7 +179,8 @@ def synth_speech(config: Recipe, overrides: Overrides = None) -> None:
     from speechlm.config import load_config
     from synth_data import build
 
-    build.build_speech(load_config(config, overrides or [], build.SpeechConfig))
+    recipe = load_config(config, overrides or [], build.SpeechConfig)
+    _shards(recipe.output, build.build_speech(recipe))
 
 
 @synth_app.command("dialogues")
@@ -166,7 +189,15 @@ def synth_dialogues(config: Recipe, overrides: Overrides = None) -> None:
     from speechlm.config import load_config
     from synth_data import build
 
-    build.build_dialogues(load_config(config, overrides or [], build.DialoguesConfig))
+    recipe = load_config(config, overrides or [], build.DialoguesConfig)
+    _shards(recipe.output, build.build_dialogues(recipe))
+
+
+def _shards(output: Path, made: BuildReport) -> None:
+    print(
+        f"{output}: {made.samples} samples, {made.seconds / 3600:.2f} h in {made.written} new "
+        f"shards; {made.kept} stood already, {len(made.dropped)} samples dropped."
+    )
 
 
 def _evaluate(question: str, model: str, json: Path | None, **options: Any) -> None:

@@ -4,7 +4,7 @@
     run: runs/${name}           # OmegaConf interpolation
     optimizer: {lr: 3e-4}
 
-`load_config("configs/tiny/lm.yaml", ["optimizer.lr=1e-4"], TrainConfig)` gives a `TrainConfig`. The
+`load_config("configs/lm/tiny.yaml", ["optimizer.lr=1e-4"], TrainConfig)` gives a `TrainConfig`. The
 pydantic models themselves stand at the top of the files that they configure.
 """
 
@@ -59,12 +59,13 @@ def build(data: Any, model: type[Model], source: str) -> Model:
     except ValidationError as error:
         first, *rest = error.errors(include_url=False)
         where = ".".join(str(part) for part in first["loc"])
+        said = _line(first["msg"]).removeprefix("Value error, ")
         if first["type"] == "missing":
             what = f"{where} is missing"
+        elif not where:  # a rule about the whole
+            what = said
         else:
-            what = (
-                f"{where or 'the config'} is {reprlib.repr(first['input'])}: {_line(first['msg'])}"
-            )
+            what = f"{where} is {reprlib.repr(first['input'])}: {said}"
         more = f" (and {len(rest)} more)" if rest else ""
         raise UserError(f"{source}: {what}{more}.") from error
 

@@ -20,8 +20,8 @@ from audio_codec.codec import Codec
 from audio_codec.errors import UserError
 from audio_codec.state import State, all_active
 from speechlm.data import TextTokenizer
-from speechlm.generate import MAX_TOP_K, LMSampling, LMState, new_state, step
-from speechlm.model import SpeechLM
+from speechlm.generate import MAX_TOP_K, LMState, new_state, step
+from speechlm.model import LMSampling, SpeechLM
 from speechlm.streams import PAD
 
 
@@ -67,7 +67,7 @@ class Duplex:
         self.codec = codec
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.sampling = sampling or LMSampling()
+        self.sampling = sampling or model.config.sampling
         self.sample_rate = codec.sample_rate
         self.frame_size = codec.frame_size
         self.delay_frames = model.streams.acoustic_delay
@@ -103,26 +103,22 @@ class Duplex:
             if not 0 <= seed < 2**63:
                 raise UserError(f"seed is {seed}; it must be from 0 to 2^63 − 1.")
             lm.seed[slot] = seed
-        temperatures = (
-            ("text", text_temperature, lm.text_temperature, lm.text_top_k),
-            ("audio", audio_temperature, lm.audio_temperature, lm.audio_top_k),
-        )
-        for name, top_k, target in (
-            ("text", text_topk, lm.text_top_k),
-            ("audio", audio_topk, lm.audio_top_k),
+        for name, value, top_k in (
+            ("text_topk", text_topk, lm.text_top_k),
+            ("audio_topk", audio_topk, lm.audio_top_k),
         ):
-            if top_k is not None:
-                if top_k < 0:
-                    raise UserError(f"{name}_topk is {top_k}; it must be 0 or more.")
-                target[slot] = min(top_k, MAX_TOP_K)
-        for name, temperature, target, top_k_target in temperatures:
-            if temperature is None:
-                continue
-            if not 0 <= temperature <= 10:
-                raise UserError(f"{name}_temperature is {temperature}; it must be from 0 to 10.")
-            target[slot] = temperature
-            if temperature == 0:
-                top_k_target[slot] = 1
+            if value is not None:
+                if value < 0:
+                    raise UserError(f"{name} is {value}; it must be 0 or more.")
+                top_k[slot] = min(value, MAX_TOP_K)
+        for name, heat, temperature in (
+            ("text_temperature", text_temperature, lm.text_temperature),
+            ("audio_temperature", audio_temperature, lm.audio_temperature),
+        ):
+            if heat is not None:
+                if not 0 <= heat <= 10:
+                    raise UserError(f"{name} is {heat}; it must be from 0 to 10.")
+                temperature[slot] = heat if heat > 0 else -1.0
 
     @torch.inference_mode()
     def step(self, pcm: Tensor, state: DuplexState) -> DuplexOutput:

@@ -18,13 +18,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from audio_codec.sampling import Sampling, sample
 from audio_codec.state import State, all_active, keep
 from audio_codec.transformer import TransformerState
-from speechlm.model import SpeechLM
+from speechlm.model import LMSampling, SpeechLM
 from speechlm.streams import EPAD, PAD, SPEECH, TEXT, UNKNOWN, Streams
 
 MAX_TOP_K = 256
@@ -33,23 +32,12 @@ MAX_TOP_K = 256
 _RECENT = 16
 
 
-class LMSampling(BaseModel):
-    """How the streams are drawn; `heard` always takes its likeliest piece."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    text: Sampling = Sampling(temperature=0.7, top_k=25)
-    audio: Sampling = Sampling(temperature=0.8, top_k=250)
-    repetition_penalty: float = Field(1.0, ge=1.0)
-    """Guard rail: divides the odds of each of the last 16 text pieces; 1 switches it off."""
-
-
 @dataclass(slots=True)
 class LMState(State):
     """What the language model remembers of each conversation.
 
-    The last five are settings; zero means the default that `step` is given, so that a state of
-    zeros is a fresh conversation.
+    The last five are settings. Zero means the default that `step` is given, so that a state of
+    zeros is a fresh conversation; a negative temperature takes the likeliest token.
     """
 
     temporal: TransformerState
@@ -114,10 +102,8 @@ class _Settings:
 
 
 def _settings(default: Sampling, temperature: Tensor, top_k: Tensor) -> _Settings:
-    greedy = default.temperature == 0
-    heat = torch.where(temperature > 0, temperature, 1.0 if greedy else default.temperature)
-    k = torch.where(top_k > 0, top_k, 1 if greedy else default.top_k)
-    return _Settings(heat, k, default.top_p)
+    heat = torch.where(temperature == 0, default.temperature, temperature.clamp(min=0))
+    return _Settings(heat, torch.where(top_k == 0, default.top_k, top_k), default.top_p)
 
 
 def _draw(logits: Tensor, settings: _Settings, seed: Tensor, counter: Tensor) -> Tensor:
@@ -175,7 +161,7 @@ def step(
 
     Rows that are not active keep their state; what they give is meaningless.
     """
-    sampling = sampling or LMSampling()
+    sampling = sampling or model.config.sampling
     streams, k = model.streams, model.streams.k
     active, tick = state.active, state.tick
 
@@ -245,7 +231,7 @@ def generate(
     The same tokens as T calls of `step`, without any cache: every column is computed from all that
     came before it.
     """
-    sampling = sampling or LMSampling()
+    sampling = sampling or model.config.sampling
     streams = model.streams
     batch, k, time = user.shape
     zero = torch.zeros(batch, device=user.device)

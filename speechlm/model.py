@@ -30,8 +30,20 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from audio_codec.sampling import Sampling
 from audio_codec.transformer import Transformer, TransformerConfig, TransformerState
 from speechlm.streams import EPAD, PAD, Streams
+
+
+class LMSampling(BaseModel):
+    """How the streams are drawn; `heard` always takes its likeliest piece."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: Sampling = Sampling(temperature=0.7, top_k=25)
+    audio: Sampling = Sampling(temperature=0.8, top_k=250)
+    repetition_penalty: float = Field(1.0, ge=1.0)
+    """Guard rail: divides the odds of each of the last 16 text pieces; 1 switches it off."""
 
 
 class LMConfig(BaseModel):
@@ -44,8 +56,10 @@ class LMConfig(BaseModel):
     """Over frames; its window is how far the model remembers (750 frames are a minute)."""
     depth: TransformerConfig
     """Over the codebooks of one frame; `rope` and `window` are set by the model."""
-    codec: str = ""
-    """Which codec made the codes it was trained on: a name or path for `load_codec`."""
+    codec: str
+    """The codec of the codes it was trained on: a folder in the checkpoint, or a name or path."""
+    sampling: LMSampling = LMSampling()
+    """How it is drawn unless a conversation is told otherwise."""
 
 
 class LossConfig(BaseModel):
@@ -65,7 +79,7 @@ class Batch:
     inputs: Tensor  # [B, S, T] int64: the column before each target, ABSENT = zero embedding
     targets: Tensor  # [B, S, T] int64
     weights: Tensor  # [B, S, T] float32, 0 = not learned
-    segments: Tensor  # [B, T] int64: number of the document a column belongs to
+    segments: Tensor | None  # [B, T] int64: document of a column; None: one document a row
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -73,7 +87,7 @@ class Batch:
             self.inputs.to(device),
             self.targets.to(device),
             self.weights.to(device),
-            self.segments.to(device),
+            None if self.segments is None else self.segments.to(device),
         )
 
 
@@ -204,8 +218,7 @@ def linear_cross_entropy(
     x [N, C], weight [V, C], target int64 [N], scale float32 [N] → the sum (carries the gradient),
     nll [N], whether the likeliest token was right [N].
     """
-    loss, nll, hit = _LinearCrossEntropy.apply(x, weight, target, scale)
-    return loss, nll, hit
+    return _LinearCrossEntropy.apply(x, weight, target, scale)  # type: ignore[no-untyped-call]
 
 
 class DepthModel(nn.Module):
@@ -221,8 +234,8 @@ class DepthModel(nn.Module):
         self.codes = TokenEmbedding(streams.codebooks[:-1], dim, std=0.3) if self.k > 1 else None
         shape = config.depth.model_copy(update={"rope": False, "window": self.k})
         self.transformer = Transformer(shape)
-        self.heads = nn.ModuleList(
-            nn.Linear(dim, size, bias=False) for size in streams.code_sizes
+        self.heads = nn.ParameterList(
+            torch.randn(size, dim) * (0.5 * dim**-0.5) for size in streams.code_sizes
         )
 
     def forward(self, hidden: Tensor, text: Tensor, codes: Tensor) -> Tensor:
@@ -239,7 +252,7 @@ class DepthModel(nn.Module):
 
     def logits(self, output: Tensor, codebook: int) -> Tensor:
         """[..., depth width] → [..., V of that codebook]."""
-        return self.heads[codebook](output)
+        return F.linear(output, self.heads[codebook])
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,11 +355,11 @@ class SpeechLM(nn.Module):
             output = self.depth(hidden[here], text, codes)
             weights = weights / weights.sum()
             detail: list[Tensor] = []
-            for codebook, head in enumerate(self.depth.heads):
+            for codebook, code_head in enumerate(self.depth.heads):
                 # A code in the delay gap (start, absent) has no weight; 0 keeps it in range.
                 target = codes[:, codebook].masked_fill(weights[:, codebook] == 0, 0)
                 loss, nll, hit = linear_cross_entropy(
-                    output[:, codebook], head.weight, target, weights[:, codebook]
+                    output[:, codebook], code_head, target, weights[:, codebook]
                 )
                 total = total + config.audio * loss
                 mean = nll[weights[:, codebook] > 0].mean()

@@ -16,8 +16,8 @@ house so fall in with each other, one every 80 ms. A session that stayed away is
     steps                       [a1 b1]    [a2 b2]
 
 A slot whose client sends nothing, or does not take what it is sent, is frozen by the state's
-`active` mask: its conversation stands still and costs the others nothing. Clients that lag catch up,
-because a backlog is stepped as fast as the machine allows.
+`active` mask: its conversation stands still and costs the others nothing. Clients that lag catch
+up, because a backlog is stepped as fast as the machine allows.
 
 `Core` is the same batch without thread and queues; `chat` runs a recording through it.
 """
@@ -32,7 +32,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import Any, Final, Generic, Protocol, TypeVar
 
@@ -88,6 +88,15 @@ class FrameOutput(Protocol):
 S = TypeVar("S", bound=FrameState)
 
 
+class Delayed(Protocol):
+    """A codec, as far as the clock is concerned."""
+
+    @property
+    def delay(self) -> int:
+        """Samples by which its sound trails its frame."""
+        ...
+
+
 class FrameModel(Protocol[S]):
     """80 ms of sound in, 80 ms of sound and text out, a batch of conversations.
 
@@ -98,8 +107,11 @@ class FrameModel(Protocol[S]):
     frame_size: int
     delay_frames: int
     """Frames by which the model's sound trails its decision (the acoustic delay)."""
-    codec_delay: int
-    """Samples by which the codec's sound trails its frame."""
+
+    @property
+    def codec(self) -> Delayed:
+        """What adds its own delay to the sound."""
+        ...
 
     def new_state(self, batch: int) -> S:
         """The state of `batch` silent conversations."""
@@ -109,12 +121,22 @@ class FrameModel(Protocol[S]):
         """Take pcm [B, 1, 1920] into the active rows of the state."""
         ...
 
-    def piece(self, id: int) -> str:
+    def piece(self, token: int, /) -> str:
         """The text of an output's id; empty for padding."""
         ...
 
-    def configure(self, state: S, slot: int, **params: Any) -> None:
-        """Set one slot's seed and sampling; what is not given takes the model's default."""
+    def configure(
+        self,
+        state: S,
+        slot: int,
+        *,
+        seed: int | None = None,
+        text_temperature: float | None = None,
+        audio_temperature: float | None = None,
+        text_topk: int | None = None,
+        audio_topk: int | None = None,
+    ) -> None:
+        """Set one slot's seed and sampling; None leaves what a reset has left, the default."""
         ...
 
 
@@ -226,7 +248,7 @@ class Core(Generic[S]):
         """Start a conversation in a slot, from silence."""
         with torch.inference_mode():
             self.state.reset([slot])
-            self.model.configure(self.state, slot, **params.given())
+            self.model.configure(self.state, slot, **asdict(params))
         self._indices[slot] = 0
         self._meters[slot] = meter or ResponseMeter()
 
@@ -472,8 +494,7 @@ class Stats:
 class Engine(Generic[S]):
     """Holds `slots` conversations of one model and steps them on a thread of its own.
 
-        with Engine(model, slots=4) as engine:
-            session = engine.open()
+    Used as a context manager, or by `start` and `close`.
     """
 
     def __init__(
@@ -700,7 +721,7 @@ def chat(
     end_silence: float = 1.5,
     max_seconds: float = 20.0,
 ) -> Answer:
-    """Stream a recording [S] at 24 kHz through the engine's core, then silence until it is answered.
+    """Stream a recording [S] at 24 kHz through the engine's core, then silence until answered.
 
     The answer is over after `end_silence` seconds below −40 dBFS since speech began; at most
     `max_seconds` of silence follow the recording. Frames are computed one by one, as live, but
@@ -755,9 +776,9 @@ def chat(
 
 
 def pipeline_ms(model: FrameModel[Any], compute_ms: float) -> float:
-    """Delay from a sound to the model's own: 80 ms of framing + acoustic delay + codec + compute."""
+    """Delay from a sound in to a sound out: 80 ms of framing + acoustic delay + codec + compute."""
     frames = (1 + model.delay_frames) * FRAME_SECONDS * 1000
-    return frames + model.codec_delay * 1000 / SAMPLE_RATE + compute_ms
+    return frames + model.codec.delay * 1000 / SAMPLE_RATE + compute_ms
 
 
 def frame_metrics(compute_ms: Sequence[float], suffix: str = "") -> dict[str, Metric]:

@@ -1,9 +1,9 @@
 """What goes over the wire: messages ↔ bytes, sound ↔ bytes. Nothing here imports torch.
 
-One binary WebSocket message on `/api/chat` is one message; its first byte is the kind. Kinds 0–7 are
-those of the public Moshi servers and clients, so either side may be one of theirs. Public web clients
-throw on a kind above 7, therefore everything that is ours (session facts, what was heard, levels,
-latencies) travels as JSON in kind 4, an object whose `type` names it:
+One binary WebSocket message on `/api/chat` is one message; its first byte is the kind. Kinds 0–7
+are those of the public Moshi servers and clients, so either side may be one of theirs. Public web
+clients throw on a kind above 7, therefore everything that is ours (session facts, what was heard,
+levels, latencies) travels as JSON in kind 4, an object whose `type` names it:
 
     {"type": "session", "format": "opus", "seed": 7, …}         once, right after the handshake
     {"type": "heard", "text": "…"}                              what the model heard, piece by piece
@@ -134,9 +134,7 @@ class Unknown:
     payload: bytes
 
 
-Message = (
-    Handshake | Audio | Text | Control | Metadata | Error | Ping | ColoredText | Unknown
-)
+Message = Handshake | Audio | Text | Control | Metadata | Error | Ping | ColoredText | Unknown
 
 
 def encode(message: Message) -> bytes:
@@ -282,10 +280,10 @@ class PcmDecoder:
         data = self._rest + data
         whole = len(data) - len(data) % self._dtype.itemsize
         self._rest = data[whole:]
-        samples = np.frombuffer(data[:whole], self._dtype)
+        pcm = np.frombuffer(data[:whole], self._dtype).astype(np.float32)
         if self._dtype.kind == "i":
-            return samples.astype(np.float32) / 32767
-        pcm = samples.astype(np.float32)
+            pcm /= 32767
+            return pcm
         # One NaN would stay in the session's key-value cache for good.
         if not np.isfinite(pcm).all():
             raise ProtocolError("the sound holds a sample that is not a finite number")
@@ -353,12 +351,14 @@ class SessionParams:
     def __post_init__(self) -> None:
         for name in ("text_temperature", "audio_temperature"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and 0 <= value <= 5):
-                raise UserError(f"{name}={value} is out of range; choose 0 (greedy) to 5.")
+            if value is not None and not (math.isfinite(value) and 0 <= value <= 10):
+                raise UserError(f"{name}={value} is out of range; choose 0 (greedy) to 10.")
         for name in ("text_topk", "audio_topk"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**31:
-                raise UserError(f"{name}={value} is out of range; choose 0 (all) or more.")
+                raise UserError(
+                    f"{name}={value} is out of range; choose 1 or more, or 0 (the model's own)."
+                )
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed} is out of range; choose 0 to 2**63 - 1.")
 

@@ -6,12 +6,12 @@
     GET /metrics          Prometheus text
     GET /web/…            the JavaScript client
 
-Who comes when every slot is taken is told so (kind 5) and closed with code 1013; who brings no valid
-key is turned away with 401 before the WebSocket opens. On SIGTERM the server takes no new calls,
-tells those that live, and leaves when the last has ended or `drain_seconds` have passed.
+Who comes when every slot is taken is told so (kind 5) and closed with code 1013; who brings no
+valid key is turned away with 401 before the WebSocket opens. On SIGTERM the server takes no new
+calls, tells those that live, and leaves when the last has ended or `drain_seconds` have passed.
 
-One task reads a socket, one writes it; neither computes. Opus, which costs milliseconds a frame, runs
-in asyncio's thread pool.
+One task reads a socket, one writes it; neither computes. Opus, which costs milliseconds a frame,
+runs in asyncio's thread pool.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ServerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     api_keys: frozenset[str] = frozenset()
-    """Keys that open `/api/chat`, in the header `kyutai-api-key` or `?auth_id=`; none: open to all."""
+    """Keys that open `/api/chat` (header `kyutai-api-key` or `?auth_id=`); none: open to all."""
     ping_seconds: float = Field(8.0, gt=0)
     """A ping goes out this often. Public web clients hang up after 10 s without a message, so
     exactly 10 s would race them."""
@@ -126,9 +126,7 @@ class _Call:
         """Hold the conversation until either side ends it."""
         await self._send(protocol.Handshake())
         await self._send(protocol.Metadata(self._facts()))
-        tasks = [
-            asyncio.create_task(side) for side in (self._read(), self._write(), self._watch())
-        ]
+        tasks = [asyncio.create_task(side) for side in (self._read(), self._write(), self._watch())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -156,7 +154,10 @@ class _Call:
     async def _send(self, *messages: Message) -> None:
         async with self._sending:
             for message in messages:
-                await self._socket.send_bytes(protocol.encode(message))
+                try:
+                    await self._socket.send_bytes(protocol.encode(message))
+                except RuntimeError as error:  # closed by the layer below, between two messages
+                    raise WebSocketDisconnect(1006) from error
 
     async def _read(self) -> None:
         while True:
@@ -196,7 +197,7 @@ class _Call:
                 data = await asyncio.to_thread(self._encoder.encode, frame.pcm)
             else:
                 data = self._encoder.encode(frame.pcm)
-            await self._send(protocol.Audio(data), *self._extras(frame))
+            await self._send(*self._extras(frame), protocol.Audio(data))
 
     def _extras(self, frame: Frame) -> Iterable[Message]:
         if frame.text:
@@ -236,6 +237,9 @@ class _Call:
                 raise _Closed(f"nothing came for {config.idle_seconds:g} s", POLICY)
             if config.session_seconds is not None and now - began > config.session_seconds:
                 raise _Closed(f"a call lasts at most {config.session_seconds:g} s", POLICY)
+            # A client that does not read holds the lock; this clock must not wait for it.
+            if self._sending.locked():
+                continue
             if now - pinged >= config.ping_seconds:
                 pinged = now
                 await self._send(protocol.Ping())
@@ -391,14 +395,18 @@ class _DrainingServer(uvicorn.Server):
         self._engine = engine
         self._drain_seconds = drain_seconds
         self._deadline: float | None = None
+        self._leaving = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at the first SIGTERM; anything more ends at once."""
-        if sig == signal.SIGTERM and self._deadline is None:
-            # Only a note: a signal handler must not wait for the engine's lock.
+        """Drain at the first SIGTERM, end the calls at the next signal, give up at the third."""
+        # Only notes here: a signal handler must not wait for the engine's lock.
+        if self._leaving:
+            super().handle_exit(sig, frame)
+        elif sig == signal.SIGTERM and self._deadline is None:
             self._deadline = time.monotonic() + self._drain_seconds
         else:
             self._deadline = time.monotonic()
+            self._leaving = True
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second."""
@@ -414,12 +422,16 @@ class _DrainingServer(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises UserError when the address is taken or is not ours."""
+    """A listening socket. Raises UserError when the address is taken or is not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Inherited by every call. Left to itself the kernel would hold megabytes, a minute of sound,
+    # before a client that lags is noticed.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
     try:
         listener.bind((host, port))
+        listener.listen(128)
     except OSError as error:
         listener.close()
         reason = error.strerror or error
@@ -445,14 +457,13 @@ def run(
         settings = uvicorn.Config(
             app,
             log_level="warning",
-            lifespan="auto",
+            # uvicorn's own lines at "info" would print queries, and with them keys.
             ws_max_size=config.max_message_bytes,
             # Sound does not deflate; trying costs a millisecond a frame.
             ws_per_message_deflate=False,
             timeout_graceful_shutdown=5,
         )
-        address = listener.getsockname()
-        logger.warning("listening on http://%s:%d", host, address[1])
+        print(f"listening on http://{host}:{listener.getsockname()[1]}", flush=True)
         _DrainingServer(settings, engine, config.drain_seconds).run(sockets=[listener])
 
 

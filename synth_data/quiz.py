@@ -31,6 +31,9 @@ from typing import Any, Literal, TypeVar, cast, get_args
 import numpy as np
 import yaml
 
+from synth_data.text import normalize as word_form
+from synth_data.text import number_words
+
 _T = TypeVar("_T")
 Split = Literal["train", "heldout"]
 Kind = Literal[
@@ -100,6 +103,9 @@ class Question:
             "seven plus five"); an answer may echo them.
         fact: id of the fact, e.g. ``"plus:3+5"``.
         fact_heldout: whether the fact itself, not only the phrasing, is held out.
+        pause: a speaker may pause before any of the words (whitespace-separated, of ``text``) with
+            index in ``pause[0]..pause[1]``: what was said by then is no question yet. Empty where
+            every beginning is a question of its own ("Thank you" of "Thank you very much").
     """
 
     text: str
@@ -111,6 +117,7 @@ class Question:
     given: tuple[str, ...] = ()
     fact: str = ""
     fact_heldout: bool = False
+    pause: tuple[int, int] | tuple[()] = ()
 
     @property
     def candidates(self) -> tuple[str, ...]:
@@ -133,8 +140,6 @@ def _open() -> dict[str, Any]:
     return cast(dict[str, Any], yaml.safe_load(text))
 
 
-_UNITS: tuple[str, ...] = tuple(_data()["sequences"]["units"])
-_TENS: tuple[str, ...] = tuple(_data()["sequences"]["tens"])
 _DAYS: tuple[str, ...] = tuple(_data()["sequences"]["days"])
 _MONTHS: tuple[str, ...] = tuple(_data()["sequences"]["months"])
 
@@ -172,35 +177,18 @@ def sequence_heldout(words: Sequence[str]) -> bool:
     return len(words) > 1 and _bucket("repeat " + " ".join(words)) < _HELDOUT_SHARE
 
 
-# -------------------------------------------------------------------------------- numbers as words
-
-
-def number_words(n: int) -> str:
-    """``42`` → ``"forty two"``; 0 to 999, without hyphens, as words are counted everywhere here."""
-    if not 0 <= n < 1000:
-        raise ValueError(f"number_words says 0 to 999, not {n}")
-    if n < 20:
-        return _UNITS[n]
-    if n < 100:
-        ten, unit = divmod(n, 10)
-        return _TENS[ten - 2] + (f" {_UNITS[unit]}" if unit else "")
-    hundred, rest = divmod(n, 100)
-    return f"{_UNITS[hundred]} hundred" + (f" {number_words(rest)}" if rest else "")
+# ------------------------------------------------------------------------------------ normal form
 
 
 def normalize(text: str) -> str:
-    """Lower case, no punctuation, digits and contractions written out, hyphens opened."""
-    text = text.lower().replace("’", "'")
-    text = re.sub(r"\d{1,3}(?!\d)", lambda m: f" {number_words(int(m.group()))} ", text)
-    text = re.sub(r"[^a-z']+", " ", text)
-    words = (_CONTRACTIONS.get(word, word).strip("'") for word in text.split())
-    return " ".join(word for word in words if word)
+    """The word form of ``text.normalize``, with contractions written out ("don't" → "do not")."""
+    return " ".join(_CONTRACTIONS.get(word, word) for word in word_form(text).split())
 
 
 def _number_mentions(words: list[str]) -> list[str]:
     """Maximal number phrases, left to right: "twenty one" is one mention, and not of "one"."""
-    unit = {word: n for n, word in enumerate(_UNITS)}
-    ten = {word: 20 + 10 * n for n, word in enumerate(_TENS)}
+    unit = {number_words(n): n for n in range(20)}
+    ten = {number_words(n): n for n in range(20, 100, 10)}
 
     def below_hundred(i: int) -> tuple[int, int] | None:
         """The value of the phrase that begins at ``i``, and where it ends."""
@@ -610,6 +598,21 @@ def _repeat_fact(rng: np.random.Generator, heldout: bool) -> _Fact:
     return _Fact({"x": text}, f"{text}.", (text,), "repeat", (), f"repeat:{text}", heldout=heldout)
 
 
+def _pause(phrasing: str, fill: Mapping[str, str], opener: int) -> tuple[int, int] | tuple[()]:
+    """Where a speaker may hesitate: anywhere up to the last word that the answer depends on.
+
+    Not within the facts themselves ("twenty | one" is answered after "twenty"), and not after a
+    fact that stands first ("seven | plus five": seven alone is a question).
+    """
+    last = max(phrasing.rindex("{" + name + "}") for name in fill)
+    words = phrasing[:last].format(**fill).split()
+    first = opener + 1
+    if phrasing.startswith("{"):
+        first = opener + len(words)  # "Seven plus | five?"
+    final = opener + len(words)
+    return (first, final) if words and first <= final else ()
+
+
 def draw(
     rng: np.random.Generator, split: Split, category: str, *, opener: float = 0.12
 ) -> Question:
@@ -650,11 +653,13 @@ def draw(
     phrasings = _phrasings(source, split)
     if new_fact:
         phrasings += _phrasings(source, "train")
-    text = _pick(rng, phrasings).format(**fact.fill)
+    phrasing = _pick(rng, phrasings)
+    text = phrasing.format(**fact.fill)
     # A number said alone is the whole utterance.
     chance = 0.0 if category == "next_number" else opener
+    opened = _open_with(rng, split, text, chance)
     return Question(
-        _open_with(rng, split, text, chance),
+        opened,
         _sentence(fact.answer),
         fact.keys,
         category,
@@ -663,6 +668,7 @@ def draw(
         fact.given,
         fact.name,
         new_fact,
+        _pause(phrasing, fact.fill, len(opened.split()) - len(text.split())),
     )
 
 
@@ -674,14 +680,18 @@ def _draw_unknown(rng: np.random.Generator, split: Split, opener: float) -> Ques
     else:
         fillers = {name: _pick(rng, values) for name, values in data["fillers"].items()}
         text = _pick(rng, data["templates"]).format(**fillers)
+    opened = _open_with(rng, split, text, opener)
+    # The first half of an open question asks nothing that could be answered.
+    half = len(opened.split()) // 2
     return Question(
-        _open_with(rng, split, text, opener),
+        opened,
         _data()["refusal"],
         ("do not know",),
         UNKNOWN,
         split,
         "refusal",
         fact=f"{UNKNOWN}:{normalize(text)}",
+        pause=(2, half) if half >= 2 else (),
     )
 
 
@@ -721,7 +731,7 @@ def out_of_world(split: Split, n: int, seed: int) -> list[Question]:
     rng = np.random.default_rng([seed, 2 if split == "train" else 3])
     found: dict[str, Question] = {}
     extra: list[Question] = []
-    for _ in range(50 * n):
+    for _ in range(10 * n):
         if len(found) == n:
             break
         question = draw(rng, split, UNKNOWN)

@@ -184,13 +184,10 @@ def shard_paths(source: Path | str) -> list[Path]:
         UserError: there is none.
     """
     source = Path(source)
-    if source.is_dir():
-        paths = source.glob("*.tar")
-    elif source.is_file():
-        paths = iter([source])
-    else:
-        paths = source.parent.glob(source.name)
-    found = sorted(paths)
+    if source.is_file():
+        return [source]
+    folder, pattern = (source, "*.tar") if source.is_dir() else (source.parent, source.name)
+    found = sorted(folder.glob(pattern))
     if not found:
         raise UserError(f"no shard (*.tar) in {str(source)!r}")
     return found

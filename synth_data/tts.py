@@ -16,6 +16,7 @@ or ``flite:rms``::
     'two'
 """
 
+import _ctypes
 import ctypes
 import ctypes.util
 import functools
@@ -24,7 +25,7 @@ import math
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -143,18 +144,16 @@ class Voice:
 
     def jitter(self, rng: np.random.Generator) -> "Voice":
         """The same voice on another day: speed within ±10%, pitch within ±8%, range within ±20%."""
-        spread = {"rate": 0.10, "pitch": 0.08, "range": 0.20}
-        drawn: dict[str, float] = {}
-        for setting, width in spread.items():
-            low, high = _LIMITS[self.engine][setting]
-            neutral = _NEUTRAL[self.engine].get(setting)
-            value = getattr(self, setting)
+        drawn: dict[str, float | None] = {}
+        for setting, width in (("rate", 0.10), ("pitch", 0.08), ("range", 0.20)):
+            own: float | None = getattr(self, setting)
+            value = _NEUTRAL[self.engine].get(setting) if own is None else own
             factor = 1 + width * rng.uniform(-1, 1)  # Drawn always: one voice takes three draws.
-            if value is None and neutral is None:
-                continue  # The engine alone knows this voice's value (a flite voice's own F0).
-            moved = (neutral if value is None else value) * factor
-            drawn[setting] = float(f"{min(max(moved, low), high):.4g}")
-        return replace(self, **drawn)
+            if value is not None:  # Else only the engine knows: a flite voice's own F0.
+                low, high = _LIMITS[self.engine][setting]
+                value = float(f"{min(max(value * factor, low), high):.4g}")
+            drawn[setting] = value
+        return Voice(self.engine, self.name, drawn["rate"], drawn["pitch"], drawn["range"])
 
 
 _LIMITS: dict[str, dict[str, tuple[float, float]]] = {
@@ -277,7 +276,7 @@ class Espeak:
             samples, events = self._run(text, voice)
         if not samples:
             raise UserError(f"text {text!r} holds nothing that voice {str(voice)!r} can speak")
-        pcm = np.concatenate(samples).astype(np.float32) / 32768
+        pcm = np.concatenate(samples).astype(np.float32) / np.float32(32768)
         words = _words_from_events(tokens, events, pcm, self.sample_rate)
         return Utterance(pcm, self.sample_rate, words)
 
@@ -331,8 +330,6 @@ class Espeak:
             library.espeak_Synchronize()
             library.espeak_Terminate()
         finally:
-            import _ctypes
-
             _ctypes.dlclose(library._handle)
         return samples, events
 
@@ -502,7 +499,7 @@ class Flite:
             wave = library.utt_wave(utterance).contents
             pcm = np.ctypeslib.as_array(wave.samples, (wave.num_samples,)).astype(np.float32)
             times = list(self._token_times(utterance))
-            return pcm / 32768, int(wave.sample_rate), times
+            return pcm / np.float32(32768), int(wave.sample_rate), times
         finally:
             library.delete_utterance(utterance)
 
@@ -554,7 +551,7 @@ def _flite_library(name: str) -> ctypes.CDLL:
 
 @functools.cache
 def _engine(name: str) -> Synthesizer:
-    return {"espeak": Espeak, "flite": Flite}[name]()
+    return Espeak() if name == "espeak" else Flite()
 
 
 def get_engine(name: Literal["espeak", "flite"] | str) -> Synthesizer:

@@ -20,14 +20,22 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from scipy import fft
 from torch import Tensor
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
 from audio_codec.errors import UserError
-from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig, ctc_loss, spell
+from audio_codec.speech_tokenizer import (
+    SpeechTokenizer,
+    TokenizerConfig,
+    ctc_loss,
+    greedy_text,
+    spell,
+)
 from speechlm.training.run import OptimizerConfig, Run, RunConfig, clip_gradients
 from synth_data import shards
+from synth_data.text import normalize
 from synth_data.verify import word_errors
 
 log = logging.getLogger(__name__)
@@ -117,9 +125,10 @@ def load_utterances(folders: Sequence[Path], max_seconds: float) -> list[Utteran
             if sample.pcm is None or not sample.text or sample.seconds > max_seconds:
                 continue
             pcm = (sample.pcm[0].clip(-1, 1) * 32767).astype(np.int16)
-            found.append(Utterance(pcm, sample.text, sample.voices[0]))
+            found.append(Utterance(pcm, normalize(sample.text), sample.voices[0]))
     if not found:
-        raise UserError(f"data: no utterance of up to {max_seconds} s in {list(map(str, folders))}.")
+        where = ", ".join(map(str, folders))
+        raise UserError(f"data: no utterance with text of up to {max_seconds} s in {where}.")
     return found
 
 
@@ -156,9 +165,10 @@ def disturb(
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Gain, band limit and noise on one utterance [S]."""
     if rng.random() < config.band_share:
-        spectrum = np.fft.rfft(pcm)
-        spectrum[int(rng.uniform(*config.band_hz) / SAMPLE_RATE * len(pcm)) :] = 0
-        pcm = np.fft.irfft(spectrum, len(pcm)).astype(np.float32)
+        size = fft.next_fast_len(len(pcm), real=True)  # a prime length costs ten times as much
+        spectrum = fft.rfft(pcm, size)
+        spectrum[int(rng.uniform(*config.band_hz) / SAMPLE_RATE * size) :] = 0
+        pcm = fft.irfft(spectrum, size)[: len(pcm)]
     if rng.random() < config.noise_share:
         if noise and rng.random() < 0.7:
             clip = noise[rng.integers(len(noise))]
@@ -240,8 +250,8 @@ def evaluate_wer(
             batch = collate(chosen, (), None, rng)
             said = transcribe(model, batch.pcm.to(device), batch.frames, quantized=quantized)
             for utterance, text in zip(chosen, said, strict=True):
-                wrong, total = word_errors(utterance.text, text)
-                errors, words = errors + wrong, words + total
+                score = word_errors(utterance.text, text)
+                errors, words = errors + score.errors, words + score.words
     model.train()
     return errors / max(1, words)
 
@@ -249,9 +259,7 @@ def evaluate_wer(
 def transcribe(
     model: SpeechTokenizer, pcm: Tensor, frames: Tensor, *, quantized: bool = True
 ) -> list[str]:
-    """Greedy transcripts of padded sound [B, 1, S], through the bottleneck or around its rounding."""
-    from audio_codec.speech_tokenizer import greedy_text
-
+    """Greedy transcripts of padded sound [B, 1, S], through the bottleneck or past its rounding."""
     bounded = model.quantizer.bound(model.features(model.mel(pcm)))
     values = model.quantizer.values(model.quantizer.digits(bounded)) if quantized else bounded
     best = model.characters(values).argmax(-1)
@@ -330,7 +338,7 @@ def _share(config: TrainConfig, step: int) -> float:
 
 
 class _Order:
-    """Which utterances each step sees: a function of the seed alone, so that a resume needs no state."""
+    """Which utterances each step sees: a function of the seed, so a resume needs no state."""
 
     def __init__(
         self,

@@ -94,6 +94,7 @@ def test_the_fixed_commands_exist(run: Run, group: str, commands: list[str]) -> 
 
 class Config(BaseModel):
     steps: int = 10
+    output: Path = Path("shards")
 
 
 @pytest.mark.parametrize("trainee", ["tokenizer", "codec", "lm"])
@@ -101,13 +102,19 @@ def test_train_hands_over_the_validated_recipe(
     run: Run, room: Callable[..., None], tmp_path: Path, trainee: str
 ) -> None:
     calls: list[tuple[int, bool]] = []
+
+    def train(config: Config, resume: bool) -> Path:
+        calls.append((config.steps, resume))
+        return tmp_path / "checkpoint"
+
     room(
         f"speechlm.training.{trainee}",
         TrainConfig=Config,
-        train=lambda config, resume: calls.append((config.steps, resume)),
+        train=train,
     )
     (tmp_path / "c.yaml").write_text("steps: 3\n")
-    assert run("train", trainee, tmp_path / "c.yaml")[0] == 0
+    status, out, _ = run("train", trainee, tmp_path / "c.yaml")
+    assert (status, out.strip()) == (0, str(tmp_path / "checkpoint"))
     assert run("train", trainee, tmp_path / "c.yaml", "steps=4", "--resume")[0] == 0
     assert calls == [(3, False), (4, True)]
     status, out, err = run("train", trainee, tmp_path / "c.yaml", "step=4")
@@ -120,15 +127,24 @@ def test_synth_hands_over_the_validated_recipe(
     run: Run, room: Callable[..., None], tmp_path: Path
 ) -> None:
     calls: list[tuple[str, int]] = []
+
+    def built(what: str) -> Callable[[Config], SimpleNamespace]:
+        def build(config: Config) -> SimpleNamespace:
+            calls.append((what, config.steps))
+            return SimpleNamespace(samples=7, seconds=1800.0, written=2, kept=1, dropped=["x"])
+
+        return build
+
     room(
         "synth_data.build",
         SpeechConfig=Config,
         DialoguesConfig=Config,
-        build_speech=lambda config: calls.append(("speech", config.steps)),
-        build_dialogues=lambda config: calls.append(("dialogues", config.steps)),
+        build_speech=built("speech"),
+        build_dialogues=built("dialogues"),
     )
     (tmp_path / "c.yaml").write_text("steps: 3\n")
-    assert run("synth", "speech", tmp_path / "c.yaml")[0] == 0
+    status, out, _ = run("synth", "speech", tmp_path / "c.yaml")
+    assert status == 0 and out.startswith("shards: 7 samples, 0.50 h in 2 new shards; 1 stood")
     assert run("synth", "dialogues", tmp_path / "c.yaml", "steps=4")[0] == 0
     assert calls == [("speech", 3), ("dialogues", 4)]
     assert run("synth", "speech", tmp_path / "none.yaml")[0] == 2
@@ -200,11 +216,37 @@ def test_chat_with_bad_input_overwrites_nothing(run: Run, tmp_path: Path) -> Non
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.wav", "kept.wav", "q.wav"]
 
 
-def test_a_real_process_exits_with_two_and_one_line() -> None:
+def test_serve_talk_demo_and_bench_hand_over(
+    run: Run, room: Callable[..., None], tmp_path: Path
+) -> None:
+    calls: list[Any] = []
+    room(
+        "streaming.server",
+        ServerConfig=lambda api_keys: sorted(api_keys),
+        serve=lambda model, **options: calls.append((model, options)),
+    )
+    room("streaming.client", talk=lambda url, api_key: calls.append((url, api_key)))
+    room("demo.app", launch=lambda model, **options: calls.append((model, options)))
+    room("speechlm.convert", load=lambda name: name)
+    room("streaming.bench", frame_times=lambda model, slots: {"slots": Metric(slots)})
+    assert run("serve", "--port", 1, "--slots", 3, "--api-key", "b", "--api-key", "a")[0] == 0
+    assert run("talk", "--url", "ws://x", "--api-key", "a")[0] == 0
+    assert run("demo", "--host", "0.0.0.0")[0] == 0
+    assert run("bench", "--slots", 2, "--json", tmp_path / "b.json")[0] == 0
+    options = {"host": "127.0.0.1", "port": 1, "slots": 3, "config": ["a", "b"]}
+    assert calls == [
+        ("tiny", options),
+        ("ws://x", "a"),
+        ("tiny", {"host": "0.0.0.0", "port": 7860}),
+    ]
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert (written["command"], written["metrics"]["slots"]["value"]) == ("bench", 2)
+
+
+def test_a_real_process_exits_with_two_and_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "speechlm.cli", "chat", "--input=q.wav", "--output=a.xyz"],
+        [sys.executable, "-m", "speechlm.cli", "eval", "codec", "--json", str(tmp_path)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.startswith("speechlm: Cannot write sound as 'a.xyz': ")
-    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr == f"speechlm: {tmp_path} is a folder; name a file.\n"

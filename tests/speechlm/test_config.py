@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from audio_codec.errors import UserError
 from speechlm.config import build, load_config
@@ -35,6 +35,12 @@ class Whole(BaseModel):
     noises: dict[str, Noise] = {}
     where: Path = Path("runs")
     bounds: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _rule(self) -> Whole:
+        if self.name == self.part.kind:
+            raise ValueError("name and part.kind must differ")
+        return self
 
 
 @pytest.fixture
@@ -138,6 +144,10 @@ def test_a_typo_in_a_required_key_is_called_a_typo(tmp_path: Path) -> None:
 def test_a_wrong_value_is_one_sentence(recipe: Path, override: str, says: list[str]) -> None:
     said = message(recipe, [override])
     assert all(word in said for word in says), said
+
+
+def test_a_rule_about_the_whole_is_told_as_it_stands(recipe: Path) -> None:
+    assert message(recipe, ["name=fast"]) == f"{recipe}: name and part.kind must differ."
 
 
 def test_several_mistakes_are_counted(recipe: Path) -> None:

@@ -1,0 +1,101 @@
+"""Checkpoints of the whole model, in and out.
+
+A checkpoint directory holds
+
+    config.json          LMConfig
+    model.safetensors    the language model
+    text.model           its text pieces
+    card.json            what it was trained on, its measured scores
+    codec/               the codec of its codes, a checkpoint of its own
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from audio_codec import checkpoint as checkpoints
+from audio_codec.codec import load_codec
+from audio_codec.errors import UserError
+from speechlm.data import TextTokenizer
+from speechlm.duplex import Duplex
+from speechlm.model import LMConfig, SpeechLM
+
+TEXT_MODEL = "text.model"
+
+checkpoints.register_shipped("tiny", Path(__file__).parent / "pretrained" / "tiny")
+
+
+def load_tokenizer(path: Path) -> TextTokenizer:
+    """The text pieces in a checkpoint directory. Raises UserError when there are none."""
+    try:
+        return TextTokenizer((path / TEXT_MODEL).read_bytes())
+    except OSError as error:
+        raise UserError(f"model '{path}' has no {TEXT_MODEL}: {error.strerror}.") from error
+
+
+def load_lm(name_or_path: str | Path) -> tuple[SpeechLM, TextTokenizer]:
+    """Language model and text pieces, without the codec.
+
+    Raises UserError when there is no such model or it is broken.
+    """
+    found = checkpoints.load(name_or_path)
+    model = SpeechLM(checkpoints.parse_config(LMConfig, found))
+    checkpoints.restore(model, found)
+    return model.eval(), load_tokenizer(found.path)
+
+
+def find_codec(name_or_path: str | Path) -> str:
+    """Where the codec of a model is: the folder in its checkpoint, or what its config names."""
+    found = checkpoints.load(name_or_path)
+    named = checkpoints.parse_config(LMConfig, found).codec
+    inside = found.path / named
+    return str(inside) if inside.is_dir() else named
+
+
+def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Duplex:
+    """The whole model, ready to talk: `"tiny"` (shipped), a directory or `hf://org/name`.
+
+    Raises UserError when there is no such model or it is broken.
+    """
+    model, tokenizer = load_lm(name_or_path)
+    codec = load_codec(find_codec(name_or_path))
+    return Duplex(codec.to(device), model.to(device).requires_grad_(False), tokenizer)
+
+
+def save(
+    directory: str | Path,
+    model: SpeechLM,
+    tokenizer: TextTokenizer,
+    *,
+    dtype: checkpoints.StoredType = "bf16",
+    card: Mapping[str, Any] | None = None,
+    bundle: bool = True,
+) -> Path:
+    """Write a checkpoint directory; with `bundle` the codec that its config names is copied in."""
+    target = Path(directory)
+    config = model.config
+    codec = checkpoints.resolve(config.codec) if bundle else None
+    if codec is not None:
+        config = config.model_copy(update={"codec": "codec"})
+    fresh = checkpoints.save(
+        target.with_name(f".{target.name}.{os.getpid()}.tmp"),
+        config,
+        model.state_dict(),
+        dtype=dtype,
+        files={TEXT_MODEL: tokenizer.model},
+        card=card,
+    )
+    try:
+        if codec is not None:
+            shutil.copytree(codec, fresh / "codec")
+        checkpoints.replace_directory(fresh, target)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    return target

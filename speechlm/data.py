@@ -1,0 +1,696 @@
+"""From shards and text to packed batches of columns, exactly resumable.
+
+A *document* is a matrix of columns with loss weights. Each row of a batch (a *lane*) reads its own
+endless sequence of documents, one after the other; document n of a lane is a pure function of the
+seed, the lane and n. So the whole position in the data is two numbers a lane, and a resumed run
+sees what an uninterrupted one would have seen.
+
+    lane 0   │ dialogue 17 ────────────┬ dialogue 4 ─────── … │  goes on in the next row, its first
+    lane 1   │ dialogue 9 ──────┬ dialogue 30 ───────────── … │  input there the column before
+    lane 2   │ text ┬ text ┬ text ┬ text ┬ (padding)          │  text is never cut
+
+Shards name no vocabulary: ids are given here, when they are loaded.
+
+Shapes: S streams, K codebooks, T frames or columns, B rows.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from audio_codec.audio import FRAME_RATE
+from audio_codec.errors import UserError
+from speechlm.model import Batch
+from speechlm.streams import ABSENT, BOS, EOS, EPAD, PAD, SPEECH, TEXT, Streams
+from synth_data import quiz, shards
+from synth_data.dialogue import ASSISTANT, USER
+from synth_data.text import normalize, sentences_from, spell_out
+from synth_data.tts import Word
+
+Ids = npt.NDArray[np.int32]
+Weights = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.integer[Any]]
+
+# ------------------------------------------------------------------------------------ text pieces
+
+_SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<epad>", "<speech>", "<text>")
+
+
+class TextTokenizer:
+    """Words ↔ pieces (SentencePiece unigram, arXiv 1808.06226), lower-case, one word at a time."""
+
+    def __init__(self, model: bytes) -> None:
+        """`model` is the content of a `text.model`. Raises UserError when it is not one of ours."""
+        self.model = model
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError(f"text.model is not a SentencePiece model: {error}") from error
+        self.size: int = self._processor.get_piece_size()
+        found = tuple(self._processor.id_to_piece(i) for i in range(min(self.size, len(_SPECIAL))))
+        if found != _SPECIAL:
+            raise UserError(f"text.model begins with the pieces {found}, expected {_SPECIAL}.")
+        self._words: dict[str, tuple[int, ...]] = {}
+
+    def word(self, text: str) -> tuple[int, ...]:
+        """Pieces of one word."""
+        if text not in self._words:
+            self._words[text] = tuple(self._processor.encode(text.lower()))
+        return self._words[text]
+
+    def encode(self, text: str) -> list[int]:
+        """Pieces of a sentence; numbers and symbols are spelled out, punctuation is dropped."""
+        return [piece for word in normalize(spell_out(text)).split() for piece in self.word(word)]
+
+    def pieces(self) -> list[str]:
+        """What each id adds to a text; special pieces add nothing."""
+        texts = [self._processor.id_to_piece(i).replace("▁", " ") for i in range(self.size)]
+        return ["" if number < len(_SPECIAL) else text for number, text in enumerate(texts)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text that pieces spell; special pieces are passed over."""
+        pieces = self.pieces()
+        return "".join(pieces[i] for i in ids).strip()
+
+
+def train_text_tokenizer(texts: Iterable[str], vocab: int = 2000) -> TextTokenizer:
+    """Learn a vocabulary of at most `vocab` pieces from sentences.
+
+    The same texts give the same vocabulary. Raises UserError when `vocab` has no room for the
+    special pieces and the letters.
+    """
+    sentences = (normalize(spell_out(text)) for text in texts)
+    model = io.BytesIO()
+    letters = "abcdefghijklmnopqrstuvwxyz'"
+    least = len(_SPECIAL) + 2 * len(letters)
+    if vocab < least:
+        raise UserError(f"vocab is {vocab}; at least {least} are needed.")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(sentence for sentence in sentences if sentence),
+        model_writer=model,
+        vocab_size=vocab,
+        hard_vocab_limit=False,  # a small corpus may have fewer pieces
+        model_type="unigram",
+        character_coverage=1.0,
+        required_chars=letters,
+        byte_fallback=False,
+        normalization_rule_name="identity",
+        pad_id=0,
+        unk_id=1,
+        bos_id=2,
+        eos_id=3,
+        pad_piece=_SPECIAL[0],
+        unk_piece=_SPECIAL[1],
+        bos_piece=_SPECIAL[2],
+        eos_piece=_SPECIAL[3],
+        control_symbols=list(_SPECIAL[4:]),
+        num_threads=1,
+        minloglevel=2,
+    )
+    return TextTokenizer(model.getvalue())
+
+
+def place(
+    words: Sequence[Word],
+    frames: int,
+    tokenizer: TextTokenizer,
+    *,
+    at: Literal["start", "end"],
+    offset: int = 0,
+    epad: bool = True,
+) -> Ids:
+    """Pieces of words on the frames: int32 [T].
+
+    The first piece of a word stands `offset` frames from the frame its start falls into, or from
+    the one after its end; the word's other pieces follow frame by frame, and a word whose place is
+    taken waits until it is free. All else is PAD, but EPAD in a free frame right before a word.
+    """
+    row = np.full(frames, PAD, np.int32)
+    free = 0
+    for word in words:
+        if at == "start":
+            anchor = math.floor(word.start * FRAME_RATE + 1e-6)
+        else:
+            anchor = math.ceil(word.end * FRAME_RATE - 1e-6)
+        first = max(anchor + offset, free)
+        if epad and free < first <= frames:
+            row[first - 1] = EPAD
+        pieces = tokenizer.word(word.text)[: max(0, frames - first)]
+        row[first : first + len(pieces)] = pieces
+        free = first + len(pieces)
+    return row
+
+
+# -------------------------------------------------------------------------------------- documents
+
+
+class WeightConfig(BaseModel):
+    """What is learned how much, and where words stand."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pad: float = Field(0.5, ge=0)
+    """Weight of PAD on a text stream, beside 1 of a piece."""
+    semantic: float = Field(3.0, ge=0)
+    """Weight of a semantic code, beside 1 of an acoustic one."""
+    question: float = Field(0.2, ge=0)
+    """Weight of the question's pieces in a text-only document: what a user asks is free."""
+    silence: float = Field(0.15, ge=0, le=1)
+    """Share of the assistant's silent frames whose codes are learned, far from its speech."""
+    margin: float = Field(1.0, ge=0)
+    """Seconds around its speech in which all are."""
+    lead: int = 0
+    """Frames that the assistant's text runs ahead of its voice."""
+    heard_delay: int = Field(2, ge=0)
+    """Frames after the end of a user's word before it is written down."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Columns with what is to be learned from each."""
+
+    columns: Ids  # [S, T + 1]; the first is input only
+    weights: Weights  # [S, T], of the columns 1 … T as targets
+    whole: bool = False
+    """Never cut in two."""
+
+
+def _assemble(streams: Streams, frames: Ids) -> Ids:
+    """Frames [S, T] → start column and T columns [S, T + 1]."""
+    time = frames.shape[1]
+    columns = streams.delay(torch.from_numpy(frames)).numpy()[:, :time]
+    return np.concatenate((np.array(streams.sizes, np.int32)[:, None], columns), axis=1)
+
+
+def _text_weights(row: Ids, piece: float, pad: float) -> Weights:
+    weights = np.where(row == PAD, np.float32(pad), np.float32(piece))
+    return np.where(row == ABSENT, np.float32(0), weights)
+
+
+def speaking_frames(words: Sequence[Word], frames: int, margin: float) -> npt.NDArray[np.bool_]:
+    """Frames within `margin` seconds of a word: bool [T]."""
+    near = np.zeros(frames, bool)
+    for word in words:
+        begin = max(0, math.floor((word.start - margin) * FRAME_RATE))
+        near[begin : max(begin, math.ceil((word.end + margin) * FRAME_RATE))] = True
+    return near
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A conversation in ids, as it is held in memory."""
+
+    codes: npt.NDArray[np.uint16]  # [2, K, T], assistant and user
+    text: Ids  # [T]
+    heard: Ids  # [T]
+    near: npt.NDArray[np.bool_]  # [T] at or around the assistant's speech
+
+
+def encode_dialogue(
+    sample: shards.Sample, streams: Streams, tokenizer: TextTokenizer, config: WeightConfig
+) -> Dialogue:
+    """Give ids to a two-channel sample. Raises UserError when its codes are not for this model."""
+    if sample.codes is None:
+        raise UserError(f"sample '{sample.id}' has no codes; build its shards with a codec.")
+    channels, k, frames = sample.codes.shape
+    if channels != 2 or k != streams.k:
+        raise UserError(
+            f"sample '{sample.id}' has codes of {channels} channels × {k} codebooks; "
+            f"expected 2 × {streams.k}."
+        )
+    said, asked = sample.words[ASSISTANT], sample.words[USER]
+    delay = config.heard_delay
+    return Dialogue(
+        codes=sample.codes,
+        text=place(said, frames, tokenizer, at="start", offset=-config.lead),
+        heard=place(asked, frames, tokenizer, at="end", offset=delay, epad=False),
+        near=speaking_frames(said, frames, config.margin),
+    )
+
+
+def dialogue_document(
+    dialogue: Dialogue, streams: Streams, config: WeightConfig, rng: np.random.Generator
+) -> Document:
+    """A duplex document; `rng` picks the silent frames whose codes are learned."""
+    frames = np.empty((streams.count, len(dialogue.text)), np.int32)
+    frames[streams.text_index] = dialogue.text
+    frames[streams.own] = dialogue.codes[ASSISTANT]
+    frames[streams.user] = dialogue.codes[USER]
+    if streams.heard:
+        frames[streams.heard_index] = dialogue.heard
+    columns = _assemble(streams, frames)
+    targets = columns[:, 1:]
+    weights = np.zeros(targets.shape, np.float32)
+    weights[streams.text_index] = _text_weights(dialogue.text, 1.0, config.pad)
+    if streams.heard:
+        weights[streams.heard_index] = _text_weights(dialogue.heard, 1.0, config.pad)
+    kept = dialogue.near | (rng.random(len(dialogue.near)) < config.silence)
+    weights[streams.own] = _code_weights(targets[streams.own], streams, config) * kept
+    return Document(columns, weights)
+
+
+def _code_weights(codes: Ids, streams: Streams, config: WeightConfig) -> Weights:
+    """Weights of own codes [K, T]: none in the delay gap."""
+    sizes = np.array(streams.code_sizes)[:, None]
+    weights = np.ones(codes.shape, np.float32)
+    weights[0] = config.semantic
+    return np.where((codes >= 0) & (codes < sizes), weights, np.float32(0))
+
+
+def question_document(
+    turns: Sequence[tuple[str, str]],
+    streams: Streams,
+    tokenizer: TextTokenizer,
+    config: WeightConfig,
+    pace: Callable[[int], int] | None = None,
+) -> Document:
+    """Questions and answers without sound: the question is heard, the answer said.
+
+    Without a `pace` a piece takes a frame; with one, a word of n pieces takes `pace(n)` frames, so
+    that PADs stand between the words as in a real conversation. A model without a `heard` stream
+    reads the question on its text stream.
+    """
+    rows: dict[str, list[int]] = {"heard": [], "text": []}
+    weights: dict[str, list[float]] = {"heard": [], "text": []}
+
+    def say(name: str, text: str, weight: float) -> None:
+        other = "text" if name == "heard" else "heard"
+        for word in normalize(spell_out(text)).split():
+            pieces = tokenizer.word(word)
+            gap = max(0, pace(len(pieces)) - len(pieces)) if pace else 0
+            # In a conversation the piece comes once a word was heard, but as a word is begun.
+            run = [PAD] * gap + [*pieces] if name == "heard" else [*pieces] + [PAD] * gap
+            rows[name] += run
+            weights[name] += [weight if piece != PAD else weight * config.pad for piece in run]
+            rows[other] += [PAD] * len(run)
+            weights[other] += [config.pad] * len(run)
+
+    for question, answer in turns:
+        say("heard" if streams.heard else "text", question, config.question)
+        rows["text"].append(EPAD)
+        weights["text"].append(1.0)
+        rows["heard"].append(PAD)
+        weights["heard"].append(config.pad)
+        say("text", answer, 1.0)
+    rows["text"].append(PAD)
+    weights["text"].append(config.pad)
+    rows["heard"].append(PAD)
+    weights["heard"].append(config.pad)
+    frames = np.full((streams.count, len(rows["text"])), ABSENT, np.int32)
+    loss = np.zeros(frames.shape, np.float32)
+    frames[streams.text_index] = rows["text"]
+    loss[streams.text_index] = weights["text"]
+    if streams.heard:
+        frames[streams.heard_index] = rows["heard"]
+        loss[streams.heard_index] = weights["heard"]
+    return Document(_silent(streams, frames), loss, whole=True)
+
+
+def _silent(streams: Streams, columns: Ids) -> Ids:
+    """A start column in front of columns [S, T] that stand as they are."""
+    return np.concatenate((np.array(streams.sizes, np.int32)[:, None], columns), axis=1)
+
+
+def sentence_document(sentence: str, streams: Streams, tokenizer: TextTokenizer) -> Document:
+    """Plain text on the text stream, between BOS and EOS."""
+    row = np.array([BOS, *tokenizer.encode(sentence), EOS], np.int32)
+    frames = np.full((streams.count, len(row)), ABSENT, np.int32)
+    frames[streams.text_index] = row
+    weights = np.zeros(frames.shape, np.float32)
+    weights[streams.text_index] = 1.0
+    return Document(_silent(streams, frames), weights, whole=True)
+
+
+def interleaved_document(
+    spans: Sequence[Sequence[int] | Codes],
+    streams: Streams,
+    config: WeightConfig,
+    role: Literal["own", "user"] = "own",
+) -> Document:
+    """Text and speech in turn: a span is a list of pieces or codes [K, T].
+
+    `<speech>` opens a span of frames whose text is PAD; delays apply within it and its trailing
+    columns come before the `<text>` that closes it. Codes are learned in the role `own` alone.
+    """
+    parts: list[Ids] = []
+
+    def text(pieces: Sequence[int]) -> None:
+        part = np.full((streams.count, len(pieces)), ABSENT, np.int32)
+        part[streams.text_index] = pieces
+        parts.append(part)
+
+    text([BOS])
+    for span in spans:
+        if not isinstance(span, np.ndarray):
+            text(span)
+            continue
+        side = streams.own if role == "own" else streams.user
+        frames = np.full((streams.count, span.shape[1]), ABSENT, np.int32)
+        frames[side] = span
+        columns = streams.delay(torch.from_numpy(frames)).numpy()
+        absent = np.ones(streams.count, bool)
+        absent[side] = False
+        columns[absent] = ABSENT  # the other speaker has no start id here either
+        columns[streams.text_index] = PAD
+        text([SPEECH])
+        parts.append(columns)
+        text([TEXT])
+    text([EOS])
+    columns = np.concatenate(parts, axis=1)
+    weights = np.zeros(columns.shape, np.float32)
+    weights[streams.text_index] = _text_weights(columns[streams.text_index], 1.0, config.pad)
+    if role == "own":
+        weights[streams.own] = _code_weights(columns[streams.own], streams, config)
+    return Document(_silent(streams, columns), weights, whole=True)
+
+
+# ---------------------------------------------------------------------------------------- sources
+
+
+class DialogueSource(BaseModel):
+    """Two-channel conversations with codes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["dialogues"]
+    path: Path
+    """Shard folder."""
+    rows: PositiveInt
+    """Rows of every batch that come from here: its share of the mixture."""
+
+
+class QuizSource(BaseModel):
+    """Questions and answers of the quiz world as text alone, drawn afresh without end."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["quiz"]
+    rows: PositiveInt
+    turns: PositiveInt = 4
+    """Questions in a document, at most."""
+    paced: float = Field(0.5, ge=0, le=1)
+    """Share of the documents with the pace of speech, PADs and all."""
+    unknown: float = Field(0.1, ge=0, le=1)
+    """Share of the questions that lie outside the world."""
+
+
+class SentenceSource(BaseModel):
+    """Plain sentences of a text file, one a line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["sentences"]
+    path: Path
+    rows: PositiveInt
+    max_words: PositiveInt = 60
+
+
+class InterleavedSource(BaseModel):
+    """Utterances of which some words stay text and the others become speech."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["interleaved"]
+    path: Path
+    """Shard folder with codes and word times; each channel is a speaker of its own."""
+    rows: PositiveInt
+    span: PositiveInt = 6
+    """Mean number of words in a span."""
+    max_frames: PositiveInt = 375
+    """Speech in a document, at most."""
+
+
+Source = Annotated[
+    DialogueSource | QuizSource | SentenceSource | InterleavedSource, Field(discriminator="kind")
+]
+
+
+class Documents(Protocol):
+    """An endless, indexed sequence of documents for each lane."""
+
+    def document(self, lane: int, number: int) -> Document:
+        """Document `number` of a lane; a pure function."""
+
+
+@lru_cache(maxsize=64)
+def _order(seed: int, lane: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng((seed, lane, epoch)).permutation(count)
+
+
+def _shuffled(seed: int, lane: int, number: int, count: int) -> int:
+    """Which of `count` items is number `number` of a lane: each once an epoch."""
+    epoch, index = divmod(number, count)
+    return int(_order(seed, lane, epoch, count)[index])
+
+
+class _Dialogues:
+    def __init__(
+        self,
+        config: DialogueSource,
+        streams: Streams,
+        tokenizer: TextTokenizer,
+        weights: WeightConfig,
+        seed: int,
+    ) -> None:
+        self.streams, self.weights, self.seed = streams, weights, seed
+        self.dialogues = [
+            encode_dialogue(sample, streams, tokenizer, weights)
+            for sample in shards.read(config.path, audio=False)
+        ]
+        if not self.dialogues:
+            raise UserError(f"data: no dialogue in '{config.path}'.")
+        self._last: dict[int, tuple[int, Document]] = {}
+
+    def document(self, lane: int, number: int) -> Document:
+        # A dialogue spans many rows, one after the other: the one at hand is kept.
+        if lane not in self._last or self._last[lane][0] != number:
+            index = _shuffled(self.seed, lane, number, len(self.dialogues))
+            rng = np.random.default_rng((self.seed, lane, number, 1))
+            made = dialogue_document(self.dialogues[index], self.streams, self.weights, rng)
+            self._last[lane] = (number, made)
+        return self._last[lane][1]
+
+
+class _Quiz:
+    def __init__(
+        self,
+        config: QuizSource,
+        streams: Streams,
+        tokenizer: TextTokenizer,
+        weights: WeightConfig,
+        seed: int,
+    ) -> None:
+        self.config, self.streams, self.tokenizer = config, streams, tokenizer
+        self.weights, self.seed = weights, seed
+
+    def document(self, lane: int, number: int) -> Document:
+        rng = np.random.default_rng((self.seed, lane, number))
+        turns = []
+        for _ in range(int(rng.integers(1, self.config.turns + 1))):
+            strange = rng.random() < self.config.unknown
+            category = quiz.CATEGORIES[int(rng.integers(len(quiz.CATEGORIES)))]
+            question = quiz.draw(rng, "train", quiz.UNKNOWN if strange else category)
+            turns.append((question.text, question.answer))
+        paced = rng.random() < self.config.paced
+
+        def pace(pieces: int) -> int:
+            return int(rng.integers(2, 6)) + pieces - 1
+
+        return question_document(
+            turns, self.streams, self.tokenizer, self.weights, pace if paced else None
+        )
+
+
+class _Sentences:
+    def __init__(
+        self, config: SentenceSource, streams: Streams, tokenizer: TextTokenizer, seed: int
+    ) -> None:
+        self.streams, self.tokenizer, self.seed = streams, tokenizer, seed
+        self.sentences = [
+            sentence
+            for sentence in sentences_from(config.path)
+            if 0 < len(sentence.split()) <= config.max_words
+        ]
+        if not self.sentences:
+            raise UserError(
+                f"data: no sentence of up to {config.max_words} words in '{config.path}'."
+            )
+
+    def document(self, lane: int, number: int) -> Document:
+        index = _shuffled(self.seed, lane, number, len(self.sentences))
+        return sentence_document(self.sentences[index], self.streams, self.tokenizer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Utterance:
+    codes: npt.NDArray[np.uint16]  # [K, T]
+    words: tuple[Word, ...]
+
+
+class _Interleaved:
+    def __init__(
+        self,
+        config: InterleavedSource,
+        streams: Streams,
+        tokenizer: TextTokenizer,
+        weights: WeightConfig,
+        seed: int,
+    ) -> None:
+        self.config, self.streams, self.tokenizer = config, streams, tokenizer
+        self.weights, self.seed = weights, seed
+        self.utterances = [
+            _Utterance(sample.codes[channel], words)
+            for sample in shards.read(config.path, audio=False)
+            if sample.codes is not None
+            for channel, words in enumerate(sample.words)
+            if words and sample.codes.shape[1] == streams.k
+        ]
+        if not self.utterances:
+            raise UserError(f"data: no utterance with {streams.k} codebooks in '{config.path}'.")
+
+    def document(self, lane: int, number: int) -> Document:
+        index = _shuffled(self.seed, lane, number, len(self.utterances))
+        rng = np.random.default_rng((self.seed, lane, number, 1))
+        utterance = self.utterances[index]
+        words, codes = utterance.words, utterance.codes
+        first = int(rng.integers(len(words)))
+        spans: list[list[int] | Codes] = []
+        speech = bool(rng.random() < 0.5)
+        left = self.config.max_frames
+        while first < len(words) and left > 0:
+            last = min(len(words), first + int(rng.geometric(1 / self.config.span)))
+            if speech:
+                begin = int(words[first].start * FRAME_RATE)
+                end = math.ceil(words[last - 1].end * FRAME_RATE)
+                span = codes[:, begin : min(end, begin + left)]
+                left -= max(1, span.shape[1])
+                if span.shape[1]:
+                    spans.append(span)
+            else:
+                spans.append(
+                    [p for word in words[first:last] for p in self.tokenizer.word(word.text)]
+                )
+            first, speech = last, not speech
+        role: Literal["own", "user"] = "own" if rng.random() < 0.5 else "user"
+        return interleaved_document(spans, self.streams, self.weights, role)
+
+
+def open_source(
+    config: Source, streams: Streams, tokenizer: TextTokenizer, weights: WeightConfig, seed: int
+) -> Documents:
+    """The documents that a source's config describes. Raises UserError on missing or unfit data."""
+    match config:
+        case DialogueSource():
+            return _Dialogues(config, streams, tokenizer, weights, seed)
+        case QuizSource():
+            return _Quiz(config, streams, tokenizer, weights, seed)
+        case SentenceSource():
+            return _Sentences(config, streams, tokenizer, seed)
+        case InterleavedSource():
+            return _Interleaved(config, streams, tokenizer, weights, seed)
+
+
+# ---------------------------------------------------------------------------------------- packing
+
+
+class Packer:
+    """Fills rows of one source, a lane each."""
+
+    def __init__(
+        self, documents: Documents, streams: Streams, rows: int, length: int, first_lane: int = 0
+    ) -> None:
+        """`length` is the number of columns in a row; lanes count from `first_lane`."""
+        self.documents, self.streams, self.length = documents, streams, length
+        self.lanes = range(first_lane, first_lane + rows)
+        self.places = [(0, 0)] * rows  # number of the document, columns of it already used
+
+    def next(self) -> Batch:
+        """The next batch: every lane moves on by one row."""
+        rows, count = len(self.lanes), self.streams.count
+        inputs = np.full((rows, count, self.length), ABSENT, np.int64)
+        targets = np.full_like(inputs, ABSENT)
+        weights = np.zeros(inputs.shape, np.float32)
+        segments = np.zeros((rows, self.length), np.int64)
+        for row, lane in enumerate(self.lanes):
+            number, used = self.places[row]
+            filled = segment = 0
+            while filled < self.length:
+                document = self.documents.document(lane, number)
+                size = document.weights.shape[1]
+                room = self.length - filled
+                if document.whole and size > room and filled:
+                    break
+                take = min(room, size - used)
+                into, taken = slice(filled, filled + take), slice(used, used + take)
+                inputs[row, :, into] = document.columns[:, taken]
+                targets[row, :, into] = document.columns[:, 1:][:, taken]
+                weights[row, :, into] = document.weights[:, taken]
+                segments[row, into] = segment
+                filled, segment = filled + take, segment + 1
+                # A whole document longer than a row loses what does not fit.
+                done = used + take == size or document.whole
+                number, used = (number + 1, 0) if done else (number, used + take)
+            segments[row, filled:] = segment
+            self.places[row] = (number, used)
+        packed = bool((segments[:, 0] != segments[:, -1]).any())
+        return Batch(
+            torch.from_numpy(inputs),
+            torch.from_numpy(targets),
+            torch.from_numpy(weights),
+            torch.from_numpy(segments) if packed else None,
+        )
+
+
+class Mixture:
+    """Several sources in fixed shares: each step has one batch of each."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        streams: Streams,
+        tokenizer: TextTokenizer,
+        weights: WeightConfig,
+        *,
+        length: int,
+        seed: int,
+        rank: int = 0,
+    ) -> None:
+        """`rank` is the number of this process among several; each reads lanes of its own."""
+        total = sum(source.rows for source in sources)
+        self.shares = [source.rows / total for source in sources]
+        self.packers = [
+            Packer(
+                open_source(source, streams, tokenizer, weights, seed + 1000 * number),
+                streams,
+                source.rows,
+                length,
+                first_lane=rank * source.rows,
+            )
+            for number, source in enumerate(sources)
+        ]
+
+    def next(self) -> list[tuple[float, Batch]]:
+        """One batch a source, with its share of the rows."""
+        return [(share, p.next()) for share, p in zip(self.shares, self.packers, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data."""
+        return {"places": [[list(place) for place in packer.places] for packer in self.packers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position; the sources must be the same."""
+        for packer, places in zip(self.packers, state["places"], strict=True):
+            assert len(places) == len(packer.places), "the sources have other shares than before"
+            packer.places = [(int(number), int(used)) for number, used in places]

@@ -1,0 +1,310 @@
+"""Train the language model, in stages that start from each other's checkpoint.
+
+Text first (cheap, and it teaches the facts), then conversations. A step takes one batch of each
+source, in fixed shares; its loss is the mean of theirs, weighted by share.
+
+    speechlm train lm configs/lm/text.yaml
+    speechlm train lm configs/lm/duplex.yaml init_from=runs/lm-text/lm [run.steps=…]
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from torch import Tensor, nn
+
+from audio_codec import checkpoint as checkpoints
+from audio_codec.codec import load_codec
+from audio_codec.errors import UserError
+from audio_codec.files import replacing
+from audio_codec.transformer import TransformerConfig
+from speechlm import convert
+from speechlm.data import Mixture, Source, TextTokenizer, WeightConfig, train_text_tokenizer
+from speechlm.model import Batch, LMConfig, LMSampling, LossConfig, Losses, SpeechLM
+from speechlm.streams import Streams
+from speechlm.training.run import OptimizerConfig, Run, RunConfig, clip_gradients
+from synth_data import quiz
+from synth_data.text import sentences_from
+
+
+class ShapeConfig(BaseModel):
+    """Shape of the model, apart from what the codec and the text pieces decide."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temporal: TransformerConfig = TransformerConfig(
+        dim=512, layers=8, heads=8, hidden=1024, window=750
+    )
+    depth: TransformerConfig = TransformerConfig(dim=256, layers=4, heads=4, hidden=512)
+    heard: bool = True
+    """Whether it writes down what the user says."""
+    acoustic_delay: int = Field(1, ge=0)
+    """Frames of 80 ms; each adds as much to the latency."""
+
+
+class TextConfig(BaseModel):
+    """What the text pieces are learned from, when no checkpoint brings its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vocab: PositiveInt = 2000
+    quiz: int = Field(40_000, ge=0)
+    """Sentences of the quiz world."""
+    files: tuple[Path, ...] = ()
+    """Text files beside it, one sentence a line."""
+
+
+class TrainConfig(BaseModel):
+    """A language-model run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: RunConfig
+    codec: str
+    """The codec of the shards; it says how many codes there are."""
+    sources: tuple[Source, ...] = Field(min_length=1)
+    """What a step is made of; `rows` are the shares."""
+    validation: tuple[Source, ...] = ()
+    validation_batches: PositiveInt = 4
+    length: PositiveInt = 750
+    """Columns in a row."""
+    model: ShapeConfig = ShapeConfig()
+    text: TextConfig = TextConfig()
+    weights: WeightConfig = WeightConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=8e-4, betas=(0.9, 0.95))
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of an average of the weights that is evaluated and saved in their place; 0: none."""
+    compile: bool = False
+    """Compile the transformer blocks: a minute or two at the start, 1.7 times as fast after it."""
+    init_from: str | None = None
+    """A language-model checkpoint to start from; brings shape and text pieces along."""
+    output: Path | None = None
+    """Checkpoint directory written at the end; None means `lm` in the run directory."""
+    dtype: checkpoints.StoredType = "bf16"
+    """How it is stored."""
+    sampling: LMSampling = LMSampling()
+    """How the finished model is drawn by default."""
+
+
+class Objective(nn.Module):
+    """Model and loss as one module, the way data-parallel wrappers want it."""
+
+    def __init__(self, model: SpeechLM, config: LossConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, batch: Batch) -> Losses:
+        """Loss of a batch."""
+        return self.model.loss(batch, self.config)
+
+
+class Average:
+    """Exponential moving average of a model's weights."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after `step`; early on the average forgets faster."""
+        decay = min(self.decay, (step + 1) / (step + 10))
+        now = [p.detach() for _, p in model.named_parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), now, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the model's weights and the average; a second call undoes it."""
+        for name, parameter in model.named_parameters():
+            kept = parameter.detach().clone()
+            parameter.copy_(self.weights[name])
+            self.weights[name].copy_(kept)
+
+
+def make_tokenizer(config: TextConfig, seed: int) -> TextTokenizer:
+    """Learn the text pieces of a new model. Raises UserError when there is no text."""
+    texts = quiz.sentences("train", config.quiz, seed)
+    for file in config.files:
+        texts += sentences_from(file)
+    if not texts:
+        raise UserError(
+            "text: quiz is 0 and files is empty; there is nothing to learn pieces from."
+        )
+    return train_text_tokenizer(texts, config.vocab)
+
+
+def build(config: TrainConfig, run_dir: Path, resume: bool) -> tuple[SpeechLM, TextTokenizer]:
+    """The model to train and its text pieces. Raises UserError when codec and model disagree."""
+    codebooks = load_codec(config.codec).codebooks
+    if config.init_from is not None:
+        source, tokenizer = convert.load_lm(config.init_from)
+        if source.streams.codebooks != codebooks:
+            raise UserError(
+                f"codec '{config.codec}' has codebooks {codebooks}, but init_from "
+                f"'{config.init_from}' was trained on {source.streams.codebooks}."
+            )
+        shape = source.config.model_copy(
+            update={"codec": config.codec, "sampling": config.sampling}
+        )
+        model = SpeechLM(shape)
+        model.load_state_dict(source.state_dict())
+        return model.train(), tokenizer
+    kept = run_dir / convert.TEXT_MODEL
+    if resume and kept.exists():
+        tokenizer = TextTokenizer(kept.read_bytes())
+    else:
+        tokenizer = make_tokenizer(config.text, config.run.seed)
+        with replacing(kept) as temporary:
+            temporary.write_bytes(tokenizer.model)
+    streams = Streams(
+        text_size=tokenizer.size,
+        codebooks=codebooks,
+        heard=config.model.heard,
+        acoustic_delay=config.model.acoustic_delay,
+    )
+    shape = LMConfig(
+        streams=streams,
+        temporal=config.model.temporal,
+        depth=config.model.depth,
+        codec=config.codec,
+        sampling=config.sampling,
+    )
+    return SpeechLM(shape), tokenizer
+
+
+def _named(sources: Sequence[Source]) -> list[str]:
+    """A name for the numbers of each source: its kind, told apart where there are several."""
+    kinds = [source.kind for source in sources]
+    return [
+        kind if kinds.count(kind) == 1 else f"{kind}_{kinds[:place].count(kind)}"
+        for place, kind in enumerate(kinds)
+    ]
+
+
+class _Meter:
+    """Means of what was measured since the last look."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, prefix: str, parts: dict[str, Tensor]) -> None:
+        for key, value in parts.items():
+            name = f"{prefix}/{key}"
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """The means; starts anew."""
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return means
+
+
+def train(config: TrainConfig, resume: bool = False) -> Path:
+    """Train and write a checkpoint directory; returns its path. Raises UserError on bad data."""
+    run = Run("lm", config.run, config, resume)
+    model, tokenizer = build(config, run.dir, resume)
+
+    def mixture(sources: Sequence[Source], rank: int) -> Mixture:
+        return Mixture(
+            sources,
+            model.streams,
+            tokenizer,
+            config.weights,
+            length=config.length,
+            seed=config.run.seed,
+            rank=rank,
+        )
+
+    data = mixture(config.sources, run.accelerator.process_index)
+    names, held_out_names = _named(config.sources), _named(config.validation)
+    held_out = []
+    if config.validation:
+        unseen = mixture(config.validation, 0)
+        held_out = [unseen.next() for _ in range(config.validation_batches)]
+    optimizer = config.optimizer.build(model)
+    average = Average(model, config.ema) if config.ema > 0 else None
+    if (saved := run.load()) is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        data.load_state_dict(saved["data"])
+        if average is not None:
+            average.weights = saved["average"]
+    if config.compile:
+        for block in (*model.temporal.blocks, *model.depth.transformer.blocks):
+            block.compile()
+    objective, optimizer = run.accelerator.prepare(Objective(model, config.loss), optimizer)
+
+    def state() -> dict[str, Any]:
+        return {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "data": data.state_dict(),
+            "average": {} if average is None else average.weights,
+        }
+
+    def evaluate(step: int) -> dict[str, float]:
+        meter = _Meter()
+        if average is not None:
+            average.swap(model)
+        objective.eval()
+        with torch.no_grad():
+            for batches in held_out:
+                for name, (_, batch) in zip(held_out_names, batches, strict=True):
+                    meter.add(f"validation/{name}", objective(batch.to(run.device)).parts)
+        objective.train()
+        if average is not None:
+            average.swap(model)
+        return meter.read()
+
+    def train_step(step: int) -> tuple[float, dict[str, dict[str, Tensor]]]:
+        """One update of the weights; the gradient's norm and the numbers of each source."""
+        rate = config.optimizer.rate(step, config.run.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        parts = {}
+        for name, (share, batch) in zip(names, data.next(), strict=True):
+            losses = objective(batch.to(run.device))
+            run.accelerator.backward(share * losses.total)
+            parts[name] = losses.parts
+        norm = clip_gradients(objective, config.optimizer.clip).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        if average is not None:
+            average.update(model, step)
+        return norm, parts
+
+    meter, began, columns = _Meter(), time.monotonic(), 0
+    objective.train()
+    for step in run.steps(state, evaluate if held_out else None):
+        norm, parts = train_step(step)
+        columns += config.length * sum(source.rows for source in config.sources)
+        for name, numbers in parts.items():
+            meter.add(name, numbers)
+        if (step + 1) % config.run.log_every == 0:
+            spent = time.monotonic() - began
+            rate = config.optimizer.rate(step, config.run.steps)
+            speed = columns / spent
+            run.log(step, {**meter.read(), "norm": norm, "lr": rate, "columns_per_second": speed})
+            began, columns = time.monotonic(), 0
+    if average is not None:
+        average.swap(model)
+    output = config.output or config.run.dir / "lm"
+    card = {
+        "trainee": "lm",
+        "steps": config.run.steps,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "codec": config.codec,
+        "init_from": config.init_from,
+        "sources": [source.model_dump(mode="json") for source in config.sources],
+        "rows": sum(source.rows for source in config.sources),
+        "length": config.length,
+    }
+    return convert.save(output, model, tokenizer, dtype=config.dtype, card=card)
