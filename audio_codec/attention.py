@@ -1,6 +1,7 @@
 """Scaled dot-product attention behind one call, whatever kernel the machine offers.
 
-Shapes: B batch, H query heads, G key/value heads (H a multiple of G), T queries, S keys, D head size.
+Shapes: B batch, H query heads, G key/value heads (H a multiple of G), T queries, S keys,
+D head size.
 """
 
 from __future__ import annotations

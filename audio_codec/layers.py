@@ -6,8 +6,9 @@ than a small `Conv1d`; a depthwise convolution becomes one multiply-add a tap.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,13 +58,14 @@ class _Depthwise(torch.autograd.Function):
         (grad,) = grads
         x, weight = ctx.saved_tensors
         time = grad.shape[1]
+        wide = torch.promote_types(weight.dtype, torch.float32)  # long sums of small numbers
         grad_x = torch.zeros_like(x)
         grad_weight = []
         for tap in range(len(weight)):
             grad_x[:, tap : tap + time].addcmul_(grad, weight[tap])
-            grad_weight.append((x[:, tap : tap + time] * grad).sum((0, 1), dtype=torch.float32))
+            grad_weight.append((x[:, tap : tap + time] * grad).sum((0, 1), dtype=wide))
         stacked = torch.stack(grad_weight).to(weight.dtype)
-        return grad_x, stacked, grad.sum((0, 1), dtype=torch.float32).to(weight.dtype)
+        return grad_x, stacked, grad.sum((0, 1), dtype=wide).to(weight.dtype)
 
 
 class DepthwiseConv(nn.Module):
@@ -78,7 +80,8 @@ class DepthwiseConv(nn.Module):
     def forward(self, x: Tensor, state: TailState | None = None) -> Tensor:
         """[B, T, C] → [B, T, C]."""
         padded = with_past(x, self.kernel - 1, state)
-        y: Tensor = _Depthwise.apply(padded, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        y: Tensor = _Depthwise.apply(padded, weight, bias)  # type: ignore[no-untyped-call]
         return y
 
     def new_state(self, batch: int) -> TailState:
@@ -131,6 +134,7 @@ class ConvNeXtStack(nn.Module):
 
     def new_state(self, batch: int) -> StackState:
         """State of a stream that begins in silence."""
-        states = [block.new_state(batch) for block in self.blocks]
+        blocks = cast("Iterable[ConvNeXtBlock]", self.blocks)
+        states = [block.new_state(batch) for block in blocks]
         device = next(self.parameters()).device if states else None
         return StackState(all_active(batch, device), states)

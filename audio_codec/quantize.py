@@ -7,7 +7,8 @@ Every quantizer returns what it can be decoded from (codes) beside what training
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,7 @@ class FSQ(nn.Module):
         return math.prod(self.levels)
 
     def bound(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """[..., D] → (−1, 1) float32. While training, `valid` ([...] bool) picks what is counted."""
+        """[..., D] → (−1, 1) float32. In training, `valid` ([...] bool) picks what is counted."""
         x = x.float()
         if self.training:
             seen = x[valid] if valid is not None else x.flatten(0, -2)
@@ -85,7 +86,7 @@ class FSQ(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """[..., D] → (values [..., D], codes [...]).
 
-        Rows where `quantized` ([B] bool) is False pass the bound alone: the warm-up of a bottleneck.
+        Rows where `quantized` ([B] bool) is False pass the bound alone: a bottleneck's warm-up.
         """
         bounded = self.bound(x, valid)
         digits = self.digits(bounded)
@@ -203,10 +204,13 @@ class ResidualVQ(nn.Module):
         super().__init__()
         self.levels = nn.ModuleList(EMAVQ(dim, size, decay) for size in sizes)
 
+    def _typed_levels(self) -> Iterable[EMAVQ]:
+        return cast("Iterable[EMAVQ]", self.levels)
+
     def encode(self, x: Tensor) -> Tensor:
         """[B, T, D] → int64 [B, K, T]."""
         codes, residual = [], x
-        for level in self.levels:
+        for level in self._typed_levels():
             codes.append(level.nearest(residual))
             residual = residual - level.decode(codes[-1])
         return torch.stack(codes, dim=1)
@@ -214,7 +218,10 @@ class ResidualVQ(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """int [B, K' ≤ K, T] → [B, T, D]; fewer levels give a coarser vector."""
         return torch.stack(
-            [level.decode(c) for level, c in zip(self.levels, codes.unbind(1), strict=False)]
+            [
+                level.decode(c)
+                for level, c in zip(self._typed_levels(), codes.unbind(1), strict=False)
+            ]
         ).sum(0)
 
     def forward(

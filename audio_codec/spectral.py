@@ -1,7 +1,7 @@
 """Our own fast codec: spectrum in, causal ConvNeXt, spectrum out (after Vocos, arXiv 2306.00814).
 
-Codebook 0 is the code of the semantic tokenizer; what it does not say about the sound (voice, pitch,
-loudness, background) is coded by residual vector quantizers.
+Codebook 0 is the code of the semantic tokenizer; what it does not say about the sound (voice,
+pitch, loudness, background) is coded by residual vector quantizers.
 
     24 kHz ─┬─ SpeechTokenizer ════════════ code 0 ─ embed ───┬──────────┐
             │                                                 −          +
@@ -10,8 +10,8 @@ loudness, background) is coded by residual vector quantizers.
                     24 kHz ─ overlap-add ─ inverse STFT, 100 Hz ─ ConvNeXt ─ ×8 ─ ConvNeXt
 
 Algorithmic delay: none beyond the frame of 1920 samples (80 ms). An analysis window *ends* with its
-hop; a synthesis window *begins* with its hop, so that all windows over a sample of a frame exist once
-the frame's code is there, and what hangs over is kept and added to the next frame:
+hop; a synthesis window *begins* with its hop, so that all windows over a sample of a frame exist
+once the frame's code is there, and what hangs over is kept and added to the next frame:
 
     frame t         |0 ──── 1920 samples ──── |                  hop 240, window 960
     windows of t    [──────]                  |
@@ -122,7 +122,9 @@ class Synthesis(nn.Module):
         self.window = window
         self.overlap = window // HOP
         # Hann windows a quarter apart add up to 2, so half of one keeps the level.
-        self.register_buffer("shape", torch.hann_window(window) / (self.overlap / 2), persistent=False)
+        self.register_buffer(
+            "shape", torch.hann_window(window) / (self.overlap / 2), persistent=False
+        )
 
     def forward(self, head: Tensor, state: TailState | None = None) -> Tensor:
         """Log-magnitudes and phases of each hop's window → samples."""
@@ -157,7 +159,7 @@ class SpectralOutput:
 
 
 class SpectralCodec(nn.Module):
-    """The `Codec` of this project. Stride: one frame of 1920 samples; see the module's docstring."""
+    """The `Codec` of this project. Stride: one frame of 1920 samples; see the module docstring."""
 
     sample_rate = SAMPLE_RATE
     frame_size = FRAME_SIZE
@@ -171,7 +173,9 @@ class SpectralCodec(nn.Module):
         self.front_in = nn.Linear(self.analysis.features, config.encoder_dim)
         self.front = ConvNeXtStack(config.encoder_dim, config.encoder_blocks)
         self.down = nn.Linear(HOPS * config.encoder_dim, config.encoder_latent_dim)
-        self.latent = ConvNeXtStack(config.encoder_latent_dim, config.encoder_latent_blocks, kernel=5)
+        self.latent = ConvNeXtStack(
+            config.encoder_latent_dim, config.encoder_latent_blocks, kernel=5
+        )
         self.to_latent = nn.Sequential(
             nn.LayerNorm(config.encoder_latent_dim),
             nn.Linear(config.encoder_latent_dim, config.latent),
@@ -186,15 +190,14 @@ class SpectralCodec(nn.Module):
         )
         self.up = nn.Linear(config.decoder_latent_dim, HOPS * config.decoder_dim)
         self.back = ConvNeXtStack(config.decoder_dim, config.decoder_blocks)
-        self.head = nn.Sequential(
-            nn.LayerNorm(config.decoder_dim), nn.Linear(config.decoder_dim, config.window + 2)
-        )
+        spectrum = nn.Linear(config.decoder_dim, config.window + 2)
+        self.head = nn.Sequential(nn.LayerNorm(config.decoder_dim), spectrum)
         self.synthesis = Synthesis(config.window)
         # Start near silence: the log-magnitudes of speech lie well below 0.
         bins = config.window // 2 + 1
-        nn.init.normal_(self.head[1].weight, std=0.02)
-        nn.init.constant_(self.head[1].bias[:bins], -1.0)
-        nn.init.uniform_(self.head[1].bias[bins:], -torch.pi, torch.pi)
+        nn.init.normal_(spectrum.weight, std=0.02)
+        nn.init.constant_(spectrum.bias[:bins], -1.0)
+        nn.init.uniform_(spectrum.bias[bins:], -torch.pi, torch.pi)
 
     @property
     def codebooks(self) -> tuple[tuple[int, ...], ...]:
@@ -259,6 +262,4 @@ class SpectralCodec(nn.Module):
         residual = self._encode_latent(pcm, None).float() - base
         quantized, codes, commitment = self.quantizer(residual, depth)
         decoded = self._decode_latent(base + quantized, None)
-        return SpectralOutput(
-            decoded, torch.cat((semantic.unsqueeze(1), codes), dim=1), commitment
-        )
+        return SpectralOutput(decoded, torch.cat((semantic.unsqueeze(1), codes), dim=1), commitment)

@@ -5,8 +5,8 @@ second. The layers after it, and a CTC head (Graves et al., 2006), serve trainin
 transcript; the codec and the language model need the codes alone. After the published tokenizer of
 arXiv 2411.17607, but strictly causal: it streams, and it has no look-ahead.
 
-    24 kHz ─ log-mel, 100 Hz ─ ConvNeXt ─ stack ×4 ─ 25 Hz transformer ─ pool ×2 ─ FSQ ═ codes, 12.5 Hz
-                                                                                    ║
+    24 kHz ─ log-mel, 100 Hz ─ ConvNeXt ─ stack ×4 ─ 25 Hz transformer ─ pool ×2 ─ FSQ ═ codes,
+                                                                                    ║    12.5 Hz
                                characters, 25 Hz ─ CTC head ─ 12.5 Hz transformer ──╝
 
 Algorithmic delay: none beyond the frame of 1920 samples (80 ms). Stride of both halves: one frame.
@@ -156,8 +156,8 @@ class SpeechTokenizer(nn.Module):
     ) -> TokenizerOutput:
         """One training pass over log-mel [B, M, n_mels].
 
-        `frames` [B]: how many of the T frames are sound (the rest is padding); `quantized` [B] bool:
-        rows that pass the rounding, see `FSQ.forward`.
+        `frames` [B]: how many of the T frames are sound (the rest is padding); `quantized` [B]
+        bool: rows that pass the rounding, see `FSQ.forward`.
         """
         numbers = self.features(mel)
         valid = None

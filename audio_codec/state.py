@@ -62,7 +62,12 @@ class State:
 
     def reset(self, slots: Sequence[int] | Tensor | None = None) -> None:
         """Put the given slots (all when None) back to silence and wake them."""
-        rows = slice(None) if slots is None else torch.as_tensor(slots, device=self.active.device)
+        rows: slice | Tensor = slice(None)
+        if isinstance(slots, Tensor):  # numbers or a mask
+            rows = slots.to(self.active.device)
+        elif slots is not None:
+            # The type said: an empty list would become a float tensor, which cannot index.
+            rows = torch.tensor(slots, dtype=torch.int64, device=self.active.device)
         for tensor in self.tensors():
             tensor[rows] = 0
         self.active[rows] = True

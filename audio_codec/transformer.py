@@ -9,8 +9,9 @@ R ring entries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +123,9 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
         self.head_dim = config.dim // config.heads
-        self.qkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.qkv = nn.Linear(
+            config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False
+        )
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, where: _Positions, state: AttentionState | None) -> Tensor:
@@ -197,7 +200,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks and a final norm; offline over whole sequences or streaming with a state."""
+    """A stack of blocks and a final norm; over whole sequences, or streaming with a state."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -236,9 +239,10 @@ class Transformer(nn.Module):
         """
         assert self.config.window is not None, "streaming needs a transformer with a window"
         assert self.config.causal, "a transformer that is not causal cannot stream"
-        like = self.blocks[0].attention.out.weight
+        blocks = cast("Sequence[Block]", self.blocks)
+        like = blocks[0].attention.out.weight
         ring = self.config.window + max_chunk - 1
-        layers = [block.attention.new_state(batch, ring, like) for block in self.blocks]
+        layers = [block.attention.new_state(batch, ring, like) for block in blocks]
         offset = torch.zeros(batch, dtype=torch.int64, device=like.device)
         return TransformerState(all_active(batch, like.device), layers, offset)
 
@@ -284,4 +288,3 @@ class Transformer(nn.Module):
         back = now[:, :, None] - held[:, None, :]  # [B, T, R]
         seen = (back >= 0) & (back < self.config.window) & (held >= 0)[:, None, :]
         return _Positions(self._rotation(now), seen.unsqueeze(1), False, now % ring)
-

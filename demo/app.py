@@ -37,6 +37,7 @@ _CONFIG = server.ServerConfig(drain_seconds=1)
 
 def _page(card: Mapping[str, Any]) -> gr.Blocks:
     """The tabs: talk, and the card of the model that answers."""
+    page: gr.Blocks
     with gr.Blocks(title="speechlm", analytics_enabled=False) as page:
         with gr.Tab("Talk"):
             talk_tab(STATIC_URL)
@@ -49,18 +50,26 @@ def create_app(engine: Engine[Any], card: Mapping[str, Any] | None = None) -> Fa
     """The server of `engine` (`/api/chat` and the rest) with the page at `/`.
 
     `card` is the checkpoint's `card.json`, drawn in the second tab. The engine must run already;
-    its owner closes it. Call it outside an event loop.
+    its owner closes it.
     """
     app = server.create_app(engine, _CONFIG)
     app.mount(f"/{STATIC_URL}", StaticFiles(directory=STATIC), name="demo")
-    # Gradio makes an event loop for every lock that it creates outside of one, and closes none.
-    return asyncio.run(_with_page(app, card or {}))
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        # Gradio makes an event loop for every lock that it creates outside of one, and closes none.
+        return asyncio.run(_mount_in_loop(app, card or {}))
+    return _mount(app, card or {})
 
 
-async def _with_page(app: FastAPI, card: Mapping[str, Any]) -> FastAPI:
+async def _mount_in_loop(app: FastAPI, card: Mapping[str, Any]) -> FastAPI:
+    return _mount(app, card)
+
+
+def _mount(app: FastAPI, card: Mapping[str, Any]) -> FastAPI:
     # The plain strings are font names of the reader's machine; Gradio's own theme fetches fonts.
     theme = gr.themes.Base(font=_SANS, font_mono=_MONO, primary_hue="teal", neutral_hue="stone")
-    return gr.mount_gradio_app(
+    mounted: FastAPI = gr.mount_gradio_app(
         app,
         _page(card),
         path="/",
@@ -71,6 +80,7 @@ async def _with_page(app: FastAPI, card: Mapping[str, Any]) -> FastAPI:
         run_history=False,
         ssr_mode=False,
     )
+    return mounted
 
 
 def launch(

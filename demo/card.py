@@ -20,8 +20,7 @@ from audio_codec.errors import UserError
 
 STATIC = Path(__file__).parent / "static"
 
-_UPPERCASE = {"asr", "ctc", "fsq", "id", "lm", "pesq", "qa", "s2s", "s2t", "stoi", "tor",
-              "tts", "url", "wer"}
+_UPPERCASE = {"asr", "ctc", "fsq", "lm", "pesq", "qa", "s2s", "s2t", "stoi", "tor", "tts", "wer"}
 
 
 def read_card(directory: Path) -> dict[str, Any]:

@@ -45,6 +45,7 @@ Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers to FILE too.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same answer.")]
+Utterances = Annotated[int, typer.Option("--utterances", min=1, help="How many to measure on.")]
 Slots = Annotated[int, typer.Option("--slots", min=1, help="Conversations at once.")]
 Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
 
@@ -207,15 +208,19 @@ def _evaluate(question: str, model: str, json: Path | None, **options: Any) -> N
 
 
 @eval_app.command("codec")
-def eval_codec(model: ModelName = "tiny", json: Json = None) -> None:
+def eval_codec(
+    model: ModelName = "tiny", json: Json = None, seed: Seed = 0, utterances: Utterances = 100
+) -> None:
     """How much of speech survives the codec."""
-    _evaluate("codec", model, json)
+    _evaluate("codec", model, json, seed=seed, utterances=utterances)
 
 
 @eval_app.command("tokenizer")
-def eval_tokenizer(model: ModelName = "tiny", json: Json = None) -> None:
+def eval_tokenizer(
+    model: ModelName = "tiny", json: Json = None, seed: Seed = 0, utterances: Utterances = 300
+) -> None:
     """How well words can be read off the semantic codes."""
-    _evaluate("tokenizer", model, json)
+    _evaluate("tokenizer", model, json, seed=seed, utterances=utterances)
 
 
 @eval_app.command("spoken-qa")

@@ -162,6 +162,10 @@ class TokenEmbedding(nn.Module):
         return F.embedding(row, self.weight).sum(1)
 
 
+# Logits held at a time: 8 MB of float32, which a processor's cache can hold.
+_BLOCK = 2**21
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Cross entropy of a linear head, gradients and all, a block of rows at a time.
 
@@ -182,7 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hit = torch.empty_like(target, dtype=torch.bool)
         x_grad = torch.empty_like(x) if learning else None
         weight_grad = torch.zeros_like(weight) if learning else None
-        block = max(1, 2**21 // len(weight))
+        block = max(1, _BLOCK // len(weight))
         with torch.autocast(kind, enabled=False):
             for begin in range(0, len(x), block):
                 part = slice(begin, begin + block)

@@ -89,7 +89,7 @@ class Latency:
     queue_ms: float
     pipeline_ms: float
     response_ms: float | None = None
-    """Only when an answer has just begun: last voiced input → first audible output."""
+    """Once an answer: last voiced input → first audible output."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,7 @@ class Frame:
     input_dbfs: float
     output_dbfs: float
     response_ms: float | None
-    """At the first frame of an answer: last voiced input → first audible output."""
+    """Once an answer: last voiced input → first audible output."""
 
 
 def dbfs(pcm: Pcm) -> float:
@@ -196,9 +196,10 @@ class ResponseMeter:
         self._reported = False
 
     def feed(self, heard: Pcm, said: Pcm, compute_ms: float) -> float | None:
-        """Take one frame of both directions; milliseconds when an answer began in it.
+        """Take one frame of both directions; milliseconds when a response time has become known.
 
-        Nothing is reported for an answer that was already sounding when the input ended.
+        That is when the answer sounds and the input has been silent for 0.3 s, for until then the
+        turn may go on. An answer that began while the input went on has no response time.
         """
         for i, level in enumerate(window_levels(heard)):
             if level > self._voiced_dbfs:
@@ -214,6 +215,8 @@ class ResponseMeter:
                     self.onset_at = max(start + i * WINDOW, self.voiced_at)
                 self.audible_until = start + (i + 1) * WINDOW
         if self.onset_at is None or self._reported or self._overlapped:
+            return None
+        if self.voiced_at is None or self._now - self.voiced_at < 0.3 * SAMPLE_RATE:
             return None
         self._reported = True
         return self.response_ms

@@ -387,7 +387,7 @@ def _metrics(engine: Engine[Any]) -> CollectorRegistry:
     return registry
 
 
-class _DrainingServer(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """uvicorn, but SIGTERM first lets the calls that live end."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine[Any], drain_seconds: float) -> None:
@@ -464,7 +464,7 @@ def run(
             timeout_graceful_shutdown=5,
         )
         print(f"listening on http://{host}:{listener.getsockname()[1]}", flush=True)
-        _DrainingServer(settings, engine, config.drain_seconds).run(sockets=[listener])
+        DrainingServer(settings, engine, config.drain_seconds).run(sockets=[listener])
 
 
 def serve(

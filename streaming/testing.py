@@ -42,7 +42,7 @@ class EchoState(State):
     """What the echo remembers of each slot."""
 
     held: Tensor
-    """[B, 1920] the frame that comes back next."""
+    """[B, delay, 1920] what was heard last, oldest first."""
     count: Tensor
     """[B] int64 frames taken."""
     seed: Tensor
@@ -66,28 +66,28 @@ class EchoCodec:
 
 
 class EchoModel:
-    """Gives back what it hears, one frame late, and speaks text that depends on seed and count.
+    """Gives back what it hears, some frames late, and text that depends on seed and count.
 
     A stand-in for `speechlm.duplex.Duplex` that costs nothing, whose answers a test can foretell:
-    output t is input t−1 (times `gain`); the text piece of frame t is `piece((seed + t) % 7)`; a
-    frame louder than −40 dBFS is heard as "+".
+    output t is input t − delay; the text of frame t is letter (seed + t) % 7 of "abcdefg"; a frame
+    louder than −40 dBFS is heard as "+".
     """
 
     sample_rate = SAMPLE_RATE
     frame_size = FRAME_SIZE
-    delay_frames = 1
     codec = EchoCodec()
 
-    def __init__(self, gain: float = 1.0, on_step: Callable[[], None] | None = None) -> None:
+    def __init__(self, delay: int = 1, on_step: Callable[[], None] | None = None) -> None:
         """`on_step` is called in each step: to sleep, to count, to fail."""
-        self._gain = gain
+        assert delay >= 1, delay
+        self.delay_frames = delay
         self._on_step = on_step
 
     def new_state(self, batch: int) -> EchoState:
         """Silence."""
         return EchoState(
             active=all_active(batch),
-            held=torch.zeros(batch, FRAME_SIZE),
+            held=torch.zeros(batch, self.delay_frames, FRAME_SIZE),
             count=torch.zeros(batch, dtype=torch.int64),
             seed=torch.zeros(batch, dtype=torch.int64),
         )
@@ -113,11 +113,11 @@ class EchoModel:
             self._on_step()
         active = state.active
         output = EchoOutput(
-            pcm=state.held[:, None].clone() * self._gain,
+            pcm=state.held[:, :1].clone(),
             text=1 + (state.seed + state.count) % 7,
             heard=torch.where(pcm[:, 0].square().mean(dim=1) > 1e-4, 8, 0),
         )
-        state.held[active] = pcm[:, 0][active]
+        state.held[active] = torch.cat([state.held[:, 1:], pcm], dim=1)[active]
         state.count[active] += 1
         return output
 

@@ -75,7 +75,8 @@ def babble(voices: Sequence[Pcm], samples: int, rng: np.random.Generator) -> Pcm
 def excerpt(clip: Pcm, samples: int, rng: np.random.Generator) -> Pcm:
     """``samples`` samples of a clip from a random place, going round when it is shorter."""
     assert len(clip), "an excerpt of an empty clip"
-    start = int(rng.integers(max(1, len(clip) - samples) if len(clip) > samples else len(clip)))
+    spare = len(clip) - samples
+    start = int(rng.integers(spare + 1 if spare >= 0 else len(clip)))
     return np.take(clip, np.arange(start, start + samples), mode="wrap")
 
 

@@ -2,9 +2,9 @@
 
 A sample is up to three members of a tar that share a key::
 
-    speech-000003-0017.json        Sample: text, words with times, voices, source, licence, events
-    speech-000003-0017.codes.npy   codes, uint16 [C, K, T]       (optional)
-    speech-000003-0017.flac        sound, 24 kHz 16-bit [S, C]      (optional)
+    s0-0000017.codes.npy   codes, uint16 [C, K, T]                     (optional)
+    s0-0000017.flac        sound, 24 kHz 16-bit [S, C]                 (optional)
+    s0-0000017.json        Sample: text, words with times, voices, source, licence, events
 
 Words keep their text and their seconds; ids of text pieces are given at load, so a change of text
 tokenizer re-runs nothing. Tars are deterministic (no time stamps, no owners) and appear whole or
@@ -96,7 +96,6 @@ class Sample(BaseModel):
 
 
 def _members(sample: Sample) -> Iterator[tuple[str, bytes]]:
-    yield f"{sample.id}.json", sample.model_dump_json().encode()
     if sample.codes is not None:
         assert sample.codes.dtype == np.uint16, sample.codes.dtype
         buffer = io.BytesIO()
@@ -108,6 +107,8 @@ def _members(sample: Sample) -> Iterator[tuple[str, bytes]]:
             buffer, sample.pcm.T.clip(-1, 1), SAMPLE_RATE, format="FLAC", subtype="PCM_16"
         )
         yield f"{sample.id}.flac", buffer.getvalue()
+    # Last: a tar that was cut between two members shows it by a sample without its json.
+    yield f"{sample.id}.json", sample.model_dump_json().encode()
 
 
 def write(path: Path | str, samples: Iterable[Sample]) -> int:
@@ -227,9 +228,13 @@ class Reader:
                         members[kind] = stream.read()
         except (tarfile.TarError, EOFError, OSError) as error:
             # The sample being read when the tar broke may lack members: it goes with the rest.
-            self._skip(path, f"broken after {key or 'its start'}", error)
+            self._skip(path, f"all from {key or 'the start'} on", error)
             return
-        yield from self._decode(path, key, members)
+        whole = _ends_whole(path)
+        if whole or "json" in members:
+            yield from self._decode(path, key, members)
+        if not whole:
+            self._skip(path, f"all after {key}", EOFError("no end-of-archive mark"))
 
     def _decode(self, path: Path, key: str, members: dict[str, bytes]) -> Iterator[Sample]:
         if not members:
@@ -245,6 +250,13 @@ class Reader:
         self.skipped += 1
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         log.warning("skipped %s in %s: %s: %s", what, path, type(error).__name__, reason)
+
+
+def _ends_whole(path: Path) -> bool:
+    """Whether a tar ends in its mark of two empty blocks; ``tarfile`` does not mind if not."""
+    with path.open("rb") as opened:
+        opened.seek(-min(1024, path.stat().st_size), io.SEEK_END)
+        return opened.read() == bytes(1024)
 
 
 def _decode(members: dict[str, bytes]) -> Sample:

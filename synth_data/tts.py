@@ -621,7 +621,7 @@ _HELDOUT = (
     "espeak:en-gb-scotland+steph",
     "espeak:en-gb-scotland+steph3@rate=150",
     # Trained variants and accents, in pairs, pitches and rates that training never shows.
-    "espeak:en-us+m5@rate=165,pitch=33",
+    "espeak:en-us+m6@rate=165,pitch=33",
     "espeak:en+m1@rate=145,pitch=58",
     "espeak:en-029+f2@rate=170,pitch=48",
     "espeak:en-us-nyc+f4@rate=155,pitch=62",

@@ -129,6 +129,7 @@ def arpa(texts: Iterable[str], *, order: int = 3, discount: float = 0.5) -> str:
     probability: dict[tuple[str, ...], float] = {
         gram: count / total for gram, count in counts[0].items() if gram != ("<s>",)
     }
+    vocabulary = len(probability)
     backoff: dict[tuple[str, ...], float] = {}
     for length in range(2, order + 1):
         followers: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
@@ -136,12 +137,13 @@ def arpa(texts: Iterable[str], *, order: int = 3, discount: float = 0.5) -> str:
             followers.setdefault(gram[:-1], []).append(gram)
         for history, grams in followers.items():
             seen = sum(counts[length - 1][gram] for gram in grams)
+            # A history that was seen with every word has nobody to give a discount to.
+            taken = discount if len(grams) < vocabulary else 0.0
             for gram in grams:
-                probability[gram] = (counts[length - 1][gram] - discount) / seen
-            lower = sum(probability[gram[1:]] for gram in grams)
-            left = discount * len(grams) / seen
-            # A history that was seen with every word has nobody to give the rest to.
-            backoff[history] = left / (1 - lower) if lower < 1 - 1e-9 else 1.0
+                probability[gram] = (counts[length - 1][gram] - taken) / seen
+            if taken:
+                lower = sum(probability[gram[1:]] for gram in grams)
+                backoff[history] = taken * len(grams) / seen / (1 - lower)
     return _write_arpa(counts, probability, backoff)
 
 
@@ -188,7 +190,7 @@ class Recognizer:
         language_model: Path | str | None = None,
         pronunciations: Mapping[str, str] | None = None,
     ) -> None:
-        """Load the models (about half a second).
+        """Load the models: half a second, and some 5 s more to pack a model in ARPA format.
 
         Args:
             language_model: an n-gram model (.arpa, .lm, .bin, .dmp) or a grammar (.jsgf, .gram);

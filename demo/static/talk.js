@@ -32,9 +32,13 @@ class Transcript {
   }
 
   clear() {
+    this.endTurns();
+    this.list.replaceChildren(this.empty);
+  }
+
+  endTurns() {
     this.open = {}; // side → {text: element, at: ms of its last piece}
     this.latest = null; // the side that opened the last turn
-    this.list.replaceChildren(this.empty);
   }
 
   add(side, piece) {
@@ -116,13 +120,15 @@ class TalkPage {
     this.attended = microphone;
     this.soundAt = performance.now();
     this.show("connecting");
-    client.addEventListener("text", ({ detail }) => this.write("model", detail.text));
-    client.addEventListener("heard", ({ detail }) => this.write("you", detail.text));
-    client.addEventListener("level", ({ detail }) => this.level(detail));
-    client.addEventListener("latency", ({ detail }) => this.latency(detail));
-    client.addEventListener("error", ({ detail }) => {
-      if (this.client === client) this.fail(detail.message);
-    });
+    const on = (type, act) =>
+      client.addEventListener(type, ({ detail }) => {
+        if (this.client === client) act(detail); // not what a closed call still had to say
+      });
+    on("text", ({ text }) => this.write("model", text));
+    on("heard", ({ text }) => this.write("you", text));
+    on("level", (levels) => this.level(levels));
+    on("latency", (measured) => this.latency(measured));
+    on("error", ({ message }) => this.fail(message));
     try {
       await client.connect({ microphone });
     } catch {
@@ -151,6 +157,7 @@ class TalkPage {
     this.client = null;
     this.asking = 0;
     this.player?.pause();
+    this.transcript.endTurns();
     this.setLevel("you", FLOOR_DB);
     this.setLevel("model", FLOOR_DB);
   }

@@ -1,8 +1,8 @@
 """Train the spectral codec, the semantic tokenizer inside it frozen.
 
 Random crops of single-channel sound, weighted by folder (the assistant's voice counts most: it is
-the one that is heard), are coded and decoded; the criterion is a multi-scale log-mel distance and the
-quantizers' commitment.
+the one that is heard), are coded and decoded; the criterion is a multi-scale log-mel distance and
+the quantizers' commitment.
 
     speechlm train codec configs/codec/tiny.yaml [run.steps=…]
 """
@@ -67,6 +67,8 @@ class TrainConfig(BaseModel):
     optimizer: OptimizerConfig = OptimizerConfig(lr=6e-4, betas=(0.8, 0.99), weight_decay=0.01)
     init_from: str | None = None
     """A codec checkpoint to start from."""
+    dtype: checkpoints.StoredType = "fp32"
+    """How the weights of the finished checkpoint are stored."""
     output: Path | None = None
     """Checkpoint directory written at the end; None means `codec` in the run directory."""
 
@@ -184,4 +186,4 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 )
     output_dir = config.output or config.run.dir / "codec"
     card = {"trainee": "codec", "steps": config.run.steps, "batch": config.batch}
-    return checkpoints.save(output_dir, bare.config, bare.state_dict(), dtype="fp32", card=card)
+    return checkpoints.save(output_dir, bare.config, bare.state_dict(), dtype=config.dtype, card=card)

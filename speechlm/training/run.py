@@ -7,8 +7,8 @@ A run directory holds
     tensorboard/     the same numbers as curves
     checkpoint.pt    everything to go on from: step, weights, optimizer, random state, data position
 
-and a resumed run gives the numbers of one never stopped: whatever is random is drawn either from the
-generators kept in the checkpoint or from `Run.rng(step)`, which needs nothing but seed and step.
+and a resumed run gives the numbers of one never stopped: whatever is random is drawn either from
+the generators kept in the checkpoint or from `Run.rng(step)`, which needs but seed and step.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Run:
         return None if self._resumed is None else self._resumed["state"]
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Keep `state` (tensors, numbers, strings and containers of them) as of `step` done steps."""
+        """Keep `state` (tensors, numbers, strings, containers of them) as of `step` done steps."""
         if not self.main:
             return
         content = {"step": step, "torch_rng": torch.get_rng_state(), "state": state}
@@ -195,7 +195,9 @@ class Run:
             self.tensorboard.add_scalar(key, value, step)
         self._last = " ".join(f"{key} {value:.4g}" for key, value in metrics.items())
         if not self.console.is_terminal:
-            self.console.print(f"{self.name} {step}/{self.config.steps} {self._last}", soft_wrap=True)
+            self.console.print(
+                f"{self.name} {step}/{self.config.steps} {self._last}", soft_wrap=True
+            )
 
     def steps(
         self,
@@ -204,8 +206,8 @@ class Run:
     ) -> Iterator[int]:
         """Yield the steps to do, under a progress bar with time left.
 
-        After every `save_every` steps, and at the end, `save()` gives the state to keep; after every
-        `eval_every`, `evaluate(step)` gives numbers to log.
+        After every `save_every` steps, and at the end, `save()` gives the state to keep; after
+        every `eval_every`, `evaluate(step)` gives numbers to log.
         """
         config, began = self.config, time.monotonic()
         self._last = ""

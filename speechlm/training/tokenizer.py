@@ -1,9 +1,9 @@
 """Train the semantic tokenizer: speech recognition through a discrete bottleneck.
 
-Utterances with transcripts (shards of `speechlm synth speech`) are held in memory, grouped by length
-into batches of a fixed amount of sound, disturbed (gain, noise, band limits, SpecAugment), and
-recognized by CTC. The bottleneck warms up: at first every row bypasses the rounding, then a growing
-share of rows passes through it, then all.
+Utterances with transcripts (shards of `speechlm synth speech`) are held in memory, grouped by
+length into batches of a fixed amount of sound, disturbed (gain, noise, band limits, SpecAugment),
+and recognized by CTC. The bottleneck warms up: at first every row bypasses the rounding, then a
+growing share of rows passes through it, then all.
 
     speechlm train tokenizer configs/tokenizer/tiny.yaml [run.steps=…]
 """
@@ -99,6 +99,8 @@ class TrainConfig(BaseModel):
     """Never quantize: the twin that says what the bottleneck costs."""
     init_from: str | None = None
     """A tokenizer checkpoint to start from."""
+    dtype: checkpoints.StoredType = "fp32"
+    """How the weights of the finished checkpoint are stored."""
     output: Path | None = None
     """Checkpoint directory written at the end; None means `tokenizer` in the run directory."""
 
@@ -171,7 +173,7 @@ def disturb(
         pcm = fft.irfft(spectrum, size)[: len(pcm)]
     if rng.random() < config.noise_share:
         if noise and rng.random() < 0.7:
-            clip = noise[rng.integers(len(noise))]
+            clip = noise[int(rng.integers(len(noise)))]
             start = int(rng.integers(len(clip)))
             hiss = np.resize(np.roll(clip, -start), len(pcm)).astype(np.float32)
         else:
@@ -199,21 +201,21 @@ def collate(
     rng: np.random.Generator,
 ) -> Batch:
     """Pad to whole frames; `config` None leaves the sound as it is."""
-    sounds = []
+    sounds: list[np.ndarray[Any, np.dtype[np.float32]]] = []
     for utterance in utterances:
-        pcm = utterance.pcm.astype(np.float32) / 32768
+        pcm = utterance.pcm.astype(np.float32) / np.float32(32768)
         if config is not None:
             lead = int(rng.uniform(0, config.delay_seconds) * SAMPLE_RATE)
             pcm = disturb(np.pad(pcm, (lead, 0)), noise, config, rng)
         sounds.append(pcm)
     frames = [-(-len(pcm) // FRAME_SIZE) for pcm in sounds]
     padded = np.zeros((len(sounds), 1, max(frames) * FRAME_SIZE), np.float32)
-    for row, pcm in zip(padded, sounds, strict=True):
-        row[0, : len(pcm)] = pcm
+    for index, pcm in enumerate(sounds):
+        padded[index, 0, : len(pcm)] = pcm
     spelled = [spell(utterance.text) for utterance in utterances]
     targets = np.zeros((len(sounds), max(map(len, spelled))), np.int64)
-    for row, classes in zip(targets, spelled, strict=True):
-        row[: len(classes)] = classes
+    for index, classes in enumerate(spelled):
+        targets[index, : len(classes)] = classes
     return Batch(
         torch.from_numpy(padded),
         torch.tensor(frames),
@@ -326,7 +328,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 )
     output_dir = config.output or config.run.dir / "tokenizer"
     card = {"trainee": "tokenizer", "steps": config.run.steps, "utterances": len(utterances)}
-    return checkpoints.save(output_dir, config.model, bare.state_dict(), dtype="fp32", card=card)
+    return checkpoints.save(output_dir, config.model, bare.state_dict(), dtype=config.dtype, card=card)
 
 
 def _share(config: TrainConfig, step: int) -> float:

@@ -13,6 +13,7 @@ import { Resampler } from "./resampler.js";
 const RATE = 24000;
 const PIECE = 960; // samples sent at a time; two complete a frame of the model
 const WINDOW = 240; // 10 ms, for the response time
+const SETTLED = 7200; // 300 ms of silence end a turn
 const AUDIBLE = 1e-4; // mean square of -40 dBFS
 const SILENT = 1e-5; // -50 dBFS: what may be skipped unheard
 const BLOCK = 48; // 2 ms at a time through the playback resampler
@@ -74,40 +75,45 @@ class JitterBuffer {
   }
 }
 
-/** Time from the last voiced input to the first audible output, on the clock of this thread. */
+/** Time from the last voiced input to the first audible output, on the clock of this thread.
+ * It is known once the speaker has kept silent for `SETTLED`: until then the turn may go on. */
 class ResponseMeter {
   constructor() {
-    this.input = { sum: 0, count: 0 };
-    this.output = { sum: 0, count: 0, time: 0, audible: -RATE };
-    this.time = 0;
-    this.voiced = -1;
+    this.input = { sum: 0, time: 0 };
+    this.output = { sum: 0, time: 0, audible: -RATE };
+    this.voiced = -1; // when the last voiced window ended, if the output was silent by then
+    this.onset = -1; // when the output became audible after that
   }
 
+  /** Takes a sample of the input; milliseconds when a response time has become known, else null. */
   heard(x) {
-    this.time++;
-    this.input.sum += x * x;
-    if (++this.input.count < WINDOW) return;
-    if (this.input.sum / WINDOW > AUDIBLE) {
-      // Overlapping speech has no response time: the answer must begin from silence.
-      this.voiced = this.output.time - this.output.audible > 0.2 * RATE ? this.time : -1;
+    const { input, output } = this;
+    input.sum += x * x;
+    if (++input.time % WINDOW) return null;
+    const voiced = input.sum / WINDOW > AUDIBLE;
+    input.sum = 0;
+    if (voiced) {
+      // An answer that began while the input went on has no response time.
+      this.voiced = input.time - output.audible > 0.2 * RATE ? input.time : -1;
+      this.onset = -1;
+    } else if (this.onset >= 0 && input.time - this.voiced >= SETTLED) {
+      const elapsed = ((this.onset - this.voiced) / RATE) * 1000;
+      this.voiced = this.onset = -1;
+      return Math.max(0, elapsed);
     }
-    this.input.sum = this.input.count = 0;
+    return null;
   }
 
-  /** Milliseconds, when this sample completes the first audible window of an answer; else null. */
+  /** Takes a sample of the output. */
   played(x) {
     const output = this.output;
-    output.time++;
     output.sum += x * x;
-    if (++output.count < WINDOW) return null;
-    const audible = output.sum / WINDOW > AUDIBLE;
-    output.sum = output.count = 0;
-    if (!audible) return null;
-    output.audible = output.time;
-    if (this.voiced < 0) return null;
-    const elapsed = ((output.time - WINDOW - this.voiced) / RATE) * 1000;
-    this.voiced = -1;
-    return Math.max(0, elapsed);
+    if (++output.time % WINDOW) return;
+    if (output.sum / WINDOW > AUDIBLE) {
+      output.audible = output.time;
+      if (this.voiced >= 0 && this.onset < 0) this.onset = output.time - WINDOW;
+    }
+    output.sum = 0;
   }
 }
 
@@ -150,7 +156,8 @@ class SpeechProcessor extends AudioWorkletProcessor {
     const count = this.down.process(samples, samples.length, this.captured);
     for (let k = 0; k < count; k++) {
       const x = this.fed() ?? this.captured[k];
-      this.meter.heard(x);
+      const elapsed = this.meter.heard(x);
+      if (elapsed !== null) this.port.postMessage({ type: "response", ms: elapsed });
       this.piece[this.filled++] = x;
       if (this.filled === PIECE) this.send();
     }
@@ -190,8 +197,7 @@ class SpeechProcessor extends AudioWorkletProcessor {
       this.jitter.pull(this.block);
       for (const x of this.block) {
         this.energy += x * x;
-        const elapsed = this.meter.played(x);
-        if (elapsed !== null) this.port.postMessage({ type: "response", ms: elapsed });
+        this.meter.played(x);
       }
       const count = this.up.process(this.block, BLOCK, this.made);
       this.ready.set(this.made.subarray(0, count), this.waiting);

@@ -16,9 +16,12 @@ from streaming.testing import EchoModel, InProcess, Pause, Say, ScriptedSpeaker
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[TestClient]:
-    with Engine(EchoModel(), slots=1, name="echo") as engine:
-        with TestClient(create_app(engine, {"name": "echo", "hours": 12.5})) as client:
-            yield client
+    card = {"name": "echo", "hours": 12.5}
+    with (
+        Engine(EchoModel(), slots=1, name="echo") as engine,
+        TestClient(create_app(engine, card)) as client,
+    ):
+        yield client
 
 
 def test_the_page_holds_both_tabs_and_the_card(page: TestClient) -> None:
@@ -62,3 +65,8 @@ def test_the_conversation_shares_the_origin_of_the_page(page: TestClient) -> Non
 def test_launch_wants_a_line_at_least() -> None:
     with pytest.raises(UserError, match="slots: 0"):
         launch(slots=0)
+
+
+def test_launch_names_the_model_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="no-such-model"):
+        launch("no-such-model")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from audio_codec.transformer import TransformerConfig
+from speechlm import model as model_module
 from speechlm.model import (
     Batch,
     LMConfig,
@@ -81,14 +82,12 @@ class TestLinearCrossEntropy:
             assert mine is not None and theirs is not None
             assert torch.allclose(mine, theirs, atol=1e-5)
 
-    def test_blocks_change_nothing(self) -> None:
-        # 2^21 / 2^20 = 2 rows a block.
-        x, weight = torch.randn(5, 2), torch.randn(2**20, 2) * 0.1
-        target = torch.randint(2**20, (5,))
-        _, nll, _ = linear_cross_entropy(x, weight, target, torch.ones(5))
-        assert torch.allclose(
-            nll, F.cross_entropy(x @ weight.T, target, reduction="none"), atol=1e-4
-        )
+    def test_blocks_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x, weight, target = torch.randn(5, 4), torch.randn(9, 4), torch.randint(9, (5,))
+        whole = linear_cross_entropy(x, weight, target, torch.ones(5))
+        monkeypatch.setattr(model_module, "_BLOCK", 18)  # two rows at a time
+        blocks = linear_cross_entropy(x, weight, target, torch.ones(5))
+        assert all(torch.allclose(a, b) for a, b in zip(whole, blocks, strict=True))
 
 
 class TestTemporal:
@@ -182,17 +181,20 @@ class TestLoss:
         batch.weights[:, 2, 0] = 0
         assert torch.isfinite(model.loss(batch).total)
 
-    @pytest.mark.parametrize("heard", [True, False])
-    def test_an_overfit_batch_is_learned(self, heard: bool) -> None:
-        model = small(heard=heard)
-        batch = batch_of(model, rows=1, time=8)
+    def test_an_overfit_batch_is_learned(self) -> None:
+        model = small()
+        batch = batch_of(model, rows=1, time=6)
         batch.targets[:, 0, ::2] = PAD
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         first = model.loss(batch).total.item()
-        for _ in range(150):
+        for _ in range(60):
             optimizer.zero_grad()
             losses = model.loss(batch)
             losses.total.backward()
             optimizer.step()
         assert losses.total.item() < 0.1 * first
         assert losses.parts["semantic_accuracy"] == 1
+
+    def test_without_heard_there_is_no_such_part(self) -> None:
+        model = small(heard=False)
+        assert "heard" not in model.loss(batch_of(model)).parts

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audio_codec.errors import UserError
+from audio_codec.spectral import SpectralCodec, SpectralConfig
+from audio_codec.speech_tokenizer import TokenizerConfig
+from audio_codec.transformer import TransformerConfig
+from speechlm.data import train_text_tokenizer
+from speechlm.duplex import Duplex
+from speechlm.model import LMConfig, SpeechLM
+from speechlm.streams import Streams
 from streaming import bench
 from streaming.engine import (
     Core,
@@ -107,7 +115,7 @@ def test_a_slot_is_silent_for_the_next_caller() -> None:
         assert not sound(take(second, 3)).any()
 
 
-def converse(engine: Engine[EchoState], pcm: Pcm, seed: int) -> tuple[Pcm, str]:
+def converse(engine: Engine[Any], pcm: Pcm, seed: int) -> tuple[Pcm, str]:
     session = engine.open(SessionParams(seed=seed))
     start = 0
     frames: list[Frame] = []
@@ -306,13 +314,22 @@ def test_response_meter_ignores_an_answer_that_was_sounding_already() -> None:
     both = tone(FRAME_SIZE)
     meter.feed(np.zeros_like(both), both, 0)
     assert [meter.feed(both, both, 0) for _ in range(5)] == [None] * 5
-    assert meter.feed(np.zeros_like(both), both, 0) is None
+    assert [meter.feed(np.zeros_like(both), both, 0) for _ in range(5)] == [None] * 5
+
+
+def test_response_meter_waits_until_the_turn_has_settled() -> None:
+    meter = ResponseMeter()
+    spoken, silence = tone(FRAME_SIZE), np.zeros(FRAME_SIZE, np.float32)
+    meter.feed(spoken, silence, 0)
+    assert meter.feed(silence, spoken, 0) is None  # audible 160 ms after the turn, perhaps
+    assert meter.feed(spoken, silence, 0) is None  # no: it goes on
+    reports = [meter.feed(silence, silence, 0) for _ in range(3)]
+    reports += [meter.feed(silence, spoken, 0) for _ in range(3)]
+    assert reports == [None] * 6  # the output was audible just before the turn ended
 
 
 class Answering(EchoModel):
     """Silent for `wait` frames, speaks for `frames`, silent again."""
-
-    delay_frames = 1
 
     def __init__(self, wait: int, frames: int) -> None:
         super().__init__()
@@ -377,3 +394,77 @@ def test_bench_measures_every_batch_size() -> None:
     assert metrics["real_time_slots"].value == 2
     p50, p95 = metrics["frame_ms_p50_b2"].value, metrics["frame_ms_p95_b2"].value
     assert p50 is not None and p95 is not None and 0 < p50 <= p95
+
+
+@pytest.fixture(scope="module")
+def duplex() -> Duplex:
+    """The real thing, untrained, as small as it gets."""
+    torch.manual_seed(0)
+    tokenizer = train_text_tokenizer(["one two three four five six"] * 3, 100)
+    hearing = TokenizerConfig(
+        front_dim=16,
+        front_blocks=1,
+        dim=16,
+        heads=2,
+        layers_before=1,
+        layers_after=1,
+        window_seconds=0.5,
+        levels=(3, 3),
+    )
+    codec = SpectralCodec(
+        SpectralConfig(
+            tokenizer=hearing,
+            encoder_dim=16,
+            encoder_blocks=1,
+            encoder_latent_dim=16,
+            encoder_latent_blocks=1,
+            latent=8,
+            codebooks=(16, 16),
+            decoder_latent_dim=16,
+            decoder_latent_blocks=1,
+            decoder_dim=16,
+            decoder_blocks=1,
+        )
+    ).eval()
+    config = LMConfig(
+        streams=Streams(text_size=tokenizer.size, codebooks=codec.codebooks),
+        temporal=TransformerConfig(dim=16, layers=2, heads=2, window=6),
+        depth=TransformerConfig(dim=16, layers=1, heads=2),
+        codec="codec",
+    )
+    return Duplex(codec, SpeechLM(config), tokenizer)
+
+
+def test_the_real_model_talks_to_each_caller_as_if_alone(duplex: Duplex) -> None:
+    pcm = noise(12)
+    with Engine(duplex, slots=3) as engine:
+        alone, text = converse(engine, pcm, 1)
+        stop = threading.Event()
+
+        def shout() -> None:
+            other = engine.open(SessionParams(seed=9))
+            while not stop.is_set():
+                other.offer(noise(1, 5))
+                other.poll()
+            other.close()
+
+        threads = [threading.Thread(target=shout) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        together, same = converse(engine, pcm, 1)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert same == text
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    assert np.abs(alone).max() > 0
+
+
+def test_chat_with_the_real_model_is_a_live_session(duplex: Duplex) -> None:
+    pcm = noise(12)
+    answer = chat(duplex, pcm, seed=1, max_seconds=0)
+    with Engine(duplex) as engine:
+        live, text = converse(engine, pcm, 1)
+    np.testing.assert_array_equal(answer.stream, live)
+    assert answer.text == text.strip()
+    assert answer.metrics["pipeline_ms_p50"].value is not None

@@ -5,13 +5,15 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audio_codec.errors import UserError
 from streaming import protocol
 from streaming.protocol import AudioFormat, Kind, ProtocolError, SessionParams
 
+# The first example of a run pays for imports; a busy machine would miss a deadline.
+relaxed = settings(deadline=None)
 U32 = st.integers(0, 2**32 - 1)
 TEXT = st.text(max_size=40)
 JSON = st.recursive(
@@ -47,6 +49,7 @@ def tone(samples: int, hertz: float = 300.0) -> protocol.Pcm:
     return (0.3 * np.sin(2 * np.pi * hertz * np.arange(samples) / 24_000)).astype(np.float32)
 
 
+@relaxed
 @given(MESSAGES)
 def test_wire_round_trip(message: protocol.Message) -> None:
     assert protocol.decode(protocol.encode(message)) == message
@@ -65,6 +68,7 @@ def test_a_handshake_may_be_its_kind_alone() -> None:
     assert protocol.decode(b"\x00") == protocol.Handshake(0, 0)
 
 
+@relaxed
 @given(st.integers(8, 255), st.binary(max_size=8))
 def test_unknown_kinds_are_tolerated(kind: int, payload: bytes) -> None:
     assert protocol.decode(bytes([kind]) + payload) == protocol.Unknown(kind, payload)
@@ -74,6 +78,7 @@ def test_unknown_control_action_is_tolerated() -> None:
     assert protocol.decode(b"\x03\x09") == protocol.Unknown(Kind.CONTROL, b"\x09")
 
 
+@relaxed
 @given(st.binary(max_size=32))
 def test_any_bytes_decode_or_raise_protocol_error(data: bytes) -> None:
     try:
@@ -90,6 +95,7 @@ def test_broken_payloads_are_named(data: bytes) -> None:
         protocol.decode(data)
 
 
+@relaxed
 @given(
     st.lists(st.floats(-1, 1, width=32), max_size=50),
     st.lists(st.integers(1, 9), min_size=1, max_size=4),

@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
@@ -371,28 +370,28 @@ def test_a_taken_port_is_one_sentence() -> None:
 
 
 @contextmanager
-def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    code = (
-        "from streaming import server; from streaming.testing import EchoModel;"
-        f"server.serve(EchoModel(), port=0, slots=2, {', '.join(arguments)})"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def draining(engine: Engine[EchoState]) -> Iterator[tuple[server.DrainingServer, str]]:
+    """The server of `server.run` in a thread, where a test plays the part of the signals."""
+    listener = server.listen("127.0.0.1", 0)
+    settings = uvicorn.Config(server.create_app(engine), log_level="warning")
+    running = server.DrainingServer(settings, engine, drain_seconds=10)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
     try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        yield process, line.removeprefix("listening on ").strip()
+        yield running, f"ws://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(10)
+        assert not thread.is_alive()
     finally:
-        process.kill()
-        process.communicate()
+        running.should_exit = True
+        thread.join()
+        listener.close()
 
 
 def test_sigterm_waits_for_live_calls() -> None:
-    async def talk(process: subprocess.Popen[str], url: str) -> None:
+    async def talk(running: server.DrainingServer, url: str) -> None:
         pcm = noise(6)
         async with Client(url, format=RAW) as caller:
-            process.send_signal(signal.SIGTERM)
+            running.handle_exit(signal.SIGTERM, None)
             async for event in caller:
                 if isinstance(event, Notice):
                     assert event.data["type"] == "draining"
@@ -401,31 +400,48 @@ def test_sigterm_waits_for_live_calls() -> None:
                 await Client(url, format=RAW).connect()
             await caller.send(pcm)
             got = 0
-            async for event in caller:
-                if isinstance(event, Speech):
-                    got += len(event.pcm)
-                    if got == len(pcm):
-                        break
-            assert process.poll() is None
-        assert await asyncio.to_thread(process.wait, 10) == 0
+            while got < len(pcm):
+                answer = await caller.receive()
+                got += len(answer.pcm) if isinstance(answer, Speech) else 0
+            assert not running.should_exit
 
-    with served() as (process, url):
-        run(talk(process, url))
+    with echo(slots=2) as (engine, _), draining(engine) as (running, url):
+        run(talk(running, url))
 
 
-def test_sigint_ends_live_calls_with_a_reason() -> None:
-    async def talk(process: subprocess.Popen[str], url: str) -> None:
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+def test_a_signal_that_does_not_wait_ends_live_calls_with_a_reason(
+    signals: list[signal.Signals],
+) -> None:
+    async def talk(running: server.DrainingServer, url: str) -> None:
         async with Client(url, format=RAW) as caller:
-            began = time.monotonic()
-            process.send_signal(signal.SIGINT)
+            for sig in signals:
+                running.handle_exit(sig, None)
             with pytest.raises(ServerError, match="shutting down"):
                 async for _ in caller:
                     pass
-        assert await asyncio.to_thread(process.wait, 10) == 0
-        assert time.monotonic() - began < 8
 
-    with served() as (process, url):
-        run(talk(process, url))
+    with echo() as (engine, _), draining(engine) as (running, url):
+        run(talk(running, url))
+
+
+@pytest.mark.slow
+def test_serve_in_a_process_of_its_own_leaves_in_peace_on_sigterm() -> None:
+    code = (
+        "from streaming import server; from streaming.testing import EchoModel;"
+        "server.serve(EchoModel(), port=0, slots=2)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as served:
+        assert served.stdout is not None
+        url = served.stdout.readline().removeprefix("listening on ").strip()
+        try:
+            assert json.loads(get(f"{url}/api/build_info")[1])["model"] == "EchoModel"
+            served.send_signal(signal.SIGTERM)
+            assert served.wait(60) == 0
+        finally:
+            served.kill()
 
 
 def test_handshake_bytes() -> None:

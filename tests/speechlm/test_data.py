@@ -1,0 +1,295 @@
+"""Pieces on frames, documents, packing, resumption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from audio_codec.errors import UserError
+from speechlm import data
+from speechlm.data import (
+    DialogueSource,
+    Document,
+    InterleavedSource,
+    Mixture,
+    Packer,
+    QuizSource,
+    SentenceSource,
+    TextTokenizer,
+    WeightConfig,
+)
+from speechlm.streams import ABSENT, BOS, EOS, EPAD, PAD, SPEECH, TEXT, Streams
+from synth_data import quiz, shards
+from synth_data.tts import Word
+
+WEIGHTS = WeightConfig()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> TextTokenizer:
+    return data.train_text_tokenizer(quiz.sentences("train", 400, 0), 300)
+
+
+@pytest.fixture(scope="module")
+def streams(tokenizer: TextTokenizer) -> Streams:
+    return Streams(text_size=tokenizer.size, codebooks=((3, 2), (5,), (5,)))
+
+
+def dialogue(name: str, frames: int, seed: int = 0) -> shards.Sample:
+    rng = np.random.default_rng(seed)
+    codes = np.stack([rng.integers(0, size, (2, frames)) for size in (6, 5, 5)], axis=1)
+    return shards.Sample(
+        id=name,
+        text="what is two plus two? four.",
+        words=(
+            (Word("four", 2.0, 2.4),),
+            (Word("two", 0.5, 0.8), Word("plus", 0.8, 1.1), Word("two", 1.1, 1.3)),
+        ),
+        voices=("assistant", "user"),
+        source="test",
+        licence="Apache-2.0",
+        synthetic=True,
+        seconds=frames / 12.5,
+        codes=codes.astype(np.uint16),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shards")
+    shards.write(path / "dialogue-000000.tar", [dialogue(f"d{i}", 40 + 7 * i, i) for i in range(5)])
+    return path
+
+
+class TestTokenizer:
+    def test_round_trip(self, tokenizer: TextTokenizer) -> None:
+        text = "What is 3 plus four? Zebra's."
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == "what is three plus four zebra's"
+        assert "".join(tokenizer.pieces()[i] for i in ids).strip() == tokenizer.decode(ids)
+
+    @given(st.text(alphabet="abcdefghijklmnopqrstuvwxyz'", min_size=1, max_size=12))
+    def test_any_word_can_be_spelled(self, tokenizer: TextTokenizer, word: str) -> None:
+        assert tokenizer.decode(tokenizer.word(word)) == word
+
+    def test_special_pieces_have_their_ids_and_no_text(self, tokenizer: TextTokenizer) -> None:
+        assert tokenizer.decode([PAD, EPAD, BOS, EOS, SPEECH, TEXT]) == ""
+        assert tokenizer.pieces()[:7] == [""] * 7
+
+    def test_the_same_texts_give_the_same_pieces(self, tokenizer: TextTokenizer) -> None:
+        again = data.train_text_tokenizer(quiz.sentences("train", 400, 0), 300)
+        assert again.model == tokenizer.model
+
+    def test_mistakes_are_named(self) -> None:
+        with pytest.raises(UserError, match="vocab is 10"):
+            data.train_text_tokenizer(["a"], 10)
+        with pytest.raises(UserError, match="not a SentencePiece model"):
+            TextTokenizer(b"nothing")
+
+
+class TestPlace:
+    def test_start_epad_and_lead(self, tokenizer: TextTokenizer) -> None:
+        two, four = tokenizer.word("two"), tokenizer.word("four")
+        words = [Word("two", 0.41, 0.6), Word("four", 1.6, 1.9)]  # frames 5 and 20
+        row = data.place(words, 30, tokenizer, at="start", offset=-1)
+        assert row[3] == EPAD and tuple(row[4 : 4 + len(two)]) == two
+        assert row[18] == EPAD and tuple(row[19 : 19 + len(four)]) == four
+        assert (row == PAD).sum() == 30 - 2 - len(two) - len(four)
+
+    def test_end_without_epad(self, tokenizer: TextTokenizer) -> None:
+        row = data.place([Word("two", 0.4, 0.81)], 30, tokenizer, at="end", offset=2, epad=False)
+        assert row.nonzero()[0][0] == 11 + 2 and EPAD not in row
+
+    @given(
+        st.lists(st.tuples(st.floats(0, 3), st.sampled_from(["zebra", "two", "unhappy"]))),
+        st.integers(-3, 3),
+    )
+    def test_words_queue_in_order_and_never_run_early(
+        self, tokenizer: TextTokenizer, starts: list[tuple[float, str]], offset: int
+    ) -> None:
+        words = [Word(text, start, start + 0.2) for start, text in sorted(starts)]
+        row = data.place(words, 400, tokenizer, at="start", offset=offset)
+        said = [int(i) for i in row if i not in (PAD, EPAD)]
+        assert said == [p for word in words for p in tokenizer.word(word.text)]
+        for at in np.flatnonzero(row == EPAD):
+            assert row[at + 1] not in (PAD, EPAD)
+        if words:
+            first = next(i for i, piece in enumerate(row) if piece not in (PAD, EPAD))
+            assert first >= int(words[0].start * 12.5 + 1e-6) + offset
+
+    def test_what_lies_beyond_the_end_is_dropped(self, tokenizer: TextTokenizer) -> None:
+        words = [Word("unhappy", 0.7, 0.9), Word("two", 5.0, 6.0)]
+        assert len(data.place(words, 10, tokenizer, at="start")) == 10
+
+
+class TestDocuments:
+    def test_dialogue(self, streams: Streams, tokenizer: TextTokenizer) -> None:
+        sample = dialogue("d", 60)
+        made = data.encode_dialogue(sample, streams, tokenizer, WEIGHTS)
+        document = data.dialogue_document(made, streams, WEIGHTS, np.random.default_rng(0))
+        columns, weights = document.columns, document.weights
+        assert sample.codes is not None
+        assert columns.shape == (streams.count, 61) and weights.shape == (streams.count, 60)
+        assert (columns[:, 0] == streams.sizes).all()
+        assert (columns[1, 1:] == sample.codes[0, 0]).all()  # semantic: not delayed
+        assert (columns[2, 2:] == sample.codes[0, 1, :-1]).all()  # acoustic: one column later
+        assert (columns[5, 2:] == sample.codes[1, 1, :-1]).all()
+        # "four" is said at 2.0 s, frame 25; the user's last word ends at 1.3 s, frame 17.
+        assert columns[0, 25] == EPAD and columns[0, 26] == tokenizer.word("four")[0]
+        assert columns[streams.heard_index, 1 + 17 + 2] == tokenizer.word("two")[0]
+        assert (weights[streams.user] == 0).all()
+        assert weights[2, 0] == 0  # the delay gap
+        assert (weights[1, 12:43] == WEIGHTS.semantic).all()  # 1 s around the answer
+        assert 0 < (weights[1, 43:] == 0).sum() < 18  # some of the silence is left out
+        assert weights[0, 25] == 1 and weights[0, 0] == WEIGHTS.pad
+
+    def test_unfit_codes_are_named(self, streams: Streams, tokenizer: TextTokenizer) -> None:
+        bare = dialogue("d", 60).model_copy(update={"codes": None})
+        with pytest.raises(UserError, match="has no codes"):
+            data.encode_dialogue(bare, streams, tokenizer, WEIGHTS)
+        two = Streams(text_size=300, codebooks=((6,), (5,)))
+        with pytest.raises(UserError, match="expected 2 × 2"):
+            data.encode_dialogue(dialogue("d", 60), two, tokenizer, WEIGHTS)
+
+    def test_question_is_heard_and_answer_said(
+        self, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        turns = [("What is two plus two?", "Four."), ("And one more?", "Five.")]
+        document = data.question_document(turns, streams, tokenizer, WEIGHTS)
+        text, heard = document.columns[0, 1:], document.columns[streams.heard_index, 1:]
+        assert tokenizer.decode(heard) == "what is two plus two and one more"
+        assert tokenizer.decode(text) == "four five"
+        assert (document.columns[1:7, 1:] == ABSENT).all()
+        answer = int(np.flatnonzero(text == tokenizer.word("four")[0])[0])
+        assert text[answer - 1] == EPAD and document.weights[0, answer] == 1
+        assert tokenizer.decode(heard[:answer]) == "what is two plus two"
+        assert document.weights[streams.heard_index, 0] == np.float32(WEIGHTS.question)
+
+    def test_pace_puts_pads_between(self, streams: Streams, tokenizer: TextTokenizer) -> None:
+        turns = [("What is two plus two?", "Four.")]
+        dense = data.question_document(turns, streams, tokenizer, WEIGHTS)
+        paced = data.question_document(turns, streams, tokenizer, WEIGHTS, lambda n: n + 3)
+        assert paced.columns.shape[1] == dense.columns.shape[1] + 3 * 6
+        for row in (0, streams.heard_index):
+            assert tokenizer.decode(paced.columns[row, 1:]) == tokenizer.decode(
+                dense.columns[row, 1:]
+            )
+
+    def test_interleaved_spans(self, streams: Streams) -> None:
+        codes = np.array([[1, 2, 3], [0, 1, 2], [4, 3, 2]])
+        document = data.interleaved_document([[9, 10], codes], streams, WEIGHTS)
+        text = document.columns[0, 1:].tolist()
+        assert text == [BOS, 9, 10, SPEECH, PAD, PAD, PAD, PAD, TEXT, EOS]
+        assert document.columns[1, 5:9].tolist() == [1, 2, 3, ABSENT]
+        assert document.columns[2, 5:9].tolist() == [5, 0, 1, 2]
+        assert (document.columns[4:, 1:] == ABSENT).all()
+        assert document.weights[2, 4:8].tolist() == [0, 1, 1, 1]
+        heard = data.interleaved_document([codes], streams, WEIGHTS, role="user")
+        assert (heard.weights[1:] == 0).all() and heard.columns[4, 3] == 1
+
+
+def sources(folder: Path) -> list[data.Source]:
+    lines = folder / "lines.txt"
+    lines.write_text("One line.\nAnother line here.\nThe third of them.\n")
+    return [
+        DialogueSource(kind="dialogues", path=folder, rows=3),
+        QuizSource(kind="quiz", rows=2),
+        SentenceSource(kind="sentences", path=lines, rows=1),
+        InterleavedSource(kind="interleaved", path=folder, rows=2, span=1),
+    ]
+
+
+class TestPacking:
+    @given(
+        st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=1, max_size=6),
+        st.integers(3, 20),
+        st.integers(1, 6),
+    )
+    @settings(max_examples=50)
+    def test_nothing_is_lost_and_inputs_are_the_columns_before(
+        self, sizes: list[tuple[int, bool]], length: int, rows: int
+    ) -> None:
+        streams = Streams(text_size=10_000, codebooks=((5,),))
+        sizes = [(min(size, length) if whole else size, whole) for size, whole in sizes]
+
+        class Numbered:
+            def document(self, lane: int, number: int) -> Document:
+                size, whole = sizes[number % len(sizes)]
+                columns = 100 * number + np.arange(size + 1, dtype=np.int32)
+                full = np.broadcast_to(columns, (streams.count, size + 1))
+                return Document(full, np.ones((streams.count, size), np.float32), whole)
+
+        packer = Packer(Numbered(), streams, 1, length)
+        seen: list[int] = []
+        for _ in range(rows):
+            batch = packer.next()
+            used = batch.weights[0, 0] > 0
+            inputs, targets = batch.inputs[0, 0][used], batch.targets[0, 0][used]
+            assert (inputs == targets - 1).all()
+            seen += targets.tolist()
+            if batch.segments is not None:
+                assert (batch.segments[0][used] == targets // 100 - targets[0] // 100).all()
+        wanted = [100 * n + 1 + i for n in range(200) for i in range(sizes[n % len(sizes)][0])]
+        assert seen == wanted[: len(seen)] and len(seen) > 0
+
+    def test_a_resumed_mixture_goes_on_the_same(
+        self, folder: Path, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        def make() -> Mixture:
+            return Mixture(sources(folder), streams, tokenizer, WEIGHTS, length=50, seed=3)
+
+        straight = make()
+        for _ in range(4):
+            straight.next()
+        state = straight.state_dict()
+        resumed = make()
+        resumed.load_state_dict(state)
+        for _ in range(4):
+            for (share, one), (other_share, other) in zip(
+                straight.next(), resumed.next(), strict=True
+            ):
+                assert share == other_share
+                assert bool((one.inputs == other.inputs).all())
+                assert bool((one.targets == other.targets).all())
+                assert bool((one.weights == other.weights).all())
+
+    def test_shares_and_shapes(
+        self, folder: Path, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        mixture = Mixture(sources(folder), streams, tokenizer, WEIGHTS, length=50, seed=0)
+        batches = mixture.next()
+        assert [share for share, _ in batches] == [3 / 8, 2 / 8, 1 / 8, 2 / 8]
+        for (_, batch), rows in zip(batches, (3, 2, 1, 2), strict=True):
+            assert batch.inputs.shape == (rows, streams.count, 50)
+            assert float(batch.weights.sum()) > 0
+        sizes = np.array(streams.sizes)[None, :, None]
+        assert all((b.targets.numpy() <= sizes).all() for _, b in batches)
+
+    def test_lanes_and_seeds_differ(
+        self, folder: Path, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        def first(seed: int, rank: int) -> list[int]:
+            quizzes = sources(folder)[1:2]
+            mixture = Mixture(quizzes, streams, tokenizer, WEIGHTS, length=50, seed=seed, rank=rank)
+            return mixture.next()[0][1].targets[:, -1].flatten().tolist()
+
+        assert first(0, 0) == first(0, 0)
+        assert first(0, 0) != first(1, 0)
+        assert first(0, 0) != first(0, 1)
+
+    def test_an_empty_folder_is_named(
+        self, tmp_path: Path, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        with pytest.raises(UserError, match="no shard"):
+            Mixture(
+                [DialogueSource(kind="dialogues", path=tmp_path, rows=1)],
+                streams,
+                tokenizer,
+                WEIGHTS,
+                length=50,
+                seed=0,
+            )

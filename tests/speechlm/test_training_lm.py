@@ -1,0 +1,175 @@
+"""A run of seconds: it learns, it resumes to the same numbers, its checkpoint loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from audio_codec import checkpoint
+from audio_codec.errors import UserError
+from audio_codec.spectral import SpectralCodec, SpectralConfig
+from audio_codec.speech_tokenizer import TokenizerConfig
+from speechlm import convert
+from speechlm.config import load_config
+from speechlm.training.lm import Average, TrainConfig, train
+from synth_data import shards
+from synth_data.tts import Word
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a codec and shards of its codes."""
+    path = tmp_path_factory.mktemp("lm")
+    codec = SpectralConfig(
+        tokenizer=TokenizerConfig(
+            front_dim=16,
+            front_blocks=1,
+            dim=16,
+            heads=2,
+            layers_before=1,
+            layers_after=1,
+            levels=(3, 3),
+        ),
+        encoder_dim=16,
+        encoder_blocks=1,
+        encoder_latent_dim=16,
+        encoder_latent_blocks=1,
+        latent=8,
+        codebooks=(16, 16),
+        decoder_latent_dim=16,
+        decoder_latent_blocks=1,
+        decoder_dim=16,
+        decoder_blocks=1,
+    )
+    checkpoint.save(path / "codec", codec, SpectralCodec(codec).state_dict())
+    rng = np.random.default_rng(0)
+    samples = [
+        shards.Sample(
+            id=f"d{number}",
+            text="one two",
+            words=((Word("two", 1.0, 1.4),), (Word("one", 0.2, 0.5),)),
+            voices=("assistant", "user"),
+            source="test",
+            licence="Apache-2.0",
+            synthetic=True,
+            seconds=4.8,
+            codes=rng.integers(0, 9, (2, 3, 60)).astype(np.uint16),
+        )
+        for number in range(4)
+    ]
+    shards.write(path / "shards" / "dialogue-000000.tar", samples)
+    return path
+
+
+def config_of(made: Path, run_dir: Path, **changes: object) -> TrainConfig:
+    layout = {
+        "run": {"dir": run_dir, "steps": 12, "log_every": 1, "save_every": 6, "eval_every": 6},
+        "codec": str(made / "codec"),
+        "length": 40,
+        "model": {
+            "temporal": {"dim": 16, "layers": 1, "heads": 2, "window": 20},
+            "depth": {"dim": 16, "layers": 1, "heads": 2},
+        },
+        "text": {"vocab": 120, "quiz": 100},
+        "sources": [
+            {"kind": "dialogues", "path": made / "shards", "rows": 2},
+            {"kind": "quiz", "rows": 1, "turns": 1},
+        ],
+        "validation": [{"kind": "dialogues", "path": made / "shards", "rows": 1}],
+        "validation_batches": 1,
+        "optimizer": {"lr": 3e-3, "warmup": 2},
+        "ema": 0.9,
+    }
+    return TrainConfig.model_validate({**layout, **changes})
+
+
+def numbers(run_dir: Path) -> list[dict[str, float]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "columns_per_second"} for line in lines
+    ]
+
+
+class _StoppedError(Exception):
+    pass
+
+
+def test_it_learns_and_resumes_to_the_same_numbers(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(config_of(made, tmp_path / "whole"))
+    logged = numbers(tmp_path / "whole")
+    losses = [line["dialogues/text"] for line in logged if "dialogues/text" in line]
+    assert losses[-1] < losses[0]
+    assert any("validation/dialogues/text_accuracy" in line for line in logged)
+
+    # The same run, killed in step 8: two steps after the checkpoint at 6.
+    update = Average.update
+
+    def dies(self: Average, model: torch.nn.Module, step: int) -> None:
+        if step == 8:
+            raise _StoppedError
+        update(self, model, step)
+
+    monkeypatch.setattr(Average, "update", dies)
+    with pytest.raises(_StoppedError):
+        train(config_of(made, tmp_path / "parts"))
+    monkeypatch.setattr(Average, "update", update)
+    parts = train(config_of(made, tmp_path / "parts"), resume=True)
+    assert numbers(tmp_path / "parts") == logged
+    one, other = checkpoint.load(whole), checkpoint.load(parts)
+    assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+
+
+def test_a_stage_starts_from_the_one_before_and_talks(made: Path, tmp_path: Path) -> None:
+    one_step = {"steps": 1, "save_every": 1, "eval_every": 1}
+    first = train(
+        config_of(
+            made,
+            tmp_path / "text",
+            run={"dir": tmp_path / "text", **one_step},
+            sources=[{"kind": "quiz", "rows": 1, "turns": 1}],
+            validation=[],
+            dtype="fp32",
+        )
+    )
+    second = train(
+        config_of(
+            made,
+            tmp_path / "duplex",
+            run={"dir": tmp_path / "duplex", **one_step},
+            init_from=str(first),
+            optimizer={"lr": 0.0},
+            dtype="fp32",
+            ema=0.0,
+        )
+    )
+    before, after = checkpoint.load(first), checkpoint.load(second)
+    assert all(torch.equal(before.tensors[n], after.tensors[n]) for n in before.tensors)
+    assert (first / "text.model").read_bytes() == (second / "text.model").read_bytes()
+    assert json.loads((second / "card.json").read_text())["init_from"] == str(first)
+    duplex = convert.load(second)
+    assert duplex.step(torch.zeros(1, 1, 1920), duplex.new_state(1)).pcm.shape == (1, 1, 1920)
+
+
+def test_a_codec_of_other_codes_is_refused(made: Path, tmp_path: Path) -> None:
+    config = config_of(made, tmp_path / "run")
+    first = train(config.model_copy(update={"run": config.run.model_copy(update={"steps": 1})}))
+    other = SpectralConfig.model_validate(
+        {**checkpoint.load(made / "codec").config, "codebooks": (8, 8)}
+    )
+    checkpoint.save(tmp_path / "codec", other, SpectralCodec(other).state_dict())
+    with pytest.raises(UserError, match="codebooks"):
+        train(
+            config_of(made, tmp_path / "next", codec=str(tmp_path / "codec"), init_from=str(first))
+        )
+
+
+@pytest.mark.parametrize("name", ["text", "duplex", "tiny"])
+def test_recipes_are_valid(root: Path, name: str) -> None:
+    config = load_config(root / "configs" / "lm" / f"{name}.yaml", [], TrainConfig)
+    assert config.run.steps > 0 and config.sources

@@ -1,0 +1,196 @@
+"""The JavaScript client in a real browser; an echo stands in for the model."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import uvicorn
+
+from streaming import server
+from streaming.engine import Engine
+from streaming.testing import EchoModel
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+pytestmark = pytest.mark.browser
+
+# A burst of 0.12 s, fed at 48 kHz; resolves with the events once it has come back.
+CALL = """
+async (format) => {
+  const { SpeechClient } = await import("/web/speechlm-client.js");
+  const client = new SpeechClient({ format, params: { seed: 3 } });
+  const events = { state: [], text: [], heard: [], level: [], latency: [], error: [], session: [] };
+  for (const [type, list] of Object.entries(events)) {
+    client.addEventListener(type, ({ detail }) => list.push(detail));
+  }
+  await client.connect({ microphone: false });
+  const burst = Float32Array.from({ length: 5760 }, (_, k) => 0.5 * Math.sin(k / 20));
+  await client.feed(burst, 48000);
+  const began = performance.now();
+  const answered = () => events.latency.some((l) => l.response_ms !== undefined);
+  const late = () => performance.now() - began > 8000;
+  while (!answered() && !late()) await new Promise((r) => setTimeout(r, 20));
+  client.close();
+  return events;
+}
+"""
+# The largest error of a resampled tone against the same tone made at the target rate.
+RESAMPLE = """
+async ([from, to, hertz]) => {
+  const { resample, Resampler } = await import("/web/resampler.js");
+  const tone = (rate) =>
+    Float32Array.from({ length: rate / 4 }, (_, k) => Math.sin((2 * Math.PI * hertz * k) / rate));
+  const got = resample(tone(from), from, to);
+  const want = tone(to);
+  let error = 0;
+  for (let k = 200; k < want.length - 200; k++) error = Math.max(error, Math.abs(got[k] - want[k]));
+  // The same by pieces of an audio thread's size.
+  const streaming = new Resampler(from, to);
+  const input = tone(from);
+  const pieces = [];
+  for (let k = 0; k + 128 <= input.length; k += 128) {
+    const out = new Float32Array(streaming.bound(128));
+    const count = streaming.process(input.subarray(k, k + 128), 128, out);
+    pieces.push(...out.subarray(0, count));
+  }
+  const apart = Math.max(...pieces.slice(0, got.length).map((x, k) => Math.abs(x - got[k])));
+  return { error, apart, length: got.length, pieces: pieces.length };
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def origin() -> Iterator[str]:
+    with Engine(EchoModel(), slots=1, name="echo") as engine:
+        listener = server.listen("127.0.0.1", 0)
+        web = uvicorn.Server(
+            uvicorn.Config(
+                server.create_app(engine), log_level="error", timeout_graceful_shutdown=1
+            )
+        )
+        thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        web.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("needs a Chromium on the PATH")
+    arguments = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, origin: str) -> Iterator[Page]:
+    page = browser.new_page()
+    page.goto(f"{origin}/api/build_info")
+    yield page
+    page.close()
+
+
+@pytest.mark.parametrize("format", ["pcm_s16", "pcm_f32"])
+def test_a_recording_is_fed_and_answered(page: Page, format: str) -> None:
+    events: dict[str, Any] = page.evaluate(CALL, format)
+    assert [event["state"] for event in events["state"]] == ["connecting", "live", "closed"]
+    assert events["error"] == []
+    (session,) = events["session"]
+    assert (session["seed"], session["format"], session["model"]) == (3, format, "echo")
+    text = "".join(event["text"] for event in events["text"])
+    assert len(text) >= 4 and ("defgabc" * 20).startswith(text)  # seed 3: no frame is missing
+    assert 2 <= sum(event["text"] == "+" for event in events["heard"]) <= 3  # of 80 ms each
+    assert max(event["input"] for event in events["level"]) == pytest.approx(-9, abs=1)
+    assert max(event["output"] for event in events["level"]) == pytest.approx(-9, abs=1)
+    (response,) = [e["response_ms"] for e in events["latency"] if "response_ms" in e]
+    assert response > 40  # the echo of the last sample comes 160 ms after it, of the first before
+    server_side = [event for event in events["latency"] if "pipeline_ms" in event]
+    assert all(event["pipeline_ms"] >= 160 and event["playout_ms"] >= 0 for event in server_side)
+
+
+def test_controls_go_over_the_wire(page: Page) -> None:
+    sent: list[bytes | str] = []
+    page.on("websocket", lambda socket: socket.on("framesent", lambda data: sent.append(data)))
+    page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          const client = new SpeechClient();
+          await client.connect({ microphone: false });
+          for (const action of ["pause", "resume", "restart"]) client[action]();
+          await new Promise((r) => setTimeout(r, 200));
+          client.close();
+        }
+        """
+    )
+    assert [message for message in sent if message[0] == 3] == [
+        b"\x03\x02",
+        b"\x03\x00",
+        b"\x03\x03",
+    ]
+    assert any(len(message) == 1 + 2 * 960 for message in sent)  # and silence flows
+
+
+def test_a_full_server_is_an_error_event(page: Page) -> None:
+    outcome = page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          const first = new SpeechClient();
+          const second = new SpeechClient();
+          const told = [];
+          second.addEventListener("error", ({ detail }) => told.push(detail.message));
+          await first.connect({ microphone: false });
+          const thrown = await second.connect({ microphone: false }).catch((e) => e.message);
+          const early = (() => { try { second.feed(new Float32Array(9)); } catch (e) { return e.message; } })();
+          first.close();
+          return { thrown, told, early, states: [first.state, second.state] };
+        }
+        """  # noqa: E501
+    )
+    assert "no free channels" in outcome["thrown"]
+    assert outcome["told"] == [outcome["thrown"]]
+    assert "needs a live client; this one is closed" in outcome["early"]
+    assert outcome["states"] == ["closed", "closed"]
+
+
+@pytest.mark.parametrize(
+    ("rates", "bound"),
+    [
+        ((48_000, 24_000, 1000), 1e-3),
+        ((44_100, 24_000, 1000), 1e-3),
+        ((24_000, 48_000, 3000), 1e-3),
+        ((24_000, 44_100, 3000), 1e-3),
+    ],
+)
+def test_resampler(page: Page, rates: tuple[int, int, int], bound: float) -> None:
+    result = page.evaluate(RESAMPLE, rates)
+    assert result["error"] < bound
+    assert result["apart"] < 1e-6
+    assert result["length"] == rates[1] // 4
+    assert result["pieces"] > result["length"] - 300
+
+
+def test_what_would_alias_is_filtered_out(page: Page) -> None:
+    loudest = page.evaluate(
+        """
+        async () => {
+          const { resample } = await import("/web/resampler.js");
+          const high = Float32Array.from({ length: 12000 }, (_, k) => Math.sin((2 * Math.PI * 15000 * k) / 48000));
+          return Math.max(...resample(high, 48000, 24000).slice(200, -200).map(Math.abs));
+        }
+        """  # noqa: E501
+    )
+    assert loudest < 1e-2

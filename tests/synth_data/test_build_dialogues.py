@@ -1,0 +1,186 @@
+"""Conversations become shards: two channels of codes in step, the same bytes for the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
+from audio_codec.errors import UserError
+from audio_codec.state import State, all_active
+from synth_data import build
+from synth_data.build import BuildReport, DialoguesConfig, build_dialogues, encode_long
+from synth_data.dialogue import ASSISTANT, USER, DialogueConfig
+from synth_data.shards import Sample, read
+
+pytest.importorskip("espeakng_loader", reason="speech engine espeak is not installed")
+
+
+@dataclass
+class LevelCodec:
+    """Codebook 0 is the frame's level in 16 steps of 5 dB, codebook 1 counts frames."""
+
+    sample_rate: int = SAMPLE_RATE
+    frame_size: int = FRAME_SIZE
+    delay: int = 0
+    codebooks: tuple[tuple[int, ...], ...] = ((4, 4), (1024,))
+    chunks: list[int] = field(default_factory=list)
+
+    def to(self, device: str) -> LevelCodec:
+        return self
+
+    def new_encoder_state(self, batch: int, max_chunk: int = 1) -> CountState:
+        return CountState(
+            all_active(batch, torch.device("cpu")), torch.zeros(batch, dtype=torch.long)
+        )
+
+    def encode(self, pcm: Tensor, state: CountState) -> Tensor:
+        frames = pcm.reshape(len(pcm), -1, FRAME_SIZE)
+        level = 10 * torch.log10(frames.square().mean(2) + 1e-12)
+        count = state.count[:, None] + torch.arange(frames.shape[1])
+        state.count += frames.shape[1]
+        self.chunks.append(frames.shape[1])
+        return torch.stack([((level + 80) / 5).long().clamp(0, 15), count % 1024], dim=1)
+
+
+@dataclass(slots=True)
+class CountState(State):
+    count: Tensor
+
+
+@pytest.fixture
+def codec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LevelCodec]:
+    (tmp_path / "codec").mkdir()
+    (tmp_path / "codec" / "model.safetensors").write_bytes(b"weights")
+    fake = LevelCodec()
+    monkeypatch.setattr(build, "load_codec", lambda name: fake)
+    build._codec.cache_clear()
+    yield fake
+    build._codec.cache_clear()
+
+
+def config(tmp_path: Path, folder: str = "out", **changes: object) -> DialoguesConfig:
+    values = {
+        "output": tmp_path / folder,
+        "codec": str(tmp_path / "codec"),
+        "hours": 2 * 24 / 3600,
+        "dialogue": DialogueConfig(seconds=24, noise=0.0, echo=0.0, noise_burst=0.0),
+        "sample_seconds": 16,
+        "engines": ("espeak",),
+        "assistant": "espeak:en-us+m3",
+        "reverberation": 0.0,
+        "telephone": 0.0,
+        "shard_size": 1,
+        "batch": 2,
+    }
+    return DialoguesConfig(**{**values, **changes})
+
+
+def built(configuration: DialoguesConfig) -> tuple[BuildReport, list[Sample]]:
+    report = build_dialogues(configuration)
+    return report, list(read(configuration.output))
+
+
+def test_samples_are_whole_and_aligned(codec: LevelCodec, tmp_path: Path) -> None:
+    report, samples = built(config(tmp_path, keep_sound=True))
+    assert report.written == 2 and report.samples == 4 and report.dropped == []
+    assert [s.id for s in samples][:3] == ["d0-000000-00", "d0-000000-01", "d0-000001-00"]
+    assert [s.seconds for s in samples] == [16, 8] * 2
+    for sample in samples:
+        assert sample.codes is not None and sample.pcm is not None
+        frames = round(sample.seconds * FRAME_RATE)
+        assert sample.codes.shape == (2, 2, frames)
+        assert sample.pcm.shape == (2, frames * FRAME_SIZE)
+        assert sample.voices[ASSISTANT] == "espeak:en-us+m3"
+        assert sample.voices[USER] != sample.voices[ASSISTANT]
+        # A codec that counts frames shows that parts continue each other.
+        first = round(sample.meta["start"] * FRAME_RATE)
+        assert sample.codes[:, 1].tolist() == [list(range(first, first + frames))] * 2
+        # Codes, sound and words tell the same story.
+        for channel in (ASSISTANT, USER):
+            loud = sample.codes[channel, 0] > 6  # Above -50 dBFS.
+            for word in sample.words[channel]:
+                assert 0 <= word.start <= word.end <= sample.seconds
+                if word.end - word.start > 0.2:
+                    a, b = int(word.start * FRAME_RATE), int(np.ceil(word.end * FRAME_RATE))
+                    assert loud[a:b].any(), (sample.id, word)
+        assert {e.kind for e in sample.events} & {"turn_end", "answer", "silence", "pause"}
+    assert max(codec.chunks) <= build._ENCODED_SECONDS * FRAME_RATE
+
+
+def test_same_seed_same_bytes_and_resume(codec: LevelCodec, tmp_path: Path) -> None:
+    one, two = config(tmp_path, "one"), config(tmp_path, "two")
+    build_dialogues(one)
+    build_dialogues(two)
+    names = sorted(p.name for p in one.output.glob("*.tar"))
+    assert len(names) == 2
+    for name in names:
+        assert (one.output / name).read_bytes() == (two.output / name).read_bytes()
+    (two.output / names[1]).unlink()
+    report = build_dialogues(two)
+    assert (report.kept, report.written) == (1, 1)
+    assert (one.output / names[1]).read_bytes() == (two.output / names[1]).read_bytes()
+    other = config(tmp_path, "other", seed=1)
+    build_dialogues(other)
+    assert (one.output / names[0]).read_bytes() != (other.output / names[0]).read_bytes()
+
+
+def test_shards_of_another_codec_are_refused(codec: LevelCodec, tmp_path: Path) -> None:
+    build_dialogues(config(tmp_path))
+    (tmp_path / "codec" / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(UserError, match="another plan"):
+        build_dialogues(config(tmp_path))
+
+
+def test_the_microphone_hears_noise_and_echo(codec: LevelCodec, tmp_path: Path) -> None:
+    noisy = DialogueConfig(seconds=24, noise=1.0, noise_snr_db=(10.0, 10.0), echo=0.0)
+    echoing = DialogueConfig(
+        seconds=24, noise=0.0, noise_burst=0.0, echo=1.0, echo_gain_db=(-10, -10), interruption=0.0
+    )
+    one: dict[str, object] = {"keep_sound": True, "hours": 24 / 3600}
+    _, clean = built(config(tmp_path, "clean", **one))
+    _, loud = built(config(tmp_path, "noisy", **one, dialogue=noisy))
+    _, returned = built(config(tmp_path, "echo", **one, dialogue=echoing))
+
+    def floor(samples: list[Sample]) -> float:
+        """The fraction of the user's frames that are below -70 dBFS."""
+        return float(np.mean(np.concatenate([s.codes[USER, 0] for s in samples]) <= 2))
+
+    assert floor(clean) > 0.3
+    assert floor(loud) == 0.0
+    for sample in returned:
+        echo = next(e for e in sample.events if e.kind == "echo")
+        delay = round(echo.meta["delay"] * SAMPLE_RATE)
+        assistant, user = sample.pcm
+        for event in sample.events:
+            if event.kind == "answer" and event.end < sample.seconds - 1 and event.end > 1:
+                first = round(max(event.start, 0.0) * SAMPLE_RATE) + delay
+                last = min(round(event.end * SAMPLE_RATE), len(user))
+                heard = user[first:last].astype(float)
+                source = assistant[first - delay : last - delay].astype(float)
+                if not any(e.kind == "backchannel" for e in sample.events):
+                    assert heard @ source / (source @ source) == pytest.approx(0.316, abs=0.03)
+
+
+def test_encoding_in_pieces(codec: LevelCodec) -> None:
+    pcm = np.random.default_rng(0).normal(size=(3, 250 * FRAME_SIZE)).astype(np.float32)
+    codes = encode_long(codec, pcm)
+    assert codes.shape == (3, 2, 250) and codes.dtype == np.uint16
+    assert len(codec.chunks) > 1
+    assert codes[:, 1].tolist() == [list(range(250))] * 3
+
+
+def test_lengths_are_whole_frames(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sample_seconds 0.1 is not a whole number"):
+        config(tmp_path, sample_seconds=0.1)
+
+
+def test_a_missing_codec_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        build_dialogues(config(tmp_path, codec="nowhere"))

@@ -1,0 +1,112 @@
+"""Numbers, symbols and abbreviations are written out as a person would say them."""
+
+from __future__ import annotations
+
+import lzma
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from audio_codec.errors import UserError
+from synth_data.text import (
+    normalize,
+    number_words,
+    ordinal_words,
+    sentences_from,
+    spell_out,
+    tokenize,
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (0, "zero"),
+        (13, "thirteen"),
+        (-40, "minus forty"),
+        (105, "one hundred five"),
+        (1_000_000, "one million"),
+        (20_340, "twenty thousand three hundred forty"),
+    ],
+)
+def test_integers(value: int, words: str) -> None:
+    assert number_words(value) == words
+
+
+@given(st.integers(0, 10**15 - 1))
+def test_every_integer_has_its_own_words(value: int) -> None:
+    units = {number_words(n): n for n in range(100)}
+    scales = {"thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+    total = group = 0
+    for word in number_words(value).split():
+        if word in scales:
+            total, group = total + group * scales[word], 0
+        else:
+            group = group * 100 if word == "hundred" else group + units[word]
+    assert total + group == value
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (1, "first"),
+        (12, "twelfth"),
+        (20, "twentieth"),
+        (35, "thirty fifth"),
+        (100, "one hundredth"),
+    ],
+)
+def test_ordinals(value: int, words: str) -> None:
+    assert ordinal_words(value) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "spoken"),
+    [
+        ("Dr. Lee paid $3.50.", "doctor Lee paid three dollars and fifty cents."),
+        ("25+3 = 28, isn't it?", "twenty five plus three equals twenty eight, isn't it?"),
+        ("a well-known café — ‘quoted’", "a well known cafe, quoted"),
+        ("-5 is 7 - 12", "minus five is seven minus twelve"),
+        ("the 21st, 50%", "the twenty first, fifty percent"),
+        ("1,200.5 miles", "one thousand two hundred point five miles"),
+        ("agent 007 in B2B", "agent zero zero seven in B two B"),
+        ("...Well...", "Well."),
+    ],
+)
+def test_spoken_form_keeps_case_and_punctuation(text: str, spoken: str) -> None:
+    assert spell_out(text) == spoken
+
+
+@given(st.text(max_size=60))
+def test_spoken_form_is_speakable_and_stable(text: str) -> None:
+    spoken = spell_out(text)
+    assert set(spoken) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ' .,;:?!")
+    assert spell_out(spoken) == spoken
+    assert normalize(text).split() == [token.text for token in tokenize(spoken)]
+    assert normalize(normalize(text)) == normalize(text)
+
+
+@given(st.text(alphabet="ab '.,-!", max_size=40))
+def test_tokens_point_at_their_words(text: str) -> None:
+    for token in tokenize(text):
+        assert token.text in text[token.start : token.end].lower()
+        assert " " not in text[token.start : token.end]
+
+
+def test_sentences_from_plain_and_compressed(tmp_path: Path) -> None:
+    lines = "One.\n\n  Zwölf.  \n"
+    (tmp_path / "a.txt").write_text(lines, encoding="utf-8")
+    (tmp_path / "b.txt.xz").write_bytes(lzma.compress(lines.encode()))
+    for name in ("a.txt", "b.txt.xz"):
+        assert list(sentences_from(tmp_path / name)) == ["One.", "Zwölf."]
+
+
+def test_unreadable_sources_are_named(tmp_path: Path) -> None:
+    (tmp_path / "c.txt.xz").write_bytes(b"not xz")
+    (tmp_path / "d.txt").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "e.csv").write_text("x")
+    for name in ("missing.txt", "c.txt.xz", "d.txt", "e.csv"):
+        with pytest.raises(UserError, match=name):
+            list(sentences_from(tmp_path / name))
