@@ -49,12 +49,18 @@ test-all: setup  ## every test that this machine can run
 bench: setup  ## frame times on this machine
 	$(BIN)/speechlm bench
 
-tiny: setup  ## the whole recipe from nothing at a reduced size; each stage goes on where it stopped
+# Each stage goes on where it stopped; a finished one is passed over.
+tiny: setup  ## the whole recipe from nothing at a reduced size, up to a spoken answer
 	$(BIN)/speechlm synth speech configs/synth/speech_tiny.yaml
+	$(BIN)/speechlm synth speech configs/synth/speech_tiny_heldout.yaml
 	$(BIN)/speechlm train tokenizer configs/tokenizer/tiny.yaml --resume
 	$(BIN)/speechlm train codec configs/codec/tiny.yaml --resume
 	$(BIN)/speechlm synth dialogues configs/synth/dialogues_tiny.yaml
 	$(BIN)/speechlm train lm configs/lm/tiny.yaml --resume
+	$(BIN)/speechlm eval tokenizer --model runs/tiny/lm/lm
+	$(BIN)/speechlm eval codec --model runs/tiny/lm/lm
+	$(BIN)/speechlm eval spoken-qa --model runs/tiny/lm/lm --questions 36
+	$(BIN)/speechlm chat --model runs/tiny/lm/lm --input demo/static/examples/sum.mp3 --output runs/tiny/answer.wav
 
 # What torch's own metadata pins stays out, so that torch's CPU build brings none of it.
 lock: $(BIN)/uv  ## choose the newest versions that pyproject.toml allows

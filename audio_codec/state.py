@@ -9,7 +9,7 @@ Rules that every streaming module of the project keeps:
 * all zeros means "from silence", so a reset is a fill with zeros;
 * tensors are written in place, so that their addresses never change (a CUDA graph can be captured);
 * `active` ([B] bool, one tensor shared by the whole tree) freezes the rows that have no input this
-  tick: a forward leaves every tensor of such a row as it was.
+  tick: what such a row later says is as if the tick had not been. Its input may be anything.
 """
 
 from __future__ import annotations

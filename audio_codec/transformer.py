@@ -223,6 +223,10 @@ class Transformer(nn.Module):
         crosses from one number to another and positions start anew with each document.
         With a `state`, T may be any number up to the `max_chunk` it was made for.
         """
+        if state is not None:
+            # A frozen row's input is whatever lies in the buffer. A NaN of it would enter the ring,
+            # and a mask keeps no NaN out (0 · NaN is NaN).
+            x = x.masked_fill(~state.active.view(-1, 1, 1), 0)
         where = self._offline(x, segments) if state is None else self._streaming(x, state)
         for index, block in enumerate(self.blocks):
             x = block(x, where, None if state is None else state.layers[index])

@@ -22,6 +22,9 @@ import torch
 from audio_codec import checkpoint as checkpoints
 from audio_codec.codec import load_codec
 from audio_codec.errors import UserError
+from audio_codec.spectral import SpectralCodec
+from audio_codec.speech_tokenizer import SpeechTokenizer
+from audio_codec.speech_tokenizer import load_tokenizer as load_speech_tokenizer
 from speechlm.data import TextTokenizer
 from speechlm.duplex import Duplex
 from speechlm.model import LMConfig, SpeechLM
@@ -56,6 +59,26 @@ def find_codec(name_or_path: str | Path) -> str:
     named = checkpoints.parse_config(LMConfig, found).codec
     inside = found.path / named
     return str(inside) if inside.is_dir() else named
+
+
+def load_codec_of(name_or_path: str | Path) -> SpectralCodec:
+    """The codec of a model, or the one in a codec's own checkpoint directory.
+
+    Raises UserError when there is none or it is broken.
+    """
+    found = checkpoints.load(name_or_path)
+    inside = "kind" not in found.config
+    return load_codec(find_codec(name_or_path) if inside else found.path)
+
+
+def load_speech_tokenizer_of(name_or_path: str | Path) -> SpeechTokenizer:
+    """The speech tokenizer of a model or codec, or the one in its own checkpoint directory.
+
+    Raises UserError when there is none or it is broken.
+    """
+    if "levels" in checkpoints.load(name_or_path).config:
+        return load_speech_tokenizer(name_or_path)
+    return load_codec_of(name_or_path).tokenizer
 
 
 def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Duplex:

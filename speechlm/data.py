@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -36,6 +36,7 @@ from speechlm.model import Batch
 from speechlm.streams import ABSENT, BOS, EOS, EPAD, PAD, SPEECH, TEXT, Streams
 from synth_data import quiz, shards
 from synth_data.dialogue import ASSISTANT, USER
+from synth_data.interleave import InterleaveConfig, frame_range, interleave
 from synth_data.text import normalize, sentences_from, spell_out
 from synth_data.tts import Word
 
@@ -426,10 +427,10 @@ class InterleavedSource(BaseModel):
     path: Path
     """Shard folder with codes and word times; each channel is a speaker of its own."""
     rows: PositiveInt
-    span: PositiveInt = 6
-    """Mean number of words in a span."""
-    max_frames: PositiveInt = 375
-    """Speech in a document, at most."""
+    layout: InterleaveConfig = InterleaveConfig()
+    """How much of it is speech."""
+    max_words: PositiveInt = 60
+    """Words in a document."""
 
 
 Source = Annotated[
@@ -455,6 +456,51 @@ def _shuffled(seed: int, lane: int, number: int, count: int) -> int:
     return int(_order(seed, lane, epoch, count)[index])
 
 
+def join(samples: Iterable[shards.Sample]) -> Iterator[shards.Sample]:
+    """Put conversations together again that were cut into samples one after the other.
+
+    A cut would else look like the start of a conversation, which it is not.
+    """
+    held: list[shards.Sample] = []
+    end = 0.0
+    for sample in samples:
+        follows = (
+            bool(held)
+            and "conversation" in sample.meta
+            and sample.meta["conversation"] == held[0].meta.get("conversation")
+            and sample.voices == held[0].voices
+            and abs(sample.meta.get("start", 0.0) - end) < 1e-3
+        )
+        if held and not follows:
+            yield _joined(held)
+            held = []
+        held.append(sample)
+        end = float(sample.meta.get("start", 0.0)) + sample.seconds
+    if held:
+        yield _joined(held)
+
+
+def _joined(samples: Sequence[shards.Sample]) -> shards.Sample:
+    if len(samples) == 1 or any(sample.codes is None for sample in samples):
+        return samples[0]
+    first = samples[0]
+    words: list[list[Word]] = [[] for _ in first.words]
+    seconds = 0.0
+    for sample in samples:
+        for channel, said in zip(words, sample.words, strict=True):
+            channel += [replace(w, start=w.start + seconds, end=w.end + seconds) for w in said]
+        seconds += sample.seconds
+    codes = [sample.codes for sample in samples if sample.codes is not None]
+    return first.model_copy(
+        update={
+            "words": tuple(map(tuple, words)),
+            "seconds": seconds,
+            "events": (),
+            "codes": np.concatenate(codes, axis=2),
+        }
+    )
+
+
 class _Dialogues:
     def __init__(
         self,
@@ -467,7 +513,7 @@ class _Dialogues:
         self.streams, self.weights, self.seed = streams, weights, seed
         self.dialogues = [
             encode_dialogue(sample, streams, tokenizer, weights)
-            for sample in shards.read(config.path, audio=False)
+            for sample in join(shards.read(config.path, audio=False))
         ]
         if not self.dialogues:
             raise UserError(f"data: no dialogue in '{config.path}'.")
@@ -563,26 +609,18 @@ class _Interleaved:
     def document(self, lane: int, number: int) -> Document:
         index = _shuffled(self.seed, lane, number, len(self.utterances))
         rng = np.random.default_rng((self.seed, lane, number, 1))
-        utterance = self.utterances[index]
-        words, codes = utterance.words, utterance.codes
-        first = int(rng.integers(len(words)))
+        words, codes = self.utterances[index].words, self.utterances[index].codes
+        count = min(len(words), self.config.max_words)
+        first = int(rng.integers(len(words) - count + 1))
         spans: list[list[int] | Codes] = []
-        speech = bool(rng.random() < 0.5)
-        left = self.config.max_frames
-        while first < len(words) and left > 0:
-            last = min(len(words), first + int(rng.geometric(1 / self.config.span)))
-            if speech:
-                begin = int(words[first].start * FRAME_RATE)
-                end = math.ceil(words[last - 1].end * FRAME_RATE)
-                span = codes[:, begin : min(end, begin + left)]
-                left -= max(1, span.shape[1])
-                if span.shape[1]:
-                    spans.append(span)
+        for segment in interleave(rng, count, self.config.layout).segments:
+            here = replace(segment, start=segment.start + first, end=segment.end + first)
+            if segment.modality == "speech":
+                begin, end = frame_range(words, here, FRAME_RATE, codes.shape[1])
+                spans.append(codes[:, begin:end])
             else:
-                spans.append(
-                    [p for word in words[first:last] for p in self.tokenizer.word(word.text)]
-                )
-            first, speech = last, not speech
+                said = words[here.start : here.end]
+                spans.append([piece for word in said for piece in self.tokenizer.word(word.text)])
         role: Literal["own", "user"] = "own" if rng.random() < 0.5 else "user"
         return interleaved_document(spans, self.streams, self.weights, role)
 
@@ -614,7 +652,14 @@ class Packer:
         """`length` is the number of columns in a row; lanes count from `first_lane`."""
         self.documents, self.streams, self.length = documents, streams, length
         self.lanes = range(first_lane, first_lane + rows)
-        self.places = [(0, 0)] * rows  # number of the document, columns of it already used
+        # Number of the document, columns of it already used. Each lane starts at another point of
+        # its first document: were all conversations some rows long, all would be cut alike.
+        self.places = [(0, self._phase(lane)) for lane in self.lanes]
+
+    def _phase(self, lane: int) -> int:
+        document = self.documents.document(lane, 0)
+        golden = (lane * (math.sqrt(5) - 1) / 2) % 1  # spread evenly, however many lanes
+        return 0 if document.whole else int(golden * document.weights.shape[1])
 
     def next(self) -> Batch:
         """The next batch: every lane moves on by one row."""

@@ -4,7 +4,7 @@ The plan is a pure function of the configuration, a shard is a pure function of 
 plan, and a shard appears on disk only when whole. So the bytes do not depend on the number of
 workers, and an interrupted build, started again, makes the missing shards alone.
 
-    speechlm synth speech configs/synth/speech.yaml workers=2
+    speechlm synth speech configs/synth/shipped_users.yaml workers=2
 """
 
 import csv

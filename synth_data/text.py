@@ -151,10 +151,10 @@ def spell_out(text: str) -> str:
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     text = re.sub(r"[^A-Za-z'.,;:?!]+", " ", text)
     # A quotation mark is no apostrophe, and "a.m" is two letters to every engine.
-    text = re.sub(r"(?<![A-Za-z])'|'(?![A-Za-z])", "", text)
-    text = re.sub(r"(?<=[A-Za-z])[.,;:?!]+(?=[A-Za-z'])", " ", text)
+    text = re.sub(r"(?<![A-Za-z])'+|'+(?![A-Za-z])", "", text)
     text = re.sub(r"\s+(?=[.,;:?!])", "", text)
     text = re.sub(r"([.,;:?!])[.,;:?!]+", r"\1", text)
+    text = re.sub(r"(?<=[A-Za-z])[.,;:?!](?=[A-Za-z])", " ", text)
     return " ".join(re.sub(r"^[\s.,;:?!]+", "", text).split())
 
 

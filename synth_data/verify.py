@@ -31,6 +31,7 @@ from synth_data.tts import Utterance
 log = logging.getLogger(__name__)
 
 _RECOGNIZER_RATE = 16_000
+_SILENCE = 10 ** (-60 / 20)
 _GRAMMARS, _MODELS = (".jsgf", ".gram"), (".arpa", ".lm", ".bin", ".dmp")
 
 
@@ -228,7 +229,11 @@ class Recognizer:
 
     @classmethod
     def over(
-        cls, texts: Iterable[str], pronunciations: Mapping[str, str] | None = None
+        cls,
+        texts: Iterable[str],
+        pronunciations: Mapping[str, str] | None = None,
+        *,
+        order: int = 3,
     ) -> "Recognizer":
         """A recognizer that knows the words and their order in ``texts`` alone.
 
@@ -239,13 +244,17 @@ class Recognizer:
             log.warning("the recognizer cannot hear %d words: %s", len(missing), ", ".join(missing))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "answers.arpa"
-            path.write_text(arpa(texts))
+            path.write_text(arpa(texts, order=order))
             return cls(path, pronunciations)
 
     def transcribe(self, pcm: npt.NDArray[np.float32]) -> str:
-        """Words heard in ``pcm`` float32 [S] at 24 kHz; "" when none."""
+        """Words heard in ``pcm`` float32 [S] at 24 kHz; "" when none.
+
+        A recognizer whose grammar has no silence hears a short word in it: below -60 dBFS nothing
+        was said.
+        """
         assert pcm.ndim == 1, pcm.shape
-        if not len(pcm):
+        if np.abs(pcm).max(initial=0.0) < _SILENCE:
             return ""
         samples = resample(pcm, SAMPLE_RATE, _RECOGNIZER_RATE).clip(-1, 1)
         self._decoder.start_utt()

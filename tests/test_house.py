@@ -23,7 +23,6 @@ PACKAGES = ["audio_codec", "synth_data", "speechlm", "streaming", "demo"]
 # A recipe's folder, or else the first word of its file name, says what it is a recipe for.
 RECIPES = {
     "speech": "synth_data.build:SpeechConfig",
-    "noise": "synth_data.build:SpeechConfig",
     "dialogues": "synth_data.build:DialoguesConfig",
     "tokenizer": "speechlm.training.tokenizer:TrainConfig",
     "codec": "speechlm.training.codec:TrainConfig",
@@ -35,7 +34,7 @@ PUBLIC: dict[str, set[str]] = {
     "audio_codec": set(),
     "synth_data": set(),
     "speechlm": set(),
-    "streaming": set(),
+    "streaming": {"Client", "SyncClient"},
     "demo": set(),
 }
 

@@ -100,6 +100,7 @@ class TalkPage {
       if (file) this.ask(file, target.closest(".chip"));
     });
     addEventListener("pagehide", () => this.stop());
+    this.show("idle");
   }
 
   /** Show `state`; `message` replaces its usual line. */

@@ -1,9 +1,9 @@
 """How much of speech survives the codec.
 
-Held-out sentences in the assistant's voice (the one that is heard) are coded and decoded:
-`stoi` (Taal et al., 2011), `pesq` (wide band, ITU-T P.862.2, at 16 kHz), and the word error rate of an
-independent recognizer on the original and on the decoded sound. `stoi_users` is the same over voices
-that nothing was trained on.
+Held-out sentences in the assistant's voice (the one that is heard) are coded and decoded: `stoi`
+(Taal et al., 2011), `pesq` (wide band, ITU-T P.862.2, at 16 kHz), and the word error rate of an
+independent recognizer on the original and on the decoded sound. `stoi_users` is the same over
+voices that nothing was trained on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pystoi import stoi
 
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, Pcm, resample
 from audio_codec.codec import Codec
-from speechlm.convert import load_codec
+from speechlm.convert import load_codec_of
 from speechlm.evaluation.report import Metric, bootstrap_mean
 from speechlm.evaluation.tokenizer import heldout_utterances, pooled_wer
 from synth_data import quiz
@@ -47,7 +47,8 @@ def pesq_of(pairs: Sequence[tuple[Pcm, Pcm]]) -> Metric:
     scores = []
     for original, decoded in pairs:
         try:
-            scores.append(pesq(16_000, *(resample(x, SAMPLE_RATE, 16_000) for x in (original, decoded)), "wb"))
+            narrow = [resample(pcm, SAMPLE_RATE, 16_000) for pcm in (original, decoded)]
+            scores.append(pesq(16_000, *narrow, "wb"))
         except NoUtterancesError:
             continue  # a sentence too short for the measure's own activity detector
     return bootstrap_mean(scores, "MOS")
@@ -56,7 +57,7 @@ def pesq_of(pairs: Sequence[tuple[Pcm, Pcm]]) -> Metric:
 @torch.inference_mode()
 def evaluate(model: str = "tiny", utterances: int = 100, seed: int = 0) -> dict[str, Metric]:
     """Metrics of the codec inside a model, or of a codec's checkpoint directory."""
-    codec = load_codec(model)
+    codec = load_codec_of(model)
     recognizer = Recognizer()
     pairs, before, after = [], [], []
     for text in quiz.sentences("heldout", utterances, seed):
@@ -67,7 +68,7 @@ def evaluate(model: str = "tiny", utterances: int = 100, seed: int = 0) -> dict[
         before.append(word_errors(text, recognizer.transcribe(original)))
         after.append(word_errors(text, recognizer.transcribe(decoded)))
     users = [
-        round_trip(codec, utterance.pcm.astype(np.float32) / 32768)
+        round_trip(codec, utterance.pcm / np.float32(32768))
         for utterance in heldout_utterances(utterances, seed)
         if utterance.seconds > 0.6
     ]

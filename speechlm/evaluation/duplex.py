@@ -45,7 +45,6 @@ from audio_codec.audio import SAMPLE_RATE, Pcm, normalize
 from speechlm.convert import load
 from speechlm.evaluation.conversation import (
     FRAME_SECONDS,
-    PAUSE,
     Call,
     Model,
     Script,
@@ -70,13 +69,13 @@ GOES_ON: Final = 1.5
 EARLY: Final = 0.5
 """Seconds by which an answer ends before its plain twin when it was cut."""
 
-_OVER = 1.0  # Seconds of silence after which an answer is over, and not only between two words.
 _LONG_ANSWERS = ("counting", "spelling", "repeat", "identity")
 _LONG_WORDS = 6  # Of an answer long enough to break into: 2 s and more.
 _UNKNOWN = 0.12  # Share of the turns from outside the world.
 _PAUSE_SECONDS = (0.5, 1.5)
 _SILENCE_SECONDS = (3.0, 8.0)
 _NOISE_DBFS = (-50.0, -25.0)
+_AFTER_NOISE = 1.2  # Seconds of silence after a noise.
 _ECHO_DB = (-30.0, -10.0)
 _ECHO_SECONDS = (0.05, 0.3)
 _LEVEL_DBFS = (-30.0, -20.0)  # Of the user's voice.
@@ -111,13 +110,13 @@ def starts(pcm: Pcm, start: float, end: float) -> bool:
 
 def stops(pcm: Pcm, at: float) -> float | None:
     """Seconds from an interruption to the assistant's silence, if it stops as it should."""
-    after = silent_after(pcm, at, PAUSE)
+    after = silent_after(pcm, at)
     return after if after <= STOP_WITHIN else None
 
 
 def ends_early(pcm: Pcm, plain: Pcm, at: float) -> bool:
-    """Whether the answer that sounds at `at` ends well before its plain twin."""
-    return silent_after(pcm, at, _OVER) < silent_after(plain, at, _OVER) - EARLY
+    """Whether what sounds at `at` falls silent (for 400 ms) well before its plain twin."""
+    return silent_after(pcm, at) < silent_after(plain, at) - EARLY
 
 
 def alike(one: Pcm, other: Pcm, end: float) -> bool:
@@ -257,12 +256,14 @@ def _line(
 
 
 def _room(rng: np.random.Generator, noisy: bool) -> Pcm:
-    """Some seconds of nobody speaking, [S]."""
+    """Some seconds of nobody speaking, [S]. Noise leaves the end free: some models answer it."""
     samples = round(rng.uniform(*_SILENCE_SECONDS) * SAMPLE_RATE)
-    if not noisy:
-        return np.zeros(samples, np.float32)
-    noise = augment.white if rng.random() < 0.5 else augment.pink
-    return normalize(noise(samples, rng), rng.uniform(*_NOISE_DBFS))
+    room = np.zeros(samples, np.float32)
+    if noisy:
+        draw = augment.white if rng.random() < 0.5 else augment.pink
+        noise = draw(samples - round(_AFTER_NOISE * SAMPLE_RATE), rng)
+        room[: len(noise)] = normalize(noise, rng.uniform(*_NOISE_DBFS))
+    return room
 
 
 def _draw(rng: np.random.Generator, opener: float = 0.12) -> Question:
@@ -453,7 +454,7 @@ def judge_backchannels(twins: Sequence[tuple[Take, Take]]) -> dict[str, Metric]:
         event = take.event("backchannel")
         if event is None or not alike(plain.assistant, take.assistant, event.start):
             continue
-        if silent_after(plain.assistant, event.start, _OVER) < event.end - event.start:
+        if silent_after(plain.assistant, event.start) < event.end - event.start:
             continue
         started.append(starts(take.assistant, event.start, event.end + ANSWER_WITHIN))
         stopped.append(ends_early(take.assistant, plain.assistant, event.start))
@@ -468,9 +469,9 @@ def judge_echoes(twins: Sequence[tuple[Take, Take]]) -> dict[str, Metric]:
         answer = take.event("answer")
         if answer is None or not alike(plain.assistant, take.assistant, answer.start):
             continue
-        if silent_after(plain.assistant, answer.start, _OVER) < GOES_ON:
+        if silent_after(plain.assistant, answer.start) < GOES_ON:
             continue
-        end = answer.start + silent_after(take.assistant, answer.start, _OVER)
+        end = answer.start + silent_after(take.assistant, answer.start)
         started.append(starts(take.assistant, end, end + ANSWER_WITHIN))
         stopped.append(ends_early(take.assistant, plain.assistant, answer.start))
     return {"echo_stop_rate": _share(stopped), "echo_tor": _share(started)}

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from audio_codec.speech_tokenizer import SpeechTokenizer
 from audio_codec.quantize import entropy_bits
-from speechlm.convert import load_tokenizer
+from speechlm.convert import load_speech_tokenizer_of
 from speechlm.evaluation.report import Metric
 from speechlm.training.tokenizer import Utterance, collate, transcribe
 from synth_data import quiz
@@ -50,7 +49,7 @@ def pooled_wer(errors: Sequence[WordErrors]) -> Metric:
 @torch.inference_mode()
 def evaluate(model: str = "tiny", utterances: int = 300, seed: int = 0) -> dict[str, Metric]:
     """Metrics of the tokenizer inside a model, or of a tokenizer's checkpoint directory."""
-    tokenizer: SpeechTokenizer = load_tokenizer(model)
+    tokenizer = load_speech_tokenizer_of(model)
     found = heldout_utterances(utterances, seed)
     errors: dict[bool, list[WordErrors]] = {True: [], False: []}
     counts = torch.zeros(tokenizer.quantizer.size, dtype=torch.int64)

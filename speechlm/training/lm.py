@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ from audio_codec.transformer import TransformerConfig
 from speechlm import convert
 from speechlm.data import Mixture, Source, TextTokenizer, WeightConfig, train_text_tokenizer
 from speechlm.model import Batch, LMConfig, LMSampling, LossConfig, Losses, SpeechLM
-from speechlm.streams import Streams
+from speechlm.streams import ABSENT, Streams
 from speechlm.training.run import OptimizerConfig, Run, RunConfig, clip_gradients
 from synth_data import quiz
 from synth_data.text import sentences_from
@@ -78,6 +80,9 @@ class TrainConfig(BaseModel):
     weights: WeightConfig = WeightConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=8e-4, betas=(0.9, 0.95))
+    heard_mask: float = Field(0.1, ge=0, le=1)
+    """Share of the transcript that is hidden from the input where the user's voice is there too:
+    what the model writes down may be wrong, so it must not lean on that alone."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of an average of the weights that is evaluated and saved in their place; 0: none."""
     compile: bool = False
@@ -102,6 +107,17 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> Losses:
         """Loss of a batch."""
         return self.model.loss(batch, self.config)
+
+
+def mask_heard(batch: Batch, streams: Streams, share: float, rng: np.random.Generator) -> Batch:
+    """Hide a share of the `heard` inputs in columns that have the user's codes."""
+    if not streams.heard or share == 0:
+        return batch
+    inputs = batch.inputs.clone()
+    heard, voiced = inputs[:, streams.heard_index], inputs[:, streams.user.start] != ABSENT
+    hidden = torch.from_numpy(rng.random(heard.shape) < share).to(heard.device) & voiced
+    inputs[:, streams.heard_index] = heard.masked_fill(hidden, ABSENT)
+    return replace(batch, inputs=inputs)
 
 
 class Average:
@@ -255,7 +271,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         if average is not None:
             average.swap(model)
         objective.eval()
-        with torch.no_grad():
+        # Compiling the forward alone would take longer than this does.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for batches in held_out:
                 for name, (_, batch) in zip(held_out_names, batches, strict=True):
                     meter.add(f"validation/{name}", objective(batch.to(run.device)).parts)
@@ -269,9 +286,10 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         rate = config.optimizer.rate(step, config.run.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        parts = {}
+        parts, rng = {}, run.rng(step)
         for name, (share, batch) in zip(names, data.next(), strict=True):
-            losses = objective(batch.to(run.device))
+            seen = mask_heard(batch.to(run.device), model.streams, config.heard_mask, rng)
+            losses = objective(seen)
             run.accelerator.backward(share * losses.total)
             parts[name] = losses.parts
         norm = clip_gradients(objective, config.optimizer.clip).item()

@@ -33,8 +33,8 @@ navigator.mediaDevices.getUserMedia = () =>
 
 @pytest.fixture(scope="module")
 def origin() -> Iterator[str]:
-    """The address of a demo with one line."""
-    with Engine(EchoModel(), slots=1, name="echo") as engine:
+    """The address of a demo with one line, whose model answers after the question is over."""
+    with Engine(EchoModel(delay=22), slots=1, name="echo") as engine:
         listener = server.listen("127.0.0.1", 0)
         config = uvicorn.Config(create_app(engine), log_level="error", timeout_graceful_shutdown=1)
         web = uvicorn.Server(config)
@@ -53,8 +53,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         pytest.skip("needs a Chromium on the PATH")
     microphone = tmp_path_factory.mktemp("microphone") / "question.wav"
     pcm, rate = soundfile.read(QUESTION)
-    # Chromium plays it in a loop; a response time is measured only where it starts from silence.
-    soundfile.write(microphone, np.pad(pcm, (rate // 2, rate)), rate)
+    # Chromium plays it in a loop: the silence leaves room for the echo between two questions.
+    soundfile.write(microphone, np.pad(pcm, (rate // 4, 3 * rate)), rate)
     arguments = [
         "--no-sandbox",
         "--use-fake-ui-for-media-stream",

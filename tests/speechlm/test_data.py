@@ -192,6 +192,27 @@ class TestDocuments:
         assert (heard.weights[1:] == 0).all() and heard.columns[4, 3] == 1
 
 
+class TestJoin:
+    def test_cut_conversations_are_whole_again(self) -> None:
+        def part(number: int, conversation: int, start: float) -> shards.Sample:
+            sample = dialogue(f"d{conversation}-{number}", 50, number)
+            return sample.model_copy(
+                update={"meta": {"conversation": conversation, "start": start}}
+            )
+
+        parts = [part(0, 0, 0.0), part(1, 0, 4.0), part(2, 1, 0.0), part(3, 1, 8.0)]
+        first, second, gap = list(data.join(parts))
+        assert first.codes is not None and parts[1].codes is not None
+        assert first.codes.shape == (2, 3, 100) and first.seconds == 8.0
+        assert (first.codes[:, :, 50:] == parts[1].codes).all()
+        assert [w.start for w in first.words[0]] == [2.0, 6.0]
+        assert second.id == "d1-2" and gap.id == "d1-3"  # a part is missing between them
+
+    def test_other_samples_are_left_alone(self) -> None:
+        samples = [dialogue("a", 40), dialogue("b", 40)]
+        assert list(data.join(samples)) == samples
+
+
 def sources(folder: Path) -> list[data.Source]:
     lines = folder / "lines.txt"
     lines.write_text("One line.\nAnother line here.\nThe third of them.\n")
@@ -199,7 +220,7 @@ def sources(folder: Path) -> list[data.Source]:
         DialogueSource(kind="dialogues", path=folder, rows=3),
         QuizSource(kind="quiz", rows=2),
         SentenceSource(kind="sentences", path=lines, rows=1),
-        InterleavedSource(kind="interleaved", path=folder, rows=2, span=1),
+        InterleavedSource(kind="interleaved", path=folder, rows=2),
     ]
 
 

@@ -104,8 +104,9 @@ def test_an_answer_that_ends_half_a_second_before_its_twin_ends_early(cut, whole
 
 
 def test_a_pause_between_words_is_no_end():
-    assert not ends_early(speech((1.0, 3.0), (3.6, 6.0)), speech((1.0, 6.0)), 1.5)
-    assert ends_early(speech((1.0, 3.0)), speech((1.0, 3.0), (3.6, 6.0)), 1.5)
+    assert not ends_early(speech((1.0, 3.0), (3.3, 6.0)), speech((1.0, 6.0)), 1.5)
+    assert ends_early(speech((1.0, 3.0)), speech((1.0, 3.0), (3.3, 6.0)), 1.5)
+    assert ends_early(speech((1.0, 3.0), (3.5, 6.0)), speech((1.0, 6.0)), 1.5)
 
 
 def test_twins_are_alike_up_to_rounding():
@@ -294,7 +295,7 @@ def test_the_perfect_talker_scores_perfectly(measure):
     metrics, values = measure(Polite)
     # It knows the last word before its frame is over, and that it is spoken to after a whole one.
     assert 0 <= values.pop("response_latency_ms") <= 80
-    assert 80 <= values.pop("interruption_stop_ms") <= 240
+    assert 60 <= values.pop("interruption_stop_ms") <= 160
     assert values == {
         "turn_tor": 1,
         "pause_tor": 0,
@@ -330,7 +331,7 @@ def test_who_is_always_silent_bothers_nobody(measure, silent):
 def test_who_answers_every_sound_is_found_out(measure):
     _, values = measure(Jumpy)
     assert values["pause_tor"] == values["backchannel_tor"] == 1
-    assert values["silence_tor"] > 0  # the noisy half
+    assert values["silence_tor"] == 0.5  # the noisy half
     assert values["echo_stop_rate"] == 1
     assert values["interruption_stop_rate"] == 1
 

@@ -15,7 +15,9 @@ from audio_codec.spectral import SpectralCodec, SpectralConfig
 from audio_codec.speech_tokenizer import TokenizerConfig
 from speechlm import convert
 from speechlm.config import load_config
-from speechlm.training.lm import Average, TrainConfig, train
+from speechlm.model import Batch
+from speechlm.streams import ABSENT, Streams
+from speechlm.training.lm import Average, TrainConfig, mask_heard, train
 from synth_data import shards
 from synth_data.tts import Word
 
@@ -92,6 +94,18 @@ def numbers(run_dir: Path) -> list[dict[str, float]]:
     return [
         {k: v for k, v in json.loads(line).items() if k != "columns_per_second"} for line in lines
     ]
+
+
+def test_only_what_can_be_heard_is_hidden() -> None:
+    streams = Streams(text_size=20, codebooks=((5,), (5,)))
+    inputs = torch.ones(2, streams.count, 50, dtype=torch.long)
+    inputs[1, streams.user] = ABSENT
+    batch = Batch(inputs, inputs, torch.ones(inputs.shape), None)
+    masked = mask_heard(batch, streams, 0.5, np.random.default_rng(0)).inputs
+    share = (masked[0, streams.heard_index] == ABSENT).float().mean()
+    assert 0.2 < share < 0.8
+    assert torch.equal(masked[1], inputs[1]) and torch.equal(masked[:, :5], inputs[:, :5])
+    assert (inputs[0] == 1).all()
 
 
 class _StoppedError(Exception):

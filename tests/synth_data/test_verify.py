@@ -159,7 +159,7 @@ def judge() -> tuple[Recognizer, list[str]]:
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("synth_data.verify")
     logger.addHandler(handler)
-    made = Recognizer.over(ANSWERS, {"zorblax": "Z AO R B L AE K S"})
+    made = Recognizer.over(ANSWERS, {"zorblax": "Z AO R B L AE K S"}, order=2)
     logger.removeHandler(handler)
     return made, warnings
 

@@ -1,0 +1,230 @@
+"""Draws follow the distribution, keep to their support, and belong to their session alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from scipy import stats
+from torch import Tensor
+
+from audio_codec.sampling import Sampling, sample, uniform
+
+DRAWS = 40_000
+
+
+def logits_of(rows: int, size: int, seed: int = 0) -> Tensor:
+    return 2 * torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))
+
+
+def numbers(rows: int, seed: int = 1) -> Tensor:
+    # From the whole range of int64, negative ones too.
+    return torch.randint(-(2**62), 2**62, (rows,), generator=torch.Generator().manual_seed(seed))
+
+
+def many(logits: Tensor, **how: float | int | Tensor) -> Tensor:
+    """`DRAWS` tokens of one session with these logits [V]."""
+    counter = torch.arange(DRAWS)
+    seed = torch.full_like(counter, 42)
+    return sample(logits.expand(DRAWS, -1), seed, counter, **how)
+
+
+def p_value(tokens: Tensor, p: Tensor) -> float:
+    """Of a chi-square test that tokens were drawn from p; rare classes are pooled."""
+    counts, expected = torch.bincount(tokens, minlength=len(p)).double(), p.double() * len(tokens)
+    rare = expected < 8
+    assert counts[expected == 0].sum() == 0, "a token of no probability was drawn"
+    pooled = [torch.cat((x[~rare], x[rare].sum().view(1))) for x in (counts, expected)]
+    kept = pooled[1] > 0
+    found, meant = (x[kept].numpy() for x in pooled)
+    return float(stats.chisquare(found, meant * found.sum() / meant.sum()).pvalue)
+
+
+# --- Noise ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["counters", "seeds", "both"])
+def test_noise_is_even_and_does_not_repeat(way: str) -> None:
+    steps, still = torch.arange(100_000), torch.zeros(100_000, dtype=torch.int64)
+    seed, counter = {"counters": (still, steps), "seeds": (steps, still), "both": (steps, steps)}[
+        way
+    ]
+    u = uniform(seed, counter)
+    assert u.dtype == torch.float32 and 0 < float(u.min()) and float(u.max()) < 1
+    assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
+    following = torch.corrcoef(torch.stack((u[:-1], u[1:])).double())[0, 1]
+    assert abs(float(following)) < 0.015
+
+
+def test_sessions_with_neighbouring_seeds_are_unrelated() -> None:
+    counter = torch.arange(20_000)
+    streams = torch.stack([uniform(torch.full_like(counter, s), counter) for s in range(-4, 4)])
+    assert float((torch.corrcoef(streams.double()) - torch.eye(8)).abs().max()) < 0.035
+    # Nor is one stream another one, shifted.
+    shifted = torch.corrcoef(torch.stack((streams[0, 1:], streams[1, :-1])).double())[0, 1]
+    assert abs(float(shifted)) < 0.035
+
+
+def test_the_noise_of_a_seed_never_changes() -> None:
+    # Stored conversations replay only as long as these numbers hold.
+    seed, counter = torch.tensor([0, 1, -1, 2**63 - 1]), torch.tensor([0, 7, 10**12, -5])
+    expected = []
+    for s, c in zip(seed.tolist(), counter.tolist(), strict=True):
+        expected.append(splitmix(s, c))
+    assert uniform(seed, counter).tolist() == expected
+
+
+def splitmix(seed: int, counter: int) -> float:
+    """The same in Python's own integers."""
+    mask, golden = 2**64 - 1, 0x9E3779B97F4A7C15
+
+    def mix(x: int) -> int:
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return x ^ (x >> 31)
+
+    bits = mix((mix((seed + golden) & mask) + counter * golden) & mask)
+    return ((bits >> 41) + 0.5) / 2**23
+
+
+# --- Independence ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    size=st.integers(1, 40),
+    top_k=st.integers(0, 45),
+    top_p=st.floats(0.05, 1.0),
+    temperature=st.floats(0, 3),
+    at=st.integers(0, 8),
+)
+def test_a_row_does_not_know_its_neighbours(
+    rows: int, size: int, top_k: int, top_p: float, temperature: float, at: int
+) -> None:
+    at %= rows
+    logits, seed, counter = logits_of(rows, size), numbers(rows), numbers(rows, 2)
+    together = sample(logits, seed, counter, temperature, top_k, top_p)
+    one = slice(at, at + 1)
+    alone = sample(logits[one], seed[one], counter[one], temperature, top_k, top_p)
+    assert together[at] == alone[0]
+    order = torch.randperm(rows)
+    moved = sample(logits[order], seed[order], counter[order], temperature, top_k, top_p)
+    assert torch.equal(moved, together[order])
+    # The same settings, given a row each and among other rows' settings.
+    own = sample(
+        logits,
+        seed,
+        counter,
+        torch.where(torch.arange(rows) == at, temperature, 1.7),
+        torch.where(torch.arange(rows) == at, top_k, 2),
+        torch.where(torch.arange(rows) == at, top_p, 0.5).float(),
+    )
+    assert own[at] == together[at]
+
+
+# --- Distribution ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("size", [2, 30, 1000])
+def test_draws_follow_the_softmax(size: int, temperature: float) -> None:
+    logits = logits_of(1, size)[0]
+    tokens = many(logits, temperature=temperature)
+    assert p_value(tokens, torch.softmax(logits / temperature, 0)) > 1e-3
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("top_k", [1, 5, 29, 30, 31])
+def test_top_k_keeps_k_and_their_proportions(top_k: int, as_tensor: bool) -> None:
+    logits = logits_of(1, 30)[0]
+    tokens = many(logits, top_k=torch.full((DRAWS,), top_k) if as_tensor else top_k)
+    p = torch.softmax(logits, 0)
+    kept = torch.zeros(30).index_fill_(0, p.argsort(descending=True)[:top_k], 1.0)
+    assert p_value(tokens, p * kept / (p * kept).sum()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(1.0, 5), (0.95, 4), (0.91, 4), (0.89, 3), (0.75, 3), (0.65, 2), (0.4, 1), (1e-6, 1)],
+)
+def test_top_p_keeps_the_fewest_that_reach_p(top_p: float, kept: int) -> None:
+    p = torch.tensor([0.05, 0.4, 0.2, 0.3, 0.05])
+    tokens = many(p.log(), top_p=top_p)
+    best = [1, 3, 2, 0, 4][:kept]
+    shares = torch.zeros(5).index_copy_(0, torch.tensor(best), p[best])
+    if kept == 4:  # the two rarest are equal, either may be the one that is left
+        shares = torch.bincount(tokens, minlength=5) * 0 + p
+        shares[4 if not bool((tokens == 4).any()) else 0] = 0
+    assert p_value(tokens, shares / shares.sum()) > 1e-3
+
+
+def test_top_p_counts_what_top_k_left() -> None:
+    p = torch.tensor([0.5, 0.2, 0.15, 0.15])
+    # Of the two best, 0.5 / 0.7 = 0.71 is the first: enough for 0.7, though not of the whole.
+    assert many(p.log(), top_k=2, top_p=0.7).unique().tolist() == [0]
+    assert many(p.log(), top_k=2, top_p=0.75).unique().tolist() == [0, 1]
+
+
+def test_everything_can_be_drawn_from_a_large_flat_vocabulary() -> None:
+    # Rounding in a long cumulative sum must not cut the tail off.
+    size = 50_000
+    seed = torch.arange(DRAWS)
+    counter = torch.zeros_like(seed)
+    tokens = torch.cat(
+        [
+            sample(torch.zeros(1000, size), s, c)
+            for s, c in zip(seed[:4000].split(1000), counter[:4000].split(1000), strict=True)
+        ]
+    )
+    assert p_value(tokens // (size // 20), torch.full((20,), 1 / 20)) > 1e-3
+
+
+def test_a_forbidden_token_is_never_drawn() -> None:
+    logits = torch.zeros(6)
+    logits[2] = -torch.inf
+    assert many(logits).unique().tolist() == [0, 1, 3, 4, 5]
+    logits[:] = -torch.inf
+    logits[4] = 0
+    assert many(logits).unique().tolist() == [4]
+
+
+# --- Temperature 0 --------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 6), size=st.integers(1, 30), seed=st.integers(0, 99))
+def test_temperature_zero_takes_the_likeliest(rows: int, size: int, seed: int) -> None:
+    logits = logits_of(rows, size, seed)
+    for top_k in (0, 3):
+        tokens = sample(logits, numbers(rows), numbers(rows, 2), 0.0, top_k)
+        assert torch.equal(tokens, logits.argmax(1))
+
+
+def test_temperatures_mix_in_a_batch() -> None:
+    logits = logits_of(1, 50).expand(DRAWS, -1)
+    counter = torch.arange(DRAWS)
+    temperature = (counter % 2).float()
+    tokens = sample(logits, torch.zeros_like(counter), counter, temperature)
+    assert bool((tokens[::2] == logits[0].argmax()).all())
+    assert p_value(tokens[1::2], torch.softmax(logits[0], 0)) > 1e-3
+
+
+def test_extreme_logits_and_half_precision_stay_finite() -> None:
+    logits = torch.tensor([[1e4, -1e4, 9.9e3]])
+    assert sample(logits, numbers(1), numbers(1), 1e-6).item() == 0
+    assert sample(logits.bfloat16(), numbers(1), numbers(1), 1.0).item() == 0
+
+
+# --- Config ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", -0.1), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("top_q", 1)],
+)
+def test_settings_out_of_range_are_refused_by_name(field: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=field):
+        Sampling.model_validate({"temperature": 1.0, field: value})
