@@ -235,6 +235,17 @@ def eval_duplex(model: ModelName = "tiny", json: Json = None, seed: Seed = 0) ->
     _evaluate("duplex", model, json, seed=seed)
 
 
+@app.command()
+def card(
+    scores: Annotated[list[Path], typer.Argument(help="Files written by --json.")],
+    model: Annotated[Path, typer.Option("--model", help="A checkpoint folder.")],
+) -> None:
+    """Write measured scores into a checkpoint's card.json, each with its command and date."""
+    from speechlm.evaluation import report
+
+    report.add_scores(model, scores)
+
+
 def _check(json: Path | None) -> None:
     """Refuse a place that cannot be written before the measurement, not after it."""
     if json is not None:

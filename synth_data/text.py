@@ -61,6 +61,9 @@ _SYMBOLS = {
     "/": "slash",
 }
 
+# Curly quotes, dashes and the slash of ½.
+_TYPOGRAPHY = {0x2018: "'", 0x2019: "'", 0x2013: "-", 0x2014: ", ", 0x2044: "/"}
+
 _ABBREVIATION = re.compile(rf"\b({'|'.join(_ABBREVIATIONS)})\.(?=\s|$)", re.IGNORECASE)
 _MONEY = re.compile(r"\$(\d[\d,]*)(?:\.(\d\d))?(?!\d)")
 _ORDINAL = re.compile(r"\b(\d[\d,]*)(?:st|nd|rd|th)\b", re.IGNORECASE)
@@ -139,8 +142,7 @@ def spell_out(text: str) -> str:
     The result holds only ASCII letters, spaces, inner apostrophes and ``. , ; : ? !``, so that
     every synthesizer reads the same words from it.
     """
-    text = text.translate({0x2018: "'", 0x2019: "'", 0x2013: "-", 0x2014: ", ", 0x2026: "."})
-    text = _ABBREVIATION.sub(lambda match: _ABBREVIATIONS[match[1].lower()], text)
+    text = unicodedata.normalize("NFKD", text).translate(_TYPOGRAPHY)
     text = _MONEY.sub(_money, text)
     text = _ORDINAL.sub(lambda match: ordinal_words(int(match[1].replace(",", ""))), text)
     text = _MINUS.sub(" minus ", text)
@@ -148,13 +150,14 @@ def spell_out(text: str) -> str:
     text = _NUMBER.sub(lambda match: f" {_decimal(match[0])} ", text)
     for symbol, word in _SYMBOLS.items():
         text = text.replace(symbol, f" {word} ")
-    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    text = text.encode("ascii", "ignore").decode()  # Accents stand apart since NFKD: "cafe".
     text = re.sub(r"[^A-Za-z'.,;:?!]+", " ", text)
     # A quotation mark is no apostrophe, and "a.m" is two letters to every engine.
     text = re.sub(r"(?<![A-Za-z])'+|'+(?![A-Za-z])", "", text)
     text = re.sub(r"\s+(?=[.,;:?!])", "", text)
     text = re.sub(r"([.,;:?!])[.,;:?!]+", r"\1", text)
     text = re.sub(r"(?<=[A-Za-z])[.,;:?!](?=[A-Za-z])", " ", text)
+    text = _ABBREVIATION.sub(lambda match: _ABBREVIATIONS[match[1].lower()], text)
     return " ".join(re.sub(r"^[\s.,;:?!]+", "", text).split())
 
 

@@ -19,6 +19,7 @@ const SAYS = {
   asking: "Asking your question…",
   speaking: "Speaking. Interrupt as you like.",
   refused: "The microphone was refused. Allow it in the address bar, or pick a question.",
+  deaf: "No microphone was found. Connect one, or pick a question.",
   full: "Every line is busy. Try again in a moment.",
 };
 const LIVE = new Set(["listening", "asking", "speaking"]);
@@ -147,10 +148,12 @@ class TalkPage {
     this.show("idle");
   }
 
+  /** Client and server each say what went wrong in one sentence; the usual ones are put plainer. */
   fail(message) {
     this.hangUp();
-    if (/microphone/i.test(message) && /NotAllowedError/.test(message)) this.show("refused");
-    else if (/\b(full|busy|free (slot|channel)s?)\b/i.test(message)) this.show("full");
+    if (/NotAllowedError/.test(message)) this.show("refused");
+    else if (/no microphone/i.test(message)) this.show("deaf");
+    else if (/no free channels/i.test(message)) this.show("full");
     else this.show("failed", message);
   }
 

@@ -330,7 +330,7 @@ def evaluate(
     *,
     seed: int = 0,
     trials: int = 60,
-    slots: int = 16,
+    slots: int = 32,
     engines: tuple[str, ...] = ("espeak", "flite"),
     progress: bool = True,
 ) -> dict[str, Metric]:

@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from audio_codec.errors import UserError
 from audio_codec.files import replacing
 
 _Z95 = 1.959964  # two-sided 95% of the normal distribution
@@ -112,6 +113,32 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def add_scores(model: Path, scores: Sequence[Path]) -> None:
+    """Put measurements (envelopes written by `--json`) into the `card.json` of a checkpoint folder.
+
+    A command's earlier scores are replaced. Raises UserError when a file is not an envelope.
+    """
+    path = model / "card.json"
+    card = _read_object(path) if path.exists() else {}
+    known = dict(card.get("scores", {}))
+    for file in scores:
+        measured = _read_object(file)
+        if missing := {"command", "metrics", "date", "hardware"} - measured.keys():
+            raise UserError(f"scores '{file}': no '{min(missing)}'; give a file written by --json.")
+        known[measured.pop("command")] = measured
+    write_json(path, {**card, "scores": known})
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"file '{path}' cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"file '{path}' must hold a JSON object.")
+    return content
 
 
 def print_table(title: str, metrics: Mapping[str, Metric], console: Console | None = None) -> None:

@@ -251,7 +251,7 @@ def judge_text(inside: Sequence[Reply], outside: Sequence[Reply]) -> dict[str, M
             )
             for name in CATEGORIES
         },
-        "s2t_accuracy_heldout_operands": _text_score(
+        "s2t_accuracy_new_operands": _text_score(
             [
                 r
                 for r in inside
@@ -313,7 +313,7 @@ def evaluate(
     questions: int = 300,
     unknown: int = 100,
     conversations: int = 8,
-    slots: int = 12,
+    slots: int = 16,
     engines: tuple[str, ...] = ("espeak", "flite"),
     assistant: str = str(ASSISTANT),
     progress: bool = True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,11 +26,11 @@ def numbers(rows: int, seed: int = 1) -> Tensor:
     return torch.randint(-(2**62), 2**62, (rows,), generator=torch.Generator().manual_seed(seed))
 
 
-def many(logits: Tensor, **how: float | int | Tensor) -> Tensor:
-    """`DRAWS` tokens of one session with these logits [V]."""
-    counter = torch.arange(DRAWS)
+def many(logits: Tensor, draws: int = DRAWS, **how: Any) -> Tensor:
+    """Tokens of one session with these logits [V]."""
+    counter = torch.arange(draws)
     seed = torch.full_like(counter, 42)
-    return sample(logits.expand(DRAWS, -1), seed, counter, **how)
+    return sample(logits.expand(draws, -1), seed, counter, **how)
 
 
 def p_value(tokens: Tensor, p: Tensor) -> float:
@@ -39,6 +41,8 @@ def p_value(tokens: Tensor, p: Tensor) -> float:
     pooled = [torch.cat((x[~rare], x[rare].sum().view(1))) for x in (counts, expected)]
     kept = pooled[1] > 0
     found, meant = (x[kept].numpy() for x in pooled)
+    if len(meant) == 1:  # the one possible outcome
+        return 1.0
     return float(stats.chisquare(found, meant * found.sum() / meant.sum()).pvalue)
 
 
@@ -129,10 +133,10 @@ def test_a_row_does_not_know_its_neighbours(
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize("size", [2, 30, 1000])
+@pytest.mark.parametrize("size", [2, 30, 500])
 def test_draws_follow_the_softmax(size: int, temperature: float) -> None:
     logits = logits_of(1, size)[0]
-    tokens = many(logits, temperature=temperature)
+    tokens = many(logits, 4_000 if size == 500 else DRAWS, temperature=temperature)
     assert p_value(tokens, torch.softmax(logits / temperature, 0)) > 1e-3
 
 
@@ -148,16 +152,13 @@ def test_top_k_keeps_k_and_their_proportions(top_k: int, as_tensor: bool) -> Non
 
 @pytest.mark.parametrize(
     ("top_p", "kept"),
-    [(1.0, 5), (0.95, 4), (0.91, 4), (0.89, 3), (0.75, 3), (0.65, 2), (0.4, 1), (1e-6, 1)],
+    [(1.0, 5), (0.97, 5), (0.95, 4), (0.91, 4), (0.89, 3), (0.65, 2), (0.39, 1), (1e-6, 1)],
 )
 def test_top_p_keeps_the_fewest_that_reach_p(top_p: float, kept: int) -> None:
-    p = torch.tensor([0.05, 0.4, 0.2, 0.3, 0.05])
+    p = torch.tensor([0.04, 0.4, 0.2, 0.3, 0.06])
     tokens = many(p.log(), top_p=top_p)
-    best = [1, 3, 2, 0, 4][:kept]
+    best = [1, 3, 2, 4, 0][:kept]
     shares = torch.zeros(5).index_copy_(0, torch.tensor(best), p[best])
-    if kept == 4:  # the two rarest are equal, either may be the one that is left
-        shares = torch.bincount(tokens, minlength=5) * 0 + p
-        shares[4 if not bool((tokens == 4).any()) else 0] = 0
     assert p_value(tokens, shares / shares.sum()) > 1e-3
 
 
@@ -168,18 +169,17 @@ def test_top_p_counts_what_top_k_left() -> None:
     assert many(p.log(), top_k=2, top_p=0.75).unique().tolist() == [0, 1]
 
 
-def test_everything_can_be_drawn_from_a_large_flat_vocabulary() -> None:
-    # Rounding in a long cumulative sum must not cut the tail off.
+def test_the_tail_of_a_large_flat_vocabulary_can_be_drawn() -> None:
+    # Rounding in a long cumulative sum must neither cut the tail off nor bend the middle.
     size = 50_000
-    seed = torch.arange(DRAWS)
-    counter = torch.zeros_like(seed)
-    tokens = torch.cat(
-        [
-            sample(torch.zeros(1000, size), s, c)
-            for s, c in zip(seed[:4000].split(1000), counter[:4000].split(1000), strict=True)
-        ]
-    )
-    assert p_value(tokens // (size // 20), torch.full((20,), 1 / 20)) > 1e-3
+    seed = torch.arange(1_000_000)
+    u = uniform(seed, torch.zeros_like(seed))
+    seed = torch.cat([seed[(u - wanted).abs().argmin()].view(1) for wanted in (0.0, 0.3, 0.7, 1.0)])
+    logits = torch.linspace(0, -1e-3, size).expand(4, -1)  # falling, so that rank is the index
+    tokens = sample(logits, seed, torch.zeros_like(seed))
+    expected = uniform(seed, torch.zeros_like(seed)) * size
+    assert float((tokens - expected).abs().max()) < 0.001 * size
+    assert tokens[-1] > size - 10
 
 
 def test_a_forbidden_token_is_never_drawn() -> None:

@@ -207,7 +207,7 @@ def test_who_knows_everything_is_right_everywhere(world, puppet):
     assert {"s2s_accuracy", "s2s_open_accuracy", "s2s_reference_accuracy"} <= set(values)
     assert metrics["s2t_accuracy"].n == 36 and metrics["unknown_accuracy"].n == 6
     assert metrics["s2t_accuracy_plus"].n == 2
-    assert metrics["s2t_accuracy_heldout_operands"].n == 3
+    assert metrics["s2t_accuracy_new_operands"].n == 3
     # The two minutes hold about as many questions as each other: the same ones.
     first, last = (metrics[f"s2t_accuracy_{name}_minute"].n for name in ("first", "tenth"))
     assert first >= 20 and abs(first - last) <= 6

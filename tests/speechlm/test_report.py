@@ -76,3 +76,22 @@ def test_the_table_shows_every_number() -> None:
     report.print_table("eval", metrics, Console(file=out, width=100))
     for shown in ("s2s", "0.7123", "0.6 – 0.8", "300", "null", "no compiler"):
         assert shown in out.getvalue()
+
+
+def test_scores_enter_the_card_and_replace_older_ones(tmp_path: Path) -> None:
+    (tmp_path / "card.json").write_text('{"name": "tiny"}')
+    file = tmp_path / "scores.json"
+    for value in (0.5, 0.75):
+        report.write_json(file, report.envelope("eval codec", {"stoi": Metric(value)}))
+        report.add_scores(tmp_path, [file])
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["name"] == "tiny"
+    assert card["scores"]["eval codec"]["metrics"]["stoi"]["value"] == 0.75
+
+
+def test_what_is_no_measurement_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "scores.json"
+    file.write_text('{"command": "x"}')
+    with pytest.raises(UserError, match="--json"):
+        report.add_scores(tmp_path, [file])
+    assert not (tmp_path / "card.json").exists()

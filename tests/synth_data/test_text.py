@@ -73,13 +73,14 @@ def test_ordinals(value: int, words: str) -> None:
         ("1,200.5 miles", "one thousand two hundred point five miles"),
         ("agent 007 in B2B", "agent zero zero seven in B two B"),
         ("...Well...", "Well."),
+        ("½ of 0:MR. X² at 5am", "one slash two of zero mister X two at five am"),
     ],
 )
 def test_spoken_form_keeps_case_and_punctuation(text: str, spoken: str) -> None:
     assert spell_out(text) == spoken
 
 
-@given(st.text(max_size=60))
+@given(st.text(max_size=60) | st.text(alphabet="ab Mr'.,:?!05-$%+s\n’…é½", max_size=14))
 def test_spoken_form_is_speakable_and_stable(text: str) -> None:
     spoken = spell_out(text)
     assert set(spoken) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ' .,;:?!")
