@@ -57,9 +57,8 @@ tiny: setup  ## the whole recipe from nothing at a reduced size, up to a spoken 
 	$(BIN)/speechlm train codec configs/codec/tiny.yaml --resume
 	$(BIN)/speechlm synth dialogues configs/synth/dialogues_tiny.yaml
 	$(BIN)/speechlm train lm configs/lm/tiny.yaml --resume
-	$(BIN)/speechlm eval tokenizer --model runs/tiny/lm/lm
-	$(BIN)/speechlm eval codec --model runs/tiny/lm/lm
-	$(BIN)/speechlm eval spoken-qa --model runs/tiny/lm/lm --questions 36
+	$(BIN)/speechlm eval spoken-qa --model runs/tiny/lm/lm --questions 36 --unknown 8 --no-long \
+		--engine espeak --assistant espeak:en-us+f2@rate=150
 	$(BIN)/speechlm chat --model runs/tiny/lm/lm --input demo/static/examples/sum.mp3 --output runs/tiny/answer.wav
 
 # What torch's own metadata pins stays out, so that torch's CPU build brings none of it.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -53,14 +54,13 @@ def resolve(name_or_path: str | Path) -> Path:
         return _shipped[text]
     if text.startswith("hf://"):
         return _from_hub(text.removeprefix("hf://"))
-    path = Path(text)
-    if not path.is_dir():
+    if not os.path.isdir(text):  # never raises; Path.is_dir does when a name is too long
         names = ", ".join(sorted(_shipped)) or "none"
         raise UserError(
             f"model '{text}' is neither a directory nor hf://organisation/name nor one of the "
             f"shipped names ({names})."
         )
-    return path
+    return Path(text)
 
 
 def _from_hub(address: str) -> Path:
@@ -114,8 +114,12 @@ def save(
     files: Mapping[str, bytes] | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint directory; the old one is replaced only once the new one is whole."""
-    target = Path(directory)
+    """Write a checkpoint directory; the old one is replaced only once the new one is whole.
+
+    Raises UserError where `check_replaceable` does.
+    """
+    check_replaceable(directory)
+    target = Path(directory).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -130,18 +134,43 @@ def save(
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-    return target
+    return Path(directory)
+
+
+def check_replaceable(directory: str | Path) -> None:
+    """Raise UserError when `directory` holds something else than a checkpoint; touch nothing.
+
+    A run that may not write its result should know before it begins.
+    """
+    path = Path(directory)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output '{path}' is a file; name a folder for the checkpoint.")
+    if path.is_dir() and any(path.iterdir()) and not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"output '{path}' holds something else than a checkpoint; name a new or empty folder."
+        )
 
 
 def replace_directory(fresh: Path, target: Path) -> None:
-    """Move `fresh` to `target`; what was there stays whole until the very last step."""
-    if target.exists():
-        old = target.with_name(f".{target.name}-old-{os.getpid()}")
-        target.rename(old)
+    """Move `fresh` to `target`; a checkpoint that was there stays whole until the very last step.
+
+    A process killed between the two moves leaves it beside, whole, as `.<name>-old-<number>`.
+    Raises UserError where `check_replaceable` does.
+    """
+    check_replaceable(target)
+    target = target.resolve()
+    if not target.exists():
         fresh.rename(target)
-        shutil.rmtree(old)
-    else:
+        return
+    # A number of its own: what a killed process left must not stand in the way.
+    old = target.with_name(f".{target.name}-old-{secrets.token_hex(4)}")
+    target.rename(old)
+    try:
         fresh.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
 
 
 def load(name_or_path: str | Path) -> Checkpoint:

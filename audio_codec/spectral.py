@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
@@ -48,22 +48,22 @@ class SpectralConfig(BaseModel):
 
     kind: Literal["spectral"] = "spectral"
     tokenizer: TokenizerConfig = TokenizerConfig()
-    window: PositiveInt = 960
+    window: int = Field(960, ge=2 * HOP, multiple_of=HOP)
     """Samples of an STFT window, a multiple of the hop of 240."""
     encoder_dim: PositiveInt = 160
     """Encoder width at 100 Hz."""
-    encoder_blocks: int = 3
+    encoder_blocks: int = Field(3, ge=0)
     encoder_latent_dim: PositiveInt = 384
     """Encoder width at 12.5 Hz."""
-    encoder_latent_blocks: int = 2
+    encoder_latent_blocks: int = Field(2, ge=0)
     latent: PositiveInt = 64
     """Width D of what is quantized."""
-    codebooks: tuple[int, ...] = (1024,) * 7
+    codebooks: tuple[PositiveInt, ...] = Field((1024,) * 7, min_length=1)
     """Sizes of the residual codebooks after the semantic one."""
     decoder_latent_dim: PositiveInt = 512
-    decoder_latent_blocks: int = 3
+    decoder_latent_blocks: int = Field(3, ge=0)
     decoder_dim: PositiveInt = 352
-    decoder_blocks: int = 6
+    decoder_blocks: int = Field(6, ge=0)
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
@@ -42,18 +42,24 @@ class TokenizerConfig(BaseModel):
 
     front_dim: PositiveInt = 160
     """Width at the mel rate, 100 Hz."""
-    front_blocks: int = 2
+    front_blocks: int = Field(2, ge=0)
     dim: PositiveInt = 288
     heads: PositiveInt = 6
     layers_before: PositiveInt = 4
     """Transformer layers before the bottleneck, at 25 Hz."""
     layers_after: PositiveInt = 4
     """Transformer layers after it, at 12.5 Hz."""
-    window_seconds: float = 4.0
+    window_seconds: float = Field(4.0, ge=0.08)
     """How far either transformer looks back."""
-    levels: tuple[int, ...] = (7, 5, 5, 5, 5)
+    levels: tuple[PositiveInt, ...] = Field((7, 5, 5, 5, 5), min_length=1)
     """FSQ levels; their product is the size of the codebook (4375)."""
-    dropout: float = 0.0
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TokenizerConfig:
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(f"dim={self.dim} must give an even size to each of {self.heads} heads")
+        return self
 
 
 @dataclass(slots=True)

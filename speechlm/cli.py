@@ -223,16 +223,47 @@ def eval_tokenizer(
     _evaluate("tokenizer", model, json, seed=seed, utterances=utterances)
 
 
+Engines = Annotated[
+    list[str] | None, typer.Option("--engine", help="Whose held-out voices ask; twice for two.")
+]
+
+
 @eval_app.command("spoken-qa")
-def eval_spoken_qa(model: ModelName = "tiny", json: Json = None, seed: Seed = 0) -> None:
+def eval_spoken_qa(
+    model: ModelName = "tiny",
+    json: Json = None,
+    seed: Seed = 0,
+    questions: Annotated[int, typer.Option(min=1, help="Held-out questions.")] = 300,
+    unknown: Annotated[int, typer.Option(min=1, help="Questions outside the quiz world.")] = 100,
+    long: Annotated[bool, typer.Option(help="Also hold ten-minute conversations.")] = True,
+    engine: Engines = None,
+    assistant: Annotated[str, typer.Option(help="The voice it was trained to have.")] = "flite:rms",
+) -> None:
     """Held-out spoken questions: is the answer right, as text and as sound?"""
-    _evaluate("spoken-qa", model, json, seed=seed)
+    _evaluate(
+        "spoken-qa",
+        model,
+        json,
+        seed=seed,
+        questions=questions,
+        unknown=unknown,
+        conversations=8 if long else 0,
+        engines=tuple(engine or ("espeak", "flite")),
+        assistant=assistant,
+    )
 
 
 @eval_app.command("duplex")
-def eval_duplex(model: ModelName = "tiny", json: Json = None, seed: Seed = 0) -> None:
+def eval_duplex(
+    model: ModelName = "tiny",
+    json: Json = None,
+    seed: Seed = 0,
+    trials: Annotated[int, typer.Option(min=1, help="Conversations of each kind.")] = 60,
+    engine: Engines = None,
+) -> None:
     """Turn taking: does it answer, wait, stop and keep silent when it should?"""
-    _evaluate("duplex", model, json, seed=seed)
+    engines = tuple(engine or ("espeak", "flite"))
+    _evaluate("duplex", model, json, seed=seed, trials=trials, engines=engines)
 
 
 @app.command()

@@ -54,7 +54,7 @@ def test_a_step_against_the_gradient_comes_closer(criterion: MultiScaleMel) -> N
     before = criterion(guess, target)
     (grad,) = torch.autograd.grad(before, guess)
     after = criterion(guess - 1e-3 * grad / grad.norm(), target)
-    assert float(after) < float(before.detach())
+    assert float(after.detach()) < float(before.detach())
 
 
 def test_the_gradient_is_that_of_the_loss() -> None:
