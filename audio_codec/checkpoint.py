@@ -210,9 +210,9 @@ def parse_config(model: type[ConfigType], checkpoint: Checkpoint) -> ConfigType:
     except ValidationError as error:
         first = error.errors()[0]
         field_name = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"config of '{checkpoint.path}': field '{field_name}': {first['msg']}."
-        ) from error
+        where = f"field '{field_name}': " if field_name else ""  # or a rule about the whole
+        said = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"config of '{checkpoint.path}': {where}{said}.") from error
 
 
 def restore(module: nn.Module, checkpoint: Checkpoint) -> None:

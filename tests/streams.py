@@ -25,8 +25,8 @@ from audio_codec.state import State
 SLOTS = 3
 MAX_CHUNK = 4
 
-# Derandomized: a float32 sum in another order may move a number across a quantizer's border. That is
-# no bug, it is very rare, and it must not strike at random.
+# Derandomized: a float32 sum in another order may move a number across a quantizer's border. That
+# is no bug, it is very rare, and it must not strike at random.
 streaming_settings = settings(max_examples=8, deadline=None, derandomize=True)
 
 

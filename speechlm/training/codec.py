@@ -22,7 +22,6 @@ from torch import Tensor
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
-from audio_codec.codec import load_codec
 from audio_codec.errors import UserError
 from audio_codec.losses import MultiScaleMel
 from audio_codec.spectral import SpectralCodec, SpectralConfig
@@ -52,10 +51,10 @@ class TrainConfig(BaseModel):
     """Checkpoint of the tokenizer that gives codebook 0."""
     model: SpectralConfig = SpectralConfig()
     """`model.tokenizer` is taken from the tokenizer's checkpoint."""
-    sources: tuple[SourceConfig, ...]
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
     validation: Path
     """Shards in the assistant's voice, with text."""
-    validation_utterances: int = 24
+    validation_utterances: int = Field(24, gt=0)
     batch: int = Field(16, gt=0)
     crop_frames: int = Field(15, gt=0)
     """Length of a crop in frames of 80 ms."""
@@ -122,7 +121,7 @@ def _build(config: TrainConfig) -> SpectralCodec:
     tokenizer = load_tokenizer(config.tokenizer)
     codec = SpectralCodec(config.model.model_copy(update={"tokenizer": tokenizer.config}))
     if config.init_from is not None:
-        codec.load_state_dict(load_codec(config.init_from).state_dict())
+        checkpoints.restore(codec, checkpoints.load(config.init_from))
     codec.tokenizer.load_state_dict(tokenizer.state_dict())
     codec.tokenizer.requires_grad_(False)
     return codec
@@ -130,15 +129,15 @@ def _build(config: TrainConfig) -> SpectralCodec:
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train and write a checkpoint directory; returns its path. Raises UserError on bad data."""
+    output_dir = config.output or config.run.dir / "codec"
+    checkpoints.check_replaceable(output_dir)
     run = Run("codec", config.run, config, resume)
     codec = _build(config)
     sources = [(source.weight, load_waveforms(source.path)) for source in config.sources]
     held_out = load_waveforms(config.validation)[: config.validation_utterances]
     criterion = MultiScaleMel().to(run.device)
     optimizer = config.optimizer.build(codec)
-    if (saved := run.load()) is not None:
-        codec.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+    run.restore(codec, optimizer)
     model, optimizer = run.accelerator.prepare(codec, optimizer)
     bare: SpectralCodec = run.accelerator.unwrap_model(model)
     residual = len(config.model.codebooks)
@@ -184,6 +183,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                         "codes_in_batch": float(np.mean(used)),
                     },
                 )
-    output_dir = config.output or config.run.dir / "codec"
-    card = {"trainee": "codec", "steps": config.run.steps, "batch": config.batch}
-    return checkpoints.save(output_dir, bare.config, bare.state_dict(), dtype=config.dtype, card=card)
+    card = {"trainee": "codec", "steps": run.done, "batch": config.batch}
+    return checkpoints.save(
+        output_dir, bare.config, bare.state_dict(), dtype=config.dtype, card=card
+    )

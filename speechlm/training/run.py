@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import numpy as np
@@ -124,7 +125,8 @@ class Run:
     def __init__(self, name: str, run: RunConfig, config: BaseModel, resume: bool = False) -> None:
         """`config` is the trainee's whole config.
 
-        Raises UserError when the directory holds a run and `resume` is off.
+        Raises UserError when the directory holds a run and `resume` is off, is no directory, or
+        holds a checkpoint that cannot be read.
         """
         self.name, self.config, self.dir = name, run, run.dir
         self.checkpoint = self.dir / "checkpoint.pt"
@@ -132,6 +134,8 @@ class Run:
             raise UserError(
                 f"run.dir '{self.dir}' already holds a run: add --resume, or choose another folder."
             )
+        if self.dir.exists() and not self.dir.is_dir():
+            raise UserError(f"run.dir '{self.dir}' is a file: choose another name.")
         tune_allocator()
         self.dir.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(
@@ -142,9 +146,16 @@ class Run:
         self.first_step = 0
         self._resumed: dict[str, Any] | None = None
         if resume and self.checkpoint.exists():
-            self._resumed = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            try:
+                self._resumed = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+                raise UserError(
+                    f"run.dir '{self.dir}': checkpoint.pt cannot be read ({error}); delete it to "
+                    "start anew."
+                ) from error
             self.first_step = int(self._resumed["step"])
-            torch.set_rng_state(self._resumed["torch_rng"])
+        self.done = self.first_step
+        """Steps done so far."""
         self.main = self.accelerator.is_main_process
         if self.main:
             (self.dir / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
@@ -172,6 +183,22 @@ class Run:
     def load(self) -> dict[str, Any] | None:
         """What the last `save` was given, or None when there is nothing to resume."""
         return None if self._resumed is None else self._resumed["state"]
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Load `model` and `optimizer` of the last `save`, if there is one.
+
+        Raises UserError when they are of another shape than the ones given.
+        """
+        if (saved := self.load()) is None:
+            return
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"run.dir '{self.dir}' holds a run of another model; resume with its config.json "
+                "or choose another folder."
+            ) from error
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Keep `state` (tensors, numbers, strings, containers of them) as of `step` done steps."""
@@ -210,6 +237,9 @@ class Run:
         every `eval_every`, `evaluate(step)` gives numbers to log.
         """
         config, began = self.config, time.monotonic()
+        if self._resumed is not None:
+            # Only now: building the model has drawn from the generator too.
+            torch.set_rng_state(self._resumed["torch_rng"])
         self._last = ""
         columns = (
             TextColumn("{task.description}"),
@@ -226,7 +256,7 @@ class Run:
             )
             for step in range(self.first_step, config.steps):
                 yield step
-                done = step + 1
+                self.done = done = step + 1
                 bar.update(task, completed=done, numbers=self._last)
                 spent = (time.monotonic() - began) / 60
                 late = config.minutes is not None and spent >= config.minutes

@@ -57,7 +57,7 @@ class DataConfig(BaseModel):
     """Sound in a batch, padding included."""
     max_seconds: float = 12.0
     """Longer utterances are left out."""
-    validation_utterances: int = 200
+    validation_utterances: int = Field(200, gt=0)
 
 
 class AugmentConfig(BaseModel):
@@ -270,6 +270,8 @@ def transcribe(
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train and write a checkpoint directory; returns its path. Raises UserError on bad data."""
+    output_dir = config.output or config.run.dir / "tokenizer"
+    checkpoints.check_replaceable(output_dir)
     run = Run("tokenizer", config.run, config, resume)
     utterances = load_utterances(config.data.train, config.data.max_seconds)
     held_out = load_utterances(config.data.validation, config.data.max_seconds)
@@ -280,9 +282,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if config.init_from is not None:
         checkpoints.restore(model, checkpoints.load(config.init_from))
     optimizer = config.optimizer.build(model)
-    if (saved := run.load()) is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+    run.restore(model, optimizer)
     model, optimizer = run.accelerator.prepare(model, optimizer)
     bare: SpeechTokenizer = run.accelerator.unwrap_model(model)
     order = _Order(utterances, config, noise, run)
@@ -326,9 +326,10 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                     step,
                     {"loss": loss.item(), "norm": norm.item(), "lr": rate, "batch_usage": used},
                 )
-    output_dir = config.output or config.run.dir / "tokenizer"
-    card = {"trainee": "tokenizer", "steps": config.run.steps, "utterances": len(utterances)}
-    return checkpoints.save(output_dir, config.model, bare.state_dict(), dtype=config.dtype, card=card)
+    card = {"trainee": "tokenizer", "steps": run.done, "utterances": len(utterances)}
+    return checkpoints.save(
+        output_dir, config.model, bare.state_dict(), dtype=config.dtype, card=card
+    )
 
 
 def _share(config: TrainConfig, step: int) -> float:

@@ -65,11 +65,15 @@ def test_float32_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert found.config == {"width": 32} and found.card == {"score": 1.5}
     assert found.tensors.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(found.tensors[name], tensor) and found.tensors[name].dtype == tensor.dtype
+        assert (
+            torch.equal(found.tensors[name], tensor) and found.tensors[name].dtype == tensor.dtype
+        )
     assert (tmp_path / "a" / "x.bin").read_bytes() == b"\0\1"
     fresh = Model()
     checkpoints.restore(fresh, found)
-    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True)
+    )
 
 
 def test_bfloat16_rounds_matrices_and_keeps_vectors(tmp_path: Path) -> None:
@@ -237,7 +241,11 @@ def test_a_tensor_that_does_not_fit_is_named(
 
 
 def test_a_config_field_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    for config, named in (({"width": -1}, "width"), ({"widht": 3}, "widht"), ({"width": "x"}, "width")):
+    for config, named in (
+        ({"width": -1}, "width"),
+        ({"widht": 3}, "widht"),
+        ({"width": "x"}, "width"),
+    ):
         found = checkpoints.Checkpoint(tmp_path, config, {})
         with pytest.raises(UserError, match=f"field '{named}'"):
             checkpoints.parse_config(Shape, found)
@@ -257,7 +265,9 @@ class Killed(BaseException):
     """Stands for whatever ends a process in the middle."""
 
 
-@pytest.mark.parametrize("at", ["write_text", "write_bytes", "save_file", "first", "second", "rmtree"])
+@pytest.mark.parametrize(
+    "at", ["write_text", "write_bytes", "save_file", "first", "second", "rmtree"]
+)
 @pytest.mark.parametrize("error", [Killed, OSError])
 def test_an_interrupted_save_never_destroys_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, error: type[BaseException]
@@ -353,7 +363,9 @@ def test_names_paths_and_the_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyP
             checkpoints.resolve(wrong)
 
 
-@pytest.mark.parametrize("address", ["hf://", "hf://name", "hf://a/b", "hf://a/../..", "hf://a b/c"])
+@pytest.mark.parametrize(
+    "address", ["hf://", "hf://name", "hf://a/b", "hf://a/../..", "hf://a b/c"]
+)
 def test_a_hub_that_does_not_answer_is_a_user_error(
     address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

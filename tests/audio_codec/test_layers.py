@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from streams import Streaming, Tick, assert_streams, chunkings, scripts, streaming_settings
 from torch import Tensor, nn
 
 from audio_codec.layers import ConvNeXtBlock, ConvNeXtStack, DepthwiseConv, TailState
-from streams import Streaming, Tick, assert_streams, chunkings, scripts, streaming_settings
 
 DIM = 6
 
@@ -76,7 +76,9 @@ def test_bfloat16_gradients_are_summed_in_float32() -> None:
     x = torch.ones(1, 20_000, 2, dtype=torch.bfloat16)
     module(x).sum().backward()
     assert module.weight.grad is not None and module.bias.grad is not None
-    torch.testing.assert_close(module.weight.grad.float(), torch.full((1, 2), 2e4), rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        module.weight.grad.float(), torch.full((1, 2), 2e4), rtol=1e-2, atol=0
+    )
     torch.testing.assert_close(module.bias.grad.float(), torch.full((2,), 2e4), rtol=1e-2, atol=0)
 
 

@@ -31,9 +31,7 @@ def leaf(batch: int) -> Leaf:
 
 
 def tree(batch: int = 3) -> Tree:
-    return Tree(
-        all_active(batch), leaf(batch), [leaf(batch), leaf(batch)], torch.ones(batch) > 0
-    )
+    return Tree(all_active(batch), leaf(batch), [leaf(batch), leaf(batch)], torch.ones(batch) > 0)
 
 
 def rows(state: State, slot: int) -> list[Tensor]:

@@ -10,11 +10,19 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from streams import (
+    MAX_CHUNK,
+    Streaming,
+    Tick,
+    assert_streams,
+    chunkings,
+    scripts,
+    streaming_settings,
+)
 from torch import Tensor
 
 from audio_codec.attention import attend, by_products
 from audio_codec.transformer import Transformer, TransformerConfig, rotary, rotate
-from streams import MAX_CHUNK, Streaming, Tick, assert_streams, chunkings, scripts, streaming_settings
 
 DIM = 16
 WINDOW = 5

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from audio_codec.errors import UserError
 from speechlm.evaluation import report
 from speechlm.evaluation.report import Metric
 

@@ -1,0 +1,286 @@
+"""The codec streams, has no delay beyond its frame, and decodes from fewer codebooks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from streams import Streaming, Tick, assert_streams, chunkings, scripts, streaming_settings
+from torch import Tensor
+
+from audio_codec.audio import FRAME_SIZE
+from audio_codec.codec import Codec
+from audio_codec.spectral import HOP, Analysis, SpectralCodec, SpectralConfig, Synthesis
+from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig
+
+CONFIG = SpectralConfig(
+    tokenizer=TokenizerConfig(
+        front_dim=8,
+        front_blocks=1,
+        dim=16,
+        heads=2,
+        layers_before=1,
+        layers_after=1,
+        window_seconds=0.16,
+        levels=(5, 4, 3),
+    ),
+    encoder_dim=8,
+    encoder_blocks=2,
+    encoder_latent_dim=16,
+    encoder_latent_blocks=2,
+    latent=6,
+    codebooks=(16, 16, 16),
+    decoder_latent_dim=16,
+    decoder_latent_blocks=2,
+    decoder_dim=12,
+    decoder_blocks=2,
+)
+
+
+def build(config: SpectralConfig = CONFIG) -> SpectralCodec:
+    torch.manual_seed(1)
+    codec = SpectralCodec(config)
+    for parameter in codec.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    for size, level in enumerate(codec.quantizer.levels):
+        level.codebook.copy_(torch.randn_like(level.codebook) / 2**size)
+    codec.eval().requires_grad_(False)
+    calibrate(codec.tokenizer)
+    return codec
+
+
+def calibrate(tokenizer: SpeechTokenizer) -> None:
+    """Let the random tokenizer's bottleneck use all of its codes on noise."""
+    numbers = tokenizer.features(tokenizer.mel(noise(4, 1, 40 * FRAME_SIZE, seed=9)))
+    tokenizer.quantizer.mean.copy_(numbers.mean((0, 1)))
+    tokenizer.quantizer.variance.copy_(numbers.var((0, 1)))
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- Streaming ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [480, 960])
+@streaming_settings
+@given(chunks=chunkings(16), script=scripts())
+def test_analysis_streams(window: int, chunks: list[int], script: list[Tick]) -> None:
+    analysis, generator = Analysis(window), torch.Generator().manual_seed(2)
+    module = Streaming(
+        analysis,
+        lambda batch, most: analysis.new_state(batch),
+        lambda n: torch.randn(1, n * HOP, generator=generator),
+        tolerance=1e-4,
+    )
+    assert_streams(module, chunks, script)
+
+
+@pytest.mark.parametrize("window", [480, 960])
+@streaming_settings
+@given(chunks=chunkings(16), script=scripts())
+def test_synthesis_streams(window: int, chunks: list[int], script: list[Tick]) -> None:
+    synthesis, generator = Synthesis(window), torch.Generator().manual_seed(3)
+    module = Streaming(
+        synthesis,
+        lambda batch, most: synthesis.new_state(batch),
+        lambda n: torch.randn(1, n, window + 2, generator=generator),
+        tolerance=1e-5,
+    )
+    assert_streams(module, chunks, script)
+
+
+@streaming_settings
+@given(chunks=chunkings(10), script=scripts(8))
+def test_encoding_streams(chunks: list[int], script: list[Tick]) -> None:
+    codec, generator = build(), torch.Generator().manual_seed(4)
+    module = Streaming(
+        codec.encode,
+        codec.new_encoder_state,
+        lambda n: 0.1 * torch.randn(1, 1, n * FRAME_SIZE, generator=generator),
+        axis=2,
+        out_axis=2,
+    )
+    assert_streams(module, chunks, script)
+
+
+@streaming_settings
+@given(chunks=chunkings(12), script=scripts())
+def test_decoding_streams(chunks: list[int], script: list[Tick]) -> None:
+    codec, generator = build(), torch.Generator().manual_seed(5)
+    module = Streaming(
+        codec.decode,
+        codec.new_decoder_state,
+        lambda n: torch.cat(
+            [
+                torch.randint(math.prod(factors), (1, 1, n), generator=generator)
+                for factors in codec.codebooks
+            ],
+            dim=1,
+        ),
+        axis=2,
+        out_axis=2,
+        tolerance=1e-4,
+    )
+    assert_streams(module, chunks, script)
+
+
+# --- Delay ----------------------------------------------------------------------------------------
+
+
+def test_an_impulse_changes_nothing_before_its_frame_and_something_in_it() -> None:
+    codec = build()
+    assert codec.delay == 0
+    pcm = noise(1, 1, 6 * FRAME_SIZE)
+    codes = codec.encode(pcm)
+    sound = codec.decode(codes)
+    for place in (0, 1, 700, FRAME_SIZE - 250):
+        sample = 2 * FRAME_SIZE + place
+        struck = pcm.clone()
+        struck[..., sample] += 3.0
+        new_codes = codec.encode(struck)
+        assert torch.equal(new_codes[..., :2], codes[..., :2])
+        assert not torch.equal(new_codes[..., 2], codes[..., 2])
+        new_sound = codec.decode(new_codes)
+        assert torch.equal(new_sound[..., : 2 * FRAME_SIZE], sound[..., : 2 * FRAME_SIZE])
+        frame = slice(2 * FRAME_SIZE, 3 * FRAME_SIZE)
+        assert not torch.equal(new_sound[..., frame], sound[..., frame])
+
+
+def test_a_new_code_is_heard_from_the_first_hop_of_its_frame() -> None:
+    codec = build()
+    codes = codec.encode(noise(1, 1, 5 * FRAME_SIZE))
+    sound = codec.decode(codes)
+    for book in range(codes.shape[1]):
+        other = codes.clone()
+        other[0, book, 3] = (other[0, book, 3] + 1) % 16
+        changed = (codec.decode(other) != sound)[0, 0].nonzero()
+        first = int(changed.min()) - 3 * FRAME_SIZE
+        # A window begins with its hop; Hann's first sample is nothing.
+        assert 0 <= first <= 2
+
+
+def test_an_analysis_window_ends_with_its_hop() -> None:
+    analysis = Analysis(960)
+    pcm = torch.zeros(1, 10 * HOP)
+    silent = analysis(pcm)
+    for sample in (5 * HOP + 1, 5 * HOP + 100, 6 * HOP - 1):  # Hann's first sample is nothing
+        struck = pcm.clone()
+        struck[0, sample] = 1.0
+        changed = (analysis(struck) != silent).any(-1)[0].nonzero().flatten().tolist()
+        # Seen by the window of its own hop and the three after it.
+        assert changed == [5, 6, 7, 8]
+
+
+def test_a_synthesis_window_begins_with_its_hop() -> None:
+    synthesis = Synthesis(960)
+    bins = 481
+    silent = torch.cat((torch.full((1, 8, bins), -50.0), torch.zeros(1, 8, bins)), dim=-1)
+    loud = silent.clone()
+    loud[0, 3, :bins] = 0.0  # a click in the middle of nothing
+    loud[0, 3, bins:] = torch.linspace(0, -math.pi * 480, bins)  # delayed to the window's middle
+    sound = synthesis(loud)[0]
+    assert sound.shape == (8 * HOP,)
+    assert bool((sound[: 3 * HOP].abs() < 1e-9).all())
+    assert bool((sound[7 * HOP :].abs() < 1e-9).all())
+    assert int(sound.abs().argmax()) == 3 * HOP + 480
+
+
+@pytest.mark.parametrize("window", [480, 720, 960, 1920])
+def test_spectra_of_the_right_place_are_resynthesized_exactly(window: int) -> None:
+    synthesis, hops = Synthesis(window), 20
+    pcm = noise(1, hops * HOP + window)
+    frames = pcm.unfold(1, window, HOP)[:, :hops]  # each begins with its hop
+    spectrum = torch.fft.rfft(frames)
+    head = torch.cat((spectrum.abs().clamp(min=1e-9).log(), spectrum.angle()), dim=-1)
+    sound = synthesis(head)
+    settled = slice(window - HOP, hops * HOP)  # from here on every window over a sample exists
+    torch.testing.assert_close(sound[:, settled], pcm[:, settled], rtol=0, atol=1e-4)
+
+
+def test_a_derailed_head_stays_finite() -> None:
+    head = torch.cat((torch.full((1, 4, 481), 1e4), torch.full((1, 4, 481), 1e6)), dim=-1)
+    assert bool(Synthesis(960)(head).isfinite().all())
+
+
+# --- Codes ----------------------------------------------------------------------------------------
+
+
+def test_codes_have_the_shape_and_range_that_the_codec_says() -> None:
+    codec: Codec = build()
+    codes = codec.encode(noise(2, 1, 30 * FRAME_SIZE))
+    assert codes.shape == (2, 4, 30) and codes.dtype == torch.int64
+    assert codec.codebooks == ((5, 4, 3), (16,), (16,), (16,))
+    for book, factors in zip(codes.unbind(1), codec.codebooks, strict=True):
+        assert int(book.min()) >= 0 and int(book.max()) < math.prod(factors)
+        assert book.unique().numel() > 3
+    assert codec.decode(codes).shape == (2, 1, 30 * FRAME_SIZE)
+    assert codec.frame_size == FRAME_SIZE and codec.sample_rate == 24_000
+
+
+def test_codebook_0_is_the_tokenizers() -> None:
+    codec = build()
+    pcm = noise(2, 1, 8 * FRAME_SIZE)
+    assert torch.equal(codec.encode(pcm)[:, 0], codec.tokenizer.encode(pcm))
+
+
+def test_fewer_codebooks_decode_to_another_coarser_sound() -> None:
+    codec = build()
+    codes = codec.encode(noise(1, 1, 8 * FRAME_SIZE))
+    sounds = [codec.decode(codes[:, :kept]) for kept in range(1, 5)]
+    assert all(sound.shape == (1, 1, 8 * FRAME_SIZE) for sound in sounds)
+    assert all(bool(sound.isfinite().all()) for sound in sounds)
+    gaps = [float((sound - sounds[-1]).square().mean()) for sound in sounds]
+    assert gaps[0] > 0 and gaps[1] > 0 and gaps[2] > 0 and gaps[3] == 0
+    # The residual is added, not replaced: a zero residual is the semantic sound.
+    for level in codec.quantizer.levels:
+        level.codebook.zero_()
+    torch.testing.assert_close(codec.decode(codes), sounds[0])
+
+
+def test_training_matches_encoding_and_decoding() -> None:
+    codec = build()
+    pcm = noise(2, 1, 6 * FRAME_SIZE)
+    output = codec(pcm)
+    assert torch.equal(output.codes, codec.encode(pcm))
+    torch.testing.assert_close(output.pcm, codec.decode(output.codes), rtol=0, atol=1e-4)
+    shallow = codec(pcm, torch.tensor([1, 3]))
+    torch.testing.assert_close(
+        shallow.pcm[:1], codec.decode(output.codes[:1, :2]), rtol=0, atol=1e-4
+    )
+    torch.testing.assert_close(shallow.pcm[1:], output.pcm[1:])
+
+
+def test_training_moves_the_codec_and_not_the_tokenizer() -> None:
+    codec = build().train().requires_grad_(True)
+    codec.tokenizer.eval().requires_grad_(False)
+    before = {name: t.clone() for name, t in codec.tokenizer.state_dict().items()}
+    output = codec(noise(2, 1, 6 * FRAME_SIZE))
+    (output.pcm.square().mean() + output.commitment).backward()
+    for name, parameter in codec.named_parameters():
+        if name.startswith("tokenizer."):
+            assert parameter.grad is None
+        else:
+            assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+            assert bool(parameter.grad.any()), f"{name} gets no gradient"
+    assert all(torch.equal(before[n], t) for n, t in codec.tokenizer.state_dict().items())
+
+
+def test_silence_in_gives_finite_codes_and_gradients() -> None:
+    codec = build().train().requires_grad_(True)
+    codec.tokenizer.eval().requires_grad_(False)
+    output = codec(torch.zeros(2, 1, 4 * FRAME_SIZE))
+    (output.pcm.square().mean() + output.commitment).backward()
+    assert bool(output.pcm.isfinite().all())
+    assert all(bool(p.grad.isfinite().all()) for p in codec.parameters() if p.grad is not None)
+
+
+def test_an_untrained_codec_starts_near_silence() -> None:
+    codec = SpectralCodec(CONFIG).eval()
+    with torch.no_grad():
+        sound = codec.decode(codec.encode(noise(1, 1, 8 * FRAME_SIZE)))
+    assert float(sound.abs().max()) < 0.2
