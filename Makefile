@@ -11,7 +11,7 @@ CODE := audio_codec synth_data speechlm streaming demo tests
 UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check fix test test-all bench tiny lock
+.PHONY: help setup demo check fix test test-all bench tiny shipped lock
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -60,6 +60,17 @@ tiny: setup  ## the whole recipe from nothing at a reduced size, up to a spoken 
 	$(BIN)/speechlm eval spoken-qa --model runs/tiny/lm/lm --questions 36 --unknown 8 --no-long \
 		--engine espeak --assistant espeak:en-us+f2@rate=150
 	$(BIN)/speechlm chat --model runs/tiny/lm/lm --input demo/static/examples/sum.mp3 --output runs/tiny/answer.wav
+
+# Hours on two cores; wants flite, and recordings and texts in ../shared/data.
+shipped: setup  ## the recipe that made the shipped weights, as far as runs/shipped/lm/lm
+	for part in users assistant recorded noise heldout assistant_heldout; do \
+		$(BIN)/speechlm synth speech configs/synth/speech_$$part.yaml || exit; done
+	$(BIN)/speechlm train tokenizer configs/tokenizer/shipped.yaml --resume
+	$(BIN)/speechlm train codec configs/codec/shipped.yaml --resume
+	$(BIN)/speechlm synth dialogues configs/synth/dialogues.yaml
+	$(BIN)/speechlm synth dialogues configs/synth/dialogues_heldout.yaml
+	$(BIN)/speechlm train lm configs/lm/text.yaml --resume
+	$(BIN)/speechlm train lm configs/lm/duplex.yaml --resume
 
 # What torch's own metadata pins stays out, so that torch's CPU build brings none of it.
 lock: $(BIN)/uv  ## choose the newest versions that pyproject.toml allows

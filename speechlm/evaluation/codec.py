@@ -68,7 +68,7 @@ def evaluate(model: str = "tiny", utterances: int = 100, seed: int = 0) -> dict[
         before.append(word_errors(text, recognizer.transcribe(original)))
         after.append(word_errors(text, recognizer.transcribe(decoded)))
     users = [
-        round_trip(codec, utterance.pcm / np.float32(32768))
+        round_trip(codec, (utterance.pcm / 32768).astype(np.float32))
         for utterance in heldout_utterances(utterances, seed)
         if utterance.seconds > 0.6
     ]
