@@ -225,6 +225,8 @@ class _Meter:
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train and write a checkpoint directory; returns its path. Raises UserError on bad data."""
+    output = config.output or config.run.dir / "lm"
+    checkpoints.check_replaceable(output)
     run = Run("lm", config.run, config, resume)
     model, tokenizer = build(config, run.dir, resume)
 
@@ -247,9 +249,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         held_out = [unseen.next() for _ in range(config.validation_batches)]
     optimizer = config.optimizer.build(model)
     average = Average(model, config.ema) if config.ema > 0 else None
+    run.restore(model, optimizer)
     if (saved := run.load()) is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
         data.load_state_dict(saved["data"])
         if average is not None:
             average.weights = saved["average"]
@@ -314,10 +315,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             began, columns = time.monotonic(), 0
     if average is not None:
         average.swap(model)
-    output = config.output or config.run.dir / "lm"
     card = {
         "trainee": "lm",
-        "steps": config.run.steps,
+        "steps": run.done,
         "parameters": sum(p.numel() for p in model.parameters()),
         "codec": config.codec,
         "init_from": config.init_from,

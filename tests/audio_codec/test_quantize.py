@@ -307,6 +307,7 @@ def test_the_straight_through_gradient_is_one() -> None:
 # --- Entropy --------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64))
 def test_entropy_of_even_counts_is_the_logarithm(size: int) -> None:
     assert entropy_bits(torch.full((size,), 3)) == pytest.approx(math.log2(size), abs=1e-9)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import Streaming, Tick, assert_streams, chunkings, scripts, streaming_settings
 from torch import Tensor
@@ -238,6 +238,7 @@ def test_spelling_drops_what_the_alphabet_lacks() -> None:
 labels = st.lists(st.integers(0, len(ALPHABET)), max_size=30)
 
 
+@settings(deadline=None)
 @given(classes=labels)
 def test_greedy_text_merges_repeats_and_drops_blanks(classes: list[int]) -> None:
     merged = [c for i, c in enumerate(classes) if i == 0 or classes[i - 1] != c]
@@ -245,6 +246,7 @@ def test_greedy_text_merges_repeats_and_drops_blanks(classes: list[int]) -> None
     assert greedy_text(torch.tensor(classes, dtype=torch.int64)) == expected
 
 
+@settings(deadline=None)
 @given(classes=labels, cuts=st.lists(st.integers(0, 30), max_size=4))
 def test_live_text_does_not_depend_on_the_chunks(classes: list[int], cuts: list[int]) -> None:
     text, edges = CTCText(), [0, *sorted(cuts), len(classes)]
@@ -253,6 +255,7 @@ def test_live_text_does_not_depend_on_the_chunks(classes: list[int], cuts: list[
     assert live == greedy_text(torch.tensor(classes, dtype=torch.int64))
 
 
+@settings(deadline=None)
 @given(st.text(ALPHABET, max_size=20))
 def test_what_is_spelled_with_blanks_between_is_read_back(text: str) -> None:
     classes = [c for label in spell(text) for c in (label, label, 0)]

@@ -7,59 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import small_duplex
 
 from audio_codec import checkpoint
 from audio_codec.errors import UserError
-from audio_codec.spectral import SpectralCodec, SpectralConfig
-from audio_codec.speech_tokenizer import TokenizerConfig
-from audio_codec.transformer import TransformerConfig
+from audio_codec.spectral import SpectralCodec
 from speechlm import convert
 from speechlm.data import TextTokenizer, train_text_tokenizer
 from speechlm.duplex import Duplex, DuplexState
 from speechlm.generate import generate
-from speechlm.model import LMConfig, SpeechLM
-from speechlm.streams import PAD, Streams
+from speechlm.model import SpeechLM
+from speechlm.streams import PAD
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> TextTokenizer:
-    return train_text_tokenizer(["one two three four five six"] * 3, 100)
+def duplex() -> Duplex:
+    return small_duplex()
 
 
 @pytest.fixture(scope="module")
-def duplex(tokenizer: TextTokenizer) -> Duplex:
-    torch.manual_seed(0)
-    codec = SpectralCodec(
-        SpectralConfig(
-            tokenizer=TokenizerConfig(
-                front_dim=16,
-                front_blocks=1,
-                dim=16,
-                heads=2,
-                layers_before=1,
-                layers_after=1,
-                window_seconds=0.5,
-                levels=(3, 3),
-            ),
-            encoder_dim=16,
-            encoder_blocks=1,
-            encoder_latent_dim=16,
-            encoder_latent_blocks=1,
-            latent=8,
-            codebooks=(16, 16),
-            decoder_latent_dim=16,
-            decoder_latent_blocks=1,
-            decoder_dim=16,
-            decoder_blocks=1,
-        )
-    ).eval()
-    config = LMConfig(
-        streams=Streams(text_size=tokenizer.size, codebooks=codec.codebooks),
-        temporal=TransformerConfig(dim=16, layers=2, heads=2, window=6),
-        depth=TransformerConfig(dim=16, layers=1, heads=2),
-        codec="codec",
-    )
-    return Duplex(codec, SpeechLM(config), tokenizer)
+def tokenizer(duplex: Duplex) -> TextTokenizer:
+    return duplex.tokenizer
 
 
 def sound(batch: int, ticks: int) -> torch.Tensor:

@@ -5,43 +5,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small import CODEC, small_codec
 
 from audio_codec import checkpoint as checkpoints
-from audio_codec.spectral import SpectralCodec, SpectralConfig
-from audio_codec.speech_tokenizer import TokenizerConfig
 from speechlm.convert import load_codec_of, load_speech_tokenizer_of
 from speechlm.evaluation import codec as codec_evaluation
 from speechlm.evaluation import tokenizer as tokenizer_evaluation
 from synth_data.verify import word_errors
 
-SMALL = SpectralConfig(
-    tokenizer=TokenizerConfig(
-        front_dim=16, front_blocks=1, dim=32, heads=2, layers_before=1, layers_after=1
-    ),
-    encoder_dim=16,
-    encoder_blocks=1,
-    encoder_latent_dim=16,
-    encoder_latent_blocks=1,
-    latent=8,
-    codebooks=(16, 16),
-    decoder_latent_dim=16,
-    decoder_latent_blocks=1,
-    decoder_dim=16,
-    decoder_blocks=1,
-)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("codec") / "codec"
-    return checkpoints.save(path, SMALL, SpectralCodec(SMALL).state_dict(), dtype="fp32")
+    return checkpoints.save(path, CODEC, small_codec().state_dict(), dtype="fp32")
 
 
 def test_codec_metrics_of_an_untrained_codec(folder: Path) -> None:
     found = codec_evaluation.evaluate(str(folder), utterances=4)
     assert {"stoi", "pesq", "wer_original", "wer_decoded", "bitrate_bps"} <= found.keys()
-    assert found["bitrate_bps"].value == pytest.approx(12.5 * (np.log2(4375) + 8))
+    assert found["bitrate_bps"].value == pytest.approx(12.5 * (np.log2(9) + 8))
     assert found["wer_decoded"].value is not None and found["wer_decoded"].value >= 0.9
     assert found["wer_original"].value is not None and found["wer_original"].value < 0.5
     assert found["stoi"].value is not None and found["stoi"].value < 0.6
@@ -53,7 +35,7 @@ def test_tokenizer_metrics_of_an_untrained_tokenizer(folder: Path) -> None:
     found = tokenizer_evaluation.evaluate(str(folder), utterances=8)
     assert found["wer_quantized"].value is not None and found["wer_quantized"].value > 0.9
     usage = found["codebook_usage"]
-    assert usage.value is not None and 0 < usage.value <= (usage.n or 0) / 4375
+    assert usage.value is not None and 0 < usage.value <= (usage.n or 0) / 9
     assert 0 <= (found["codebook_entropy"].value or 0) <= 1
 
 

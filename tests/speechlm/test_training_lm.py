@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small import CODEC, small_codec
 
 from audio_codec import checkpoint
 from audio_codec.errors import UserError
 from audio_codec.spectral import SpectralCodec, SpectralConfig
-from audio_codec.speech_tokenizer import TokenizerConfig
 from speechlm import convert
 from speechlm.config import load_config
 from speechlm.model import Batch
@@ -26,28 +26,7 @@ from synth_data.tts import Word
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a codec and shards of its codes."""
     path = tmp_path_factory.mktemp("lm")
-    codec = SpectralConfig(
-        tokenizer=TokenizerConfig(
-            front_dim=16,
-            front_blocks=1,
-            dim=16,
-            heads=2,
-            layers_before=1,
-            layers_after=1,
-            levels=(3, 3),
-        ),
-        encoder_dim=16,
-        encoder_blocks=1,
-        encoder_latent_dim=16,
-        encoder_latent_blocks=1,
-        latent=8,
-        codebooks=(16, 16),
-        decoder_latent_dim=16,
-        decoder_latent_blocks=1,
-        decoder_dim=16,
-        decoder_blocks=1,
-    )
-    checkpoint.save(path / "codec", codec, SpectralCodec(codec).state_dict())
+    checkpoint.save(path / "codec", CODEC, small_codec().state_dict())
     rng = np.random.default_rng(0)
     samples = [
         shards.Sample(

@@ -11,15 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import small_duplex
 
 from audio_codec.errors import UserError
-from audio_codec.spectral import SpectralCodec, SpectralConfig
-from audio_codec.speech_tokenizer import TokenizerConfig
-from audio_codec.transformer import TransformerConfig
-from speechlm.data import train_text_tokenizer
 from speechlm.duplex import Duplex
-from speechlm.model import LMConfig, SpeechLM
-from speechlm.streams import Streams
 from streaming import bench
 from streaming.engine import (
     Core,
@@ -398,41 +393,7 @@ def test_bench_measures_every_batch_size() -> None:
 
 @pytest.fixture(scope="module")
 def duplex() -> Duplex:
-    """The real thing, untrained, as small as it gets."""
-    torch.manual_seed(0)
-    tokenizer = train_text_tokenizer(["one two three four five six"] * 3, 100)
-    hearing = TokenizerConfig(
-        front_dim=16,
-        front_blocks=1,
-        dim=16,
-        heads=2,
-        layers_before=1,
-        layers_after=1,
-        window_seconds=0.5,
-        levels=(3, 3),
-    )
-    codec = SpectralCodec(
-        SpectralConfig(
-            tokenizer=hearing,
-            encoder_dim=16,
-            encoder_blocks=1,
-            encoder_latent_dim=16,
-            encoder_latent_blocks=1,
-            latent=8,
-            codebooks=(16, 16),
-            decoder_latent_dim=16,
-            decoder_latent_blocks=1,
-            decoder_dim=16,
-            decoder_blocks=1,
-        )
-    ).eval()
-    config = LMConfig(
-        streams=Streams(text_size=tokenizer.size, codebooks=codec.codebooks),
-        temporal=TransformerConfig(dim=16, layers=2, heads=2, window=6),
-        depth=TransformerConfig(dim=16, layers=1, heads=2),
-        codec="codec",
-    )
-    return Duplex(codec, SpeechLM(config), tokenizer)
+    return small_duplex()
 
 
 def test_the_real_model_talks_to_each_caller_as_if_alone(duplex: Duplex) -> None:
