@@ -126,6 +126,7 @@ def save(
         fresh.chmod(0o755)
         (fresh / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
         save_file(_pack(tensors, dtype), fresh / "model.safetensors")
+        (fresh / "model.safetensors").chmod(0o644)  # safetensors writes for the owner's eyes alone
         for name, content in (files or {}).items():
             (fresh / name).write_bytes(content)
         if card is not None:

@@ -61,14 +61,18 @@ def find_codec(name_or_path: str | Path) -> str:
     return str(inside) if inside.is_dir() else named
 
 
+def codec_folder(name_or_path: str | Path) -> str | Path:
+    """The checkpoint of a model's codec, or `name_or_path` itself when it is a codec's."""
+    own = "kind" in checkpoints.load(name_or_path).config
+    return name_or_path if own else find_codec(name_or_path)
+
+
 def load_codec_of(name_or_path: str | Path) -> SpectralCodec:
     """The codec of a model, or the one in a codec's own checkpoint directory.
 
     Raises UserError when there is none or it is broken.
     """
-    found = checkpoints.load(name_or_path)
-    inside = "kind" not in found.config
-    return load_codec(find_codec(name_or_path) if inside else found.path)
+    return load_codec(codec_folder(name_or_path))
 
 
 def load_speech_tokenizer_of(name_or_path: str | Path) -> SpeechTokenizer:

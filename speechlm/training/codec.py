@@ -25,7 +25,7 @@ from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
 from audio_codec.errors import UserError
 from audio_codec.losses import MultiScaleMel
 from audio_codec.spectral import SpectralCodec, SpectralConfig
-from audio_codec.speech_tokenizer import load_tokenizer
+from speechlm.convert import codec_folder, load_speech_tokenizer_of
 from speechlm.training.run import OptimizerConfig, Run, RunConfig, clip_gradients
 from synth_data import shards
 
@@ -48,7 +48,7 @@ class TrainConfig(BaseModel):
 
     run: RunConfig
     tokenizer: str
-    """Checkpoint of the tokenizer that gives codebook 0."""
+    """The tokenizer that gives codebook 0: a checkpoint of it, or of a codec or model around it."""
     model: SpectralConfig = SpectralConfig()
     """`model.tokenizer` is taken from the tokenizer's checkpoint."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
@@ -65,7 +65,7 @@ class TrainConfig(BaseModel):
     """Share of rows that keep only a random number of the residual codebooks."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=6e-4, betas=(0.8, 0.99), weight_decay=0.01)
     init_from: str | None = None
-    """A codec checkpoint to start from."""
+    """A checkpoint of a codec, or of a model around one, to start from."""
     dtype: checkpoints.StoredType = "fp32"
     """How the weights of the finished checkpoint are stored."""
     output: Path | None = None
@@ -118,10 +118,10 @@ def evaluate_stoi(codec: SpectralCodec, sounds: Sequence[Waveform]) -> float:
 
 
 def _build(config: TrainConfig) -> SpectralCodec:
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_speech_tokenizer_of(config.tokenizer)
     codec = SpectralCodec(config.model.model_copy(update={"tokenizer": tokenizer.config}))
     if config.init_from is not None:
-        checkpoints.restore(codec, checkpoints.load(config.init_from))
+        checkpoints.restore(codec, checkpoints.load(codec_folder(config.init_from)))
     codec.tokenizer.load_state_dict(tokenizer.state_dict())
     codec.tokenizer.requires_grad_(False)
     return codec

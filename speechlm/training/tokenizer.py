@@ -33,6 +33,7 @@ from audio_codec.speech_tokenizer import (
     greedy_text,
     spell,
 )
+from speechlm.convert import load_speech_tokenizer_of
 from speechlm.training.run import OptimizerConfig, Run, RunConfig, clip_gradients
 from synth_data import shards
 from synth_data.text import normalize
@@ -98,7 +99,7 @@ class TrainConfig(BaseModel):
     unquantized: bool = False
     """Never quantize: the twin that says what the bottleneck costs."""
     init_from: str | None = None
-    """A tokenizer checkpoint to start from."""
+    """A checkpoint of a tokenizer, or of a codec or model around one, to start from."""
     dtype: checkpoints.StoredType = "fp32"
     """How the weights of the finished checkpoint are stored."""
     output: Path | None = None
@@ -280,7 +281,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     noise = load_noise(config.data.noise)
     model = SpeechTokenizer(config.model)
     if config.init_from is not None:
-        checkpoints.restore(model, checkpoints.load(config.init_from))
+        start = load_speech_tokenizer_of(config.init_from).state_dict()
+        checkpoints.restore(model, checkpoints.Checkpoint(Path(config.init_from), {}, start))
     optimizer = config.optimizer.build(model)
     run.restore(model, optimizer)
     model, optimizer = run.accelerator.prepare(model, optimizer)
