@@ -123,6 +123,7 @@ def test_an_example_needs_no_microphone(page: Page, origin: str) -> None:
     page.wait_for_selector(".turn.model")
     page.get_by_role("button", name="Stop").click()
     wait_for_state(page, "idle")
+    assert page.locator(".turn.model .text").first.inner_text().strip()
 
 
 def test_a_recording_is_handed_over(page: Page, origin: str, tmp_path: Path) -> None:
@@ -135,6 +136,7 @@ def test_a_recording_is_handed_over(page: Page, origin: str, tmp_path: Path) -> 
     page.wait_for_selector(".turn.you")
     page.get_by_role("button", name="Stop").click()
     wait_for_state(page, "idle")
+    assert page.locator(".turn.you .text").first.inner_text().strip()
 
 
 def test_a_refused_microphone_is_said(page: Page, origin: str) -> None:
