@@ -1,7 +1,7 @@
 """How well words can be read off the semantic codes.
 
-Held-out sentences of the quiz world and of books, in voices that nothing was trained on, are
-synthesized, tokenized, and read back by the tokenizer's own CTC head, greedily.
+Held-out sentences of the quiz world, in voices that nothing was trained on, are synthesized,
+tokenized, and read back by the tokenizer's own CTC head, greedily.
 
 `wer_quantized` reads the codes; `wer_unquantized` the same network with its rounding left out, so
 the two differ by what the bottleneck's rounding alone costs. `codebook_usage` is the share of codes

@@ -86,7 +86,7 @@ class TrainConfig(BaseModel):
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of an average of the weights that is evaluated and saved in their place; 0: none."""
     compile: bool = False
-    """Compile the transformer blocks: a minute or two at the start, 1.7 times as fast after it."""
+    """Compile the transformer blocks: minutes at the start, about a quarter faster after it."""
     init_from: str | None = None
     """A language-model checkpoint to start from; brings shape and text pieces along."""
     output: Path | None = None

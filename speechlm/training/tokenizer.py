@@ -168,7 +168,7 @@ def disturb(
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Gain, band limit and noise on one utterance [S]."""
     if rng.random() < config.band_share:
-        size = fft.next_fast_len(len(pcm), real=True)  # a prime length costs ten times as much
+        size = fft.next_fast_len(len(pcm), real=True)  # a prime length costs many times as much
         spectrum = fft.rfft(pcm, size)
         spectrum[int(rng.uniform(*config.band_hz) / SAMPLE_RATE * size) :] = 0
         pcm = fft.irfft(spectrum, size)[: len(pcm)]
