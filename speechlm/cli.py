@@ -238,6 +238,9 @@ def eval_spoken_qa(
     long: Annotated[bool, typer.Option(help="Also hold ten-minute conversations.")] = True,
     engine: Engines = None,
     assistant: Annotated[str, typer.Option(help="The voice it was trained to have.")] = "flite:rms",
+    recorded: Annotated[
+        Path | None, typer.Option(help="A data folder with recorded digits, to answer them too.")
+    ] = None,
 ) -> None:
     """Held-out spoken questions: is the answer right, as text and as sound?"""
     _evaluate(
@@ -250,6 +253,7 @@ def eval_spoken_qa(
         conversations=8 if long else 0,
         engines=tuple(engine or ("espeak", "flite")),
         assistant=assistant,
+        recorded=recorded,
     )
 
 

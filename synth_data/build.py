@@ -424,12 +424,17 @@ def _sentences(source: TextSource | QuizSource, seed: int) -> list[str]:
     return spoken
 
 
-def _recordings(source: RecordedSource) -> Iterator[_Line]:
-    manifest = source.data / "manifest.tsv.gz"
+def read_manifest(data: Path) -> list[dict[str, str]]:
+    """The rows of a data folder's ``manifest.tsv.gz``; UserError when there is none."""
+    manifest = data / "manifest.tsv.gz"
     if not manifest.is_file():
         raise UserError(f"recorded source: {str(manifest)!r} is not a file")
     with gzip.open(manifest, "rt", encoding="utf-8", newline="") as opened:
-        rows = list(csv.DictReader(opened, delimiter="\t", quoting=csv.QUOTE_NONE))
+        return list(csv.DictReader(opened, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def _recordings(source: RecordedSource) -> Iterator[_Line]:
+    rows = read_manifest(source.data)
     known = {row["set"] for row in rows}
     for name in source.sets:
         if name not in known:

@@ -672,6 +672,24 @@ def draw(
     )
 
 
+def number_alone(word: str) -> Question:
+    """The question that a number (``"seven"``) said alone is. ValueError for any other word."""
+    for fact in _facts("next_number"):
+        if fact.fill["x"] == word:
+            answer = _sentence(fact.answer)
+            return Question(
+                _sentence(word) + ".",
+                answer,
+                fact.keys,
+                "next_number",
+                "train",
+                fact.kind,
+                fact.given,
+                fact.name,
+            )
+    raise ValueError(f"no number of the quiz world: {word!r}")
+
+
 def _draw_unknown(rng: np.random.Generator, split: Split, opener: float) -> Question:
     data = _open()[split]
     # Whole questions are few and varied, templates many and alike: half and half.

@@ -21,6 +21,7 @@ other candidate of its kind (`quiz.score`). Judged are
     s2t_accuracy_first_minute, s2t_accuracy_tenth_minute
                               the same questions in the first and the last minute of ten-minute
                               conversations full of others
+    digits_accuracy           recorded people say a digit; right = the next number (`recorded`)
 
 `python -m speechlm.evaluation.spoken_qa` writes `answers.arpa` anew, after a change to the quiz
 world; a test holds the two together.
@@ -37,6 +38,8 @@ from typing import Final
 import numpy as np
 
 from audio_codec.audio import SAMPLE_RATE, Pcm, normalize
+from audio_codec.audio import load as load_audio
+from audio_codec.errors import UserError
 from speechlm.convert import load
 from speechlm.evaluation.conversation import (
     Call,
@@ -50,6 +53,7 @@ from speechlm.evaluation.conversation import (
 from speechlm.evaluation.report import Metric, bootstrap_mean, proportion
 from speechlm.evaluation.tokenizer import pooled_wer
 from synth_data import quiz
+from synth_data.build import read_manifest
 from synth_data.quiz import CATEGORIES, Question
 from synth_data.tts import ASSISTANT, Voice, speak, user_voices
 from synth_data.verify import Recognizer, save_language_model, word_errors
@@ -59,6 +63,9 @@ LANGUAGE_MODEL: Final = Path(__file__).with_name("answers.arpa")
 
 LONG_MINUTES: Final = 10
 """Length of a long conversation."""
+
+DIGITS: Final = 200
+"""Recorded digits that are put to a model."""
 
 _LEVEL_DBFS = (-30.0, -20.0)  # Of the user's voice.
 _WAIT_SECONDS = (0.3, 1.5)  # Before a question.
@@ -168,6 +175,15 @@ def _ask_once(asked: Asked) -> Script[list[Reply]]:
     return [(yield from _put(Call(), asked))]
 
 
+def _play(pcm: Pcm, wait: float) -> Script[str]:
+    """Wait, play a recording, and listen until the answer is over; what was written as said."""
+    call = Call()
+    yield from call.wait(wait)
+    yield from call.say(pcm)
+    yield from call.listen()
+    return call.text
+
+
 def _ask_for_minutes(
     first: Sequence[Asked], between: Sequence[Asked], last: Sequence[Asked]
 ) -> Script[list[Reply]]:
@@ -192,6 +208,36 @@ def _seconds(asked: Asked) -> float:
     """Roughly how long a question, its answer and the silence around them take."""
     letters = len(asked.question.text) + len(asked.question.answer)
     return asked.wait + letters / 14 + 1.7
+
+
+def recorded_digits(data: Path, count: int, rng: np.random.Generator) -> list[tuple[Pcm, Question]]:
+    """Recordings [S] of people who say a digit, with the question that it is.
+
+    Digits and speakers are drawn equally often, to within one. Raises UserError when `data` has no
+    set of digits.
+    """
+    groups: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    for row in read_manifest(data):
+        if row["set"] == "digits":
+            groups[row["text"], row["speaker"]].append(row)
+    if not groups:
+        raise UserError(f"recorded '{data}': its manifest has no set 'digits'.")
+    queues = [[rows[int(i)] for i in rng.permutation(len(rows))] for rows in groups.values()]
+    order = [queues[int(i)] for i in rng.permutation(len(queues))]
+    # In turn from each group, so that no digit and no speaker counts more than another.
+    rows = [
+        queue[place]
+        for place in range(max(map(len, order)))
+        for queue in order
+        if place < len(queue)
+    ]
+    return [
+        (
+            normalize(load_audio(data / row["path"]), float(rng.uniform(*_LEVEL_DBFS))),
+            quiz.number_alone(row["text"]),
+        )
+        for row in rows[:count]
+    ]
 
 
 # --- Judging --------------------------------------------------------------------------------------
@@ -316,6 +362,7 @@ def evaluate(
     slots: int = 16,
     engines: tuple[str, ...] = ("espeak", "flite"),
     assistant: str = str(ASSISTANT),
+    recorded: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Metric]:
     """Measure a model; the same numbers for the same seed, options and machine.
@@ -330,16 +377,21 @@ def evaluate(
         slots: conversations at a time.
         engines: speech engines of the users' voices.
         assistant: the voice of the reference answers.
+        recorded: a data folder with recorded digits, of which 200 are put to the model.
         progress: show on the terminal how far it has come.
 
     Raises:
-        UserError: there is no such model or voice, or a speech engine is not installed.
+        UserError: there is no such model, voice or recording, or a speech engine is not installed.
     """
+    digits = None
+    if recorded is not None:
+        digits = recorded_digits(recorded, DIGITS, np.random.default_rng([seed, 2]))
     users, reference = user_voices("heldout", engines), Voice.parse(assistant)
     for voice in (*users, reference):
         speak("one", voice)  # An engine that is not installed shows here, not after an hour.
-    return measure(
-        load(model),
+    duplex = load(model)
+    metrics = measure(
+        duplex,
         users,
         reference,
         seed=seed,
@@ -349,6 +401,30 @@ def evaluate(
         slots=slots,
         progress=progress,
     )
+    reason = "no folder of recordings was given (--recorded)"
+    metrics["digits_accuracy"] = (
+        Metric(None, reason=reason)
+        if digits is None
+        else judge_digits(duplex, digits, seed=seed, slots=slots, progress=progress)
+    )
+    return metrics
+
+
+def judge_digits(
+    model: Model,
+    digits: Sequence[tuple[Pcm, Question]],
+    *,
+    seed: int,
+    slots: int,
+    progress: bool,
+) -> Metric:
+    """Share of recorded digits that are answered with the next number, as text."""
+    talks = [
+        Talk(_play(pcm, 0.5), _model_seed(seed, number), len(pcm) / SAMPLE_RATE + 3)
+        for number, (pcm, _) in enumerate(digits)
+    ]
+    said = converse(model, talks, slots, "digits", progress)
+    return _score(said, [question for _, question in digits])
 
 
 def measure(

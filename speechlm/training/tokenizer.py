@@ -66,6 +66,9 @@ class AugmentConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    speed_share: float = Field(0.0, ge=0, le=1)
+    speed: tuple[float, float] = (0.87, 1.15)
+    """Played so many times as fast, pitch and formants with it: a voice becomes many."""
     gain_db: tuple[float, float] = (-20.0, 6.0)
     noise_share: float = 0.5
     noise_db: tuple[float, float] = (5.0, 35.0)
@@ -166,7 +169,11 @@ def disturb(
     config: AugmentConfig,
     rng: np.random.Generator,
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Gain, band limit and noise on one utterance [S]."""
+    """Speed, gain, band limit and noise on one utterance [S]; the speed changes its length."""
+    if rng.random() < config.speed_share:
+        size = int(len(pcm) / rng.uniform(*config.speed))
+        at = np.linspace(0, len(pcm) - 1, size, dtype=np.float32)
+        pcm = np.interp(at, np.arange(len(pcm), dtype=np.float32), pcm).astype(np.float32)
     if rng.random() < config.band_share:
         size = fft.next_fast_len(len(pcm), real=True)  # a prime length costs many times as much
         spectrum = fft.rfft(pcm, size)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, Pcm
+from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, Pcm, save
 from audio_codec.errors import UserError
 from speechlm.evaluation import spoken_qa
 from speechlm.evaluation.spoken_qa import (
@@ -254,6 +257,52 @@ def test_who_forgets_is_found_out_in_the_last_minute(world, puppet):
     _, values = measure(puppet(make), conversations=2)
     assert values["s2t_accuracy_first_minute"] == values["s2t_accuracy"] == 1
     assert values["s2t_accuracy_tenth_minute"] == 0
+
+
+# --- Recorded people ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def digits(tmp_path) -> Path:
+    """Two speakers, three digits, two takes each; the level of a recording tells its number."""
+    rows = ["split\tset\tid\tspeaker\tpath\tseconds\trate\tbytes\ttext\tlicence_source"]
+    for number, (speaker, digit, take) in enumerate(product("ab", range(3), range(2))):
+        word = ("zero", "one", "two")[digit]
+        name = f"{digit}_{speaker}_{take}.wav"
+        save(tmp_path / name, np.full(2400 + number, 0.1, np.float32), SAMPLE_RATE)
+        rows.append(f"train\tdigits\t{number}\t{speaker}\t{name}\t0.1\t24000\t1\t{word}\tCC0")
+    rows.append("train\tpeople\tx\ta\tx.wav\t1\t24000\t1\tseven\tCC0")
+    (tmp_path / "manifest.tsv.gz").write_bytes(gzip.compress("\n".join([*rows, ""]).encode()))
+    return tmp_path
+
+
+def test_recorded_digits_are_drawn_evenly(digits):
+    drawn = spoken_qa.recorded_digits(digits, 6, np.random.default_rng(0))
+    assert Counter(question.text for _, question in drawn) == {"Zero.": 2, "One.": 2, "Two.": 2}
+    assert {question.keys for _, question in drawn} == {("one",), ("two",), ("three",)}
+    assert len({len(pcm) for pcm, _ in drawn}) == 6  # no recording twice
+    again = spoken_qa.recorded_digits(digits, 100, np.random.default_rng(0))
+    assert len(again) == 12 and [q for _, q in again[:6]] == [q for _, q in drawn]
+
+
+def test_a_folder_without_digits_is_refused(digits):
+    text = gzip.decompress((digits / "manifest.tsv.gz").read_bytes()).decode()
+    (digits / "manifest.tsv.gz").write_bytes(
+        gzip.compress(text.replace("\tdigits\t", "\tx\t").encode())
+    )
+    with pytest.raises(UserError, match="no set 'digits'"):
+        spoken_qa.recorded_digits(digits, 6, np.random.default_rng(0))
+
+
+def test_recorded_digits_are_judged_by_the_next_number(digits, world, puppet):
+    drawn = spoken_qa.recorded_digits(digits, 12, np.random.default_rng(0))
+    # `attentive` knows a text by how many samples its sound has.
+    names = {len(pcm): question for pcm, question in drawn}
+    world.LENGTH, world.texts = 0, [names[n].text if n in names else "" for n in range(3000)]
+    right = {q.text: q.answer for _, q in drawn} | {"Two.": "Two comes first."}
+    model = puppet(attentive(world, lambda text: right[text]))
+    metric = spoken_qa.judge_digits(model, drawn, seed=0, slots=4, progress=False)
+    assert metric.n == 12 and metric.value == pytest.approx(2 / 3)
 
 
 def test_no_model_no_measurement(world):

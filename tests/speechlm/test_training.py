@@ -546,6 +546,18 @@ def test_disturbance_keeps_length_range_and_ratio() -> None:
     assert np.abs(tokenizer_training.disturb(pcm, (), loud, rng)).max() == 1
 
 
+def test_speed_moves_pitch_and_length_together() -> None:
+    time = np.arange(SAMPLE_RATE) / SAMPLE_RATE
+    pcm = (0.1 * np.sin(2 * np.pi * 1000 * time)).astype(np.float32)
+    config = tokenizer_training.AugmentConfig(
+        gain_db=(0, 0), noise_share=0.0, band_share=0.0, speed_share=1.0, speed=(1.25, 1.25)
+    )
+    fast = tokenizer_training.disturb(pcm, (), config, np.random.default_rng(0))
+    assert fast.dtype == np.float32 and len(fast) == SAMPLE_RATE / 1.25
+    peak = np.abs(np.fft.rfft(fast)).argmax() * SAMPLE_RATE / len(fast)
+    assert peak == pytest.approx(1250, abs=2)
+
+
 def test_silence_can_be_disturbed() -> None:
     config = tokenizer_training.AugmentConfig(noise_share=1.0, band_share=1.0)
     quiet = np.zeros(1000, np.float32)
