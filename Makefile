@@ -69,8 +69,7 @@ shipped: setup  ## the recipe that made the shipped weights, as far as runs/ship
 	$(BIN)/speechlm train codec configs/codec/shipped.yaml --resume
 	$(BIN)/speechlm synth dialogues configs/synth/dialogues.yaml
 	$(BIN)/speechlm synth dialogues configs/synth/dialogues_heldout.yaml
-	$(BIN)/speechlm train lm configs/lm/text.yaml --resume
-	$(BIN)/speechlm train lm configs/lm/duplex.yaml --resume
+	$(BIN)/speechlm train lm configs/lm/shipped.yaml --resume
 
 # What torch's own metadata pins stays out, so that torch's CPU build brings none of it.
 lock: $(BIN)/uv  ## choose the newest versions that pyproject.toml allows

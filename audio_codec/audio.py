@@ -32,6 +32,11 @@ SAMPLE_RATE: Final = 24_000  # Hz
 FRAME_SIZE: Final = 1_920  # samples
 FRAME_RATE: Final = SAMPLE_RATE / FRAME_SIZE  # 12.5 Hz
 
+WINDOW: Final = SAMPLE_RATE // 100
+"""Samples (10 ms) over which a level is taken where an onset or an end matters."""
+AUDIBLE_DBFS: Final = -40.0
+"""A window louder than this is heard."""
+
 Pcm = npt.NDArray[np.float32]
 
 log = logging.getLogger(__name__)
@@ -150,6 +155,18 @@ def loudness_dbfs(pcm: Pcm) -> float:
     """
     power = float(np.mean(np.square(pcm, dtype=np.float64))) if len(pcm) else 0.0
     return 10 * math.log10(power) if power > 0 else -math.inf
+
+
+def window_levels(pcm: Pcm) -> npt.NDArray[np.float64]:
+    """Level in dBFS of every whole `WINDOW` of pcm [S]: [S // 240]; −100 for digital silence."""
+    windows = pcm[: len(pcm) // WINDOW * WINDOW].reshape(-1, WINDOW)
+    power = np.square(windows, dtype=np.float64).mean(axis=1)
+    return np.asarray(10 * np.log10(power + 1e-10))
+
+
+def audible(pcm: Pcm) -> npt.NDArray[np.bool_]:
+    """Which whole `WINDOW`s of pcm [S] are heard: bool [S // 240]."""
+    return window_levels(pcm) > AUDIBLE_DBFS
 
 
 def normalize(pcm: Pcm, dbfs: float) -> Pcm:

@@ -129,7 +129,10 @@ class SpeechTokenizer(nn.Module):
         """Waveform [B, 1, S], S a multiple of 1920 → codes int64 [B, T]."""
         assert pcm.shape[-1] % FRAME_SIZE == 0, f"{pcm.shape[-1]} samples are not whole frames"
         mel = self.mel(pcm, None if state is None else state.mel)
-        numbers = self.features(mel, state)
+        return self.discretize(self.features(mel, state))
+
+    def discretize(self, numbers: Tensor) -> Tensor:
+        """Bottleneck numbers [B, T, Q] → codes int64 [B, T]."""
         return self.quantizer.codes(self.quantizer.digits(self.quantizer.bound(numbers)))
 
     def new_state(self, batch: int, max_chunk: int = 1) -> EncoderState:

@@ -225,6 +225,31 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(x, weight, target, scale)  # type: ignore[no-untyped-call]
 
 
+@dataclass(frozen=True, slots=True)
+class _Picked:
+    """Which rows take part, filled up with the first of them to one of few sizes.
+
+    A CPU's matrix kernels are compiled for each size anew: with every number of rows that chance
+    brings, that would be done at each step.
+    """
+
+    index: Tensor  # [N] int64
+    count: int
+    """Rows that take part; the rest of N is filling."""
+
+    @classmethod
+    def of(cls, mask: Tensor) -> _Picked:
+        """The rows where `mask` [M] holds."""
+        index = mask.nonzero().squeeze(1)
+        return cls(torch.cat((index, index[:1].expand(-len(index) % 256))), len(index))
+
+    def masked(self, weights: Tensor) -> Tensor:
+        """The weights [M, ...] of the rows: [N, ...], nothing for the filling."""
+        picked = weights[self.index]
+        picked[self.count :] = 0
+        return picked
+
+
 class DepthModel(nn.Module):
     """Draws the own codes of one column, one codebook after the other."""
 
@@ -333,15 +358,17 @@ class SpeechLM(nn.Module):
         if self.heard_head is not None:
             heads.append(("heard", streams.heard_index, self.heard_head, config.heard))
         for name, stream, head, share in heads:
-            weight = batch.weights[:, stream]
-            here = weight > 0
-            if share == 0 or not bool(here.any()):
+            weight = batch.weights[:, stream].flatten()
+            picked = _Picked.of(weight > 0)
+            if share == 0 or picked.count == 0:
                 continue
-            scale = weight[here]
-            scale = scale / scale.sum()
-            target = batch.targets[:, stream][here]
-            loss, nll, hit = linear_cross_entropy(hidden[here], head.weight, target, scale)
+            scale = picked.masked(weight)
+            target = batch.targets[:, stream].flatten()[picked.index]
+            loss, nll, hit = linear_cross_entropy(
+                hidden.flatten(0, 1)[picked.index], head.weight, target, scale / scale.sum()
+            )
             total = total + share * loss
+            target, nll, hit = (x[: picked.count] for x in (target, nll, hit))
             said = (target != PAD) & (target != EPAD)
             parts[name] = loss.detach()
             if bool(said.any()):
@@ -350,26 +377,27 @@ class SpeechLM(nn.Module):
             if not bool(said.all()):
                 parts[f"{name}_pad"] = nll[~said].mean()
 
-        own = batch.weights[:, streams.own].transpose(1, 2)  # [B, T, K]
-        here = (own > 0).any(-1)
-        if config.audio > 0 and bool(here.any()):
-            weights = own[here]  # [N, K]
-            codes = batch.targets[:, streams.own].transpose(1, 2)[here]
-            text = batch.targets[:, streams.text_index][here]
-            output = self.depth(hidden[here], text, codes)
+        own = batch.weights[:, streams.own].transpose(1, 2).flatten(0, 1)  # [B T, K]
+        picked = _Picked.of((own > 0).any(-1))
+        if config.audio > 0 and picked.count:
+            weights = picked.masked(own)  # [N, K]
+            codes = batch.targets[:, streams.own].transpose(1, 2).flatten(0, 1)[picked.index]
+            text = batch.targets[:, streams.text_index].flatten()[picked.index]
+            output = self.depth(hidden.flatten(0, 1)[picked.index], text, codes)
             weights = weights / weights.sum()
             detail: list[Tensor] = []
             for codebook, code_head in enumerate(self.depth.heads):
+                learned = weights[:, codebook] > 0
                 # A code in the delay gap (start, absent) has no weight; 0 keeps it in range.
-                target = codes[:, codebook].masked_fill(weights[:, codebook] == 0, 0)
+                target = codes[:, codebook].masked_fill(~learned, 0)
                 loss, nll, hit = linear_cross_entropy(
                     output[:, codebook], code_head, target, weights[:, codebook]
                 )
                 total = total + config.audio * loss
-                mean = nll[weights[:, codebook] > 0].mean()
+                mean = nll[learned].mean()
                 if codebook == 0:
                     parts["semantic"] = mean
-                    parts["semantic_accuracy"] = hit[weights[:, 0] > 0].float().mean()
+                    parts["semantic_accuracy"] = hit[learned].float().mean()
                 else:
                     detail.append(mean)
             if detail:

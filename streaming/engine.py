@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from audio_codec.audio import AUDIBLE_DBFS, WINDOW, audible, window_levels
 from audio_codec.errors import UserError
 from speechlm.evaluation.report import Metric
 from streaming.protocol import FRAME_SIZE, SAMPLE_RATE, Pcm, SessionParams
@@ -47,10 +48,6 @@ from streaming.protocol import FRAME_SIZE, SAMPLE_RATE, Pcm, SessionParams
 logger = logging.getLogger(__name__)
 
 FRAME_SECONDS: Final = FRAME_SIZE / SAMPLE_RATE
-WINDOW: Final = 240
-"""Samples (10 ms) over which a level is taken where an onset matters."""
-AUDIBLE_DBFS: Final = -40.0
-"""A window louder than this counts as speech."""
 
 # ------------------------------------------------------------------------------------- the model
 
@@ -165,15 +162,6 @@ def dbfs(pcm: Pcm) -> float:
     return 10 * math.log10(float(np.mean(np.square(pcm), dtype=np.float64)) + 1e-10)
 
 
-def window_levels(pcm: Pcm) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Level in dBFS of every whole 10 ms window of pcm [S]: [S // 240]."""
-    windows = pcm[: len(pcm) // WINDOW * WINDOW].reshape(-1, WINDOW)
-    levels: np.ndarray[Any, np.dtype[np.float64]] = 10 * np.log10(
-        np.mean(np.square(windows), axis=1, dtype=np.float64) + 1e-10
-    )
-    return levels
-
-
 class ResponseMeter:
     """Measures one conversation's response time: last voiced input → first audible output.
 
@@ -209,8 +197,8 @@ class ResponseMeter:
                 self._overlapped = self.voiced_at - self.audible_until < 0.2 * SAMPLE_RATE
         self._now += len(heard)
         start = self._now + compute_ms * SAMPLE_RATE / 1000
-        for i, level in enumerate(window_levels(said)):
-            if level > AUDIBLE_DBFS:
+        for i, loud in enumerate(audible(said)):
+            if loud:
                 if self.onset_at is None and self.voiced_at is not None:
                     self.onset_at = max(start + i * WINDOW, self.voiced_at)
                 self.audible_until = start + (i + 1) * WINDOW
@@ -748,16 +736,16 @@ def chat(
             break
         frame = core.step({0: np.zeros(FRAME_SIZE, np.float32) if over else recorded})[0]
         frames.append(frame)
-        audible = np.flatnonzero(window_levels(frame.pcm) > AUDIBLE_DBFS)
+        heard = np.flatnonzero(audible(frame.pcm))
         windows = FRAME_SIZE // WINDOW
         quiet = (
-            (windows - 1 - int(audible[-1])) * WINDOW / SAMPLE_RATE
-            if audible.size
+            (windows - 1 - int(heard[-1])) * WINDOW / SAMPLE_RATE
+            if heard.size
             else quiet + FRAME_SECONDS
         )
     stream = np.concatenate([frame.pcm for frame in frames])
-    audible = np.flatnonzero(window_levels(stream) > AUDIBLE_DBFS)
-    first, last = (audible[0], audible[-1] + 1) if audible.size else (0, len(stream) // WINDOW)
+    heard = np.flatnonzero(audible(stream))
+    first, last = (heard[0], heard[-1] + 1) if heard.size else (0, len(stream) // WINDOW)
     return Answer(
         pcm=stream[first * WINDOW : last * WINDOW],
         text="".join(frame.text for frame in frames).strip(),
@@ -772,7 +760,7 @@ def chat(
             ),
             "response_latency_ms": _metric(meter.response_ms, "ms", "no audible answer"),
             "answer_seconds": Metric(
-                int(last - first) * WINDOW / SAMPLE_RATE if audible.size else 0.0, unit="s"
+                int(last - first) * WINDOW / SAMPLE_RATE if heard.size else 0.0, unit="s"
             ),
         },
     )

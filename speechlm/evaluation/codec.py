@@ -19,7 +19,7 @@ from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, Pcm, resample
 from audio_codec.codec import Codec
 from speechlm.convert import load_codec_of
 from speechlm.evaluation.report import Metric, bootstrap_mean
-from speechlm.evaluation.tokenizer import heldout_utterances, pooled_wer
+from speechlm.evaluation.tokenizer import heldout_speech, pooled_wer
 from synth_data import quiz
 from synth_data.tts import ASSISTANT, speak
 from synth_data.verify import Recognizer, word_errors
@@ -68,9 +68,9 @@ def evaluate(model: str = "tiny", utterances: int = 100, seed: int = 0) -> dict[
         before.append(word_errors(text, recognizer.transcribe(original)))
         after.append(word_errors(text, recognizer.transcribe(decoded)))
     users = [
-        round_trip(codec, (utterance.pcm / 32768).astype(np.float32))
-        for utterance in heldout_utterances(utterances, seed)
-        if utterance.seconds > 0.6
+        round_trip(codec, pcm)
+        for pcm, _, _ in heldout_speech(utterances, seed)
+        if len(pcm) > 0.6 * SAMPLE_RATE
     ]
     return {
         "stoi": bootstrap_mean([stoi(a, b, SAMPLE_RATE) for a, b in pairs]),

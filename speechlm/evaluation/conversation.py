@@ -28,19 +28,14 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, Pcm
+from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, WINDOW, Pcm, audible
 from speechlm.duplex import DuplexOutput
 
 FRAME_SECONDS: Final = FRAME_SIZE / SAMPLE_RATE
-WINDOW: Final = SAMPLE_RATE // 100
-"""Samples in which a level is taken: 10 ms."""
-AUDIBLE_DBFS: Final = -40.0
-"""Louder windows are sound."""
 LEAST_SPEECH: Final = 0.24
 """Seconds of sound from which on it is speech."""
 PAUSE: Final = 0.4
@@ -58,13 +53,6 @@ class Speech:
 
     start: float
     end: float
-
-
-def audible(pcm: Pcm) -> npt.NDArray[np.bool_]:
-    """Which whole 10 ms windows of `pcm` [S] are above −40 dBFS (RMS): bool [N]."""
-    windows = pcm[: len(pcm) // WINDOW * WINDOW].reshape(-1, WINDOW)
-    power = np.square(windows, dtype=np.float64).mean(axis=1)
-    return np.asarray(power > 10 ** (AUDIBLE_DBFS / 10))
 
 
 def find_speech(pcm: Pcm) -> list[Speech]:

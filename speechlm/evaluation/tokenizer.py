@@ -15,24 +15,24 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from audio_codec.audio import Pcm
 from audio_codec.quantize import entropy_bits
 from speechlm.convert import load_speech_tokenizer_of
 from speechlm.evaluation.report import Metric
-from speechlm.training.tokenizer import Utterance, collate, transcribe
+from speechlm.training.tokenizer import Utterance, collate, log_mel, transcribe
 from synth_data import quiz
-from synth_data.tts import speak, user_voices
+from synth_data.tts import Voice, speak, user_voices
 from synth_data.verify import WordErrors, word_errors
 
 
-def heldout_utterances(count: int, seed: int) -> list[Utterance]:
-    """Held-out quiz sentences in held-out voices."""
+def heldout_speech(count: int, seed: int) -> list[tuple[Pcm, str, Voice]]:
+    """Held-out quiz sentences in held-out voices: sound [S], text, voice."""
     rng = np.random.default_rng(seed)
     voices = user_voices("heldout")
     found = []
     for index, text in enumerate(quiz.sentences("heldout", count, seed)):
-        spoken = speak(text, voices[index % len(voices)].jitter(rng))
-        pcm = (spoken.pcm.clip(-1, 1) * 32767).astype(np.int16)
-        found.append(Utterance(pcm, text, str(voices[index % len(voices)])))
+        voice = voices[index % len(voices)]
+        found.append((speak(text, voice.jitter(rng)).pcm, text, voice))
     return found
 
 
@@ -50,7 +50,10 @@ def pooled_wer(errors: Sequence[WordErrors]) -> Metric:
 def evaluate(model: str = "tiny", utterances: int = 300, seed: int = 0) -> dict[str, Metric]:
     """Metrics of the tokenizer inside a model, or of a tokenizer's checkpoint directory."""
     tokenizer = load_speech_tokenizer_of(model)
-    found = heldout_utterances(utterances, seed)
+    found = [
+        Utterance(log_mel(pcm), text, str(voice))
+        for pcm, text, voice in heldout_speech(utterances, seed)
+    ]
     errors: dict[bool, list[WordErrors]] = {True: [], False: []}
     counts = torch.zeros(tokenizer.quantizer.size, dtype=torch.int64)
     rng = np.random.default_rng(seed)
@@ -58,9 +61,9 @@ def evaluate(model: str = "tiny", utterances: int = 300, seed: int = 0) -> dict[
         chosen = found[start : start + 16]
         batch = collate(chosen, (), None, rng)
         for quantized, pool in errors.items():
-            said = transcribe(tokenizer, batch.pcm, batch.frames, quantized=quantized)
+            said = transcribe(tokenizer, batch.mel, batch.frames, quantized=quantized)
             pool += [word_errors(u.text, text) for u, text in zip(chosen, said, strict=True)]
-        codes = tokenizer.encode(batch.pcm)
+        codes = tokenizer.discretize(tokenizer.features(batch.mel))
         heard = torch.arange(codes.shape[1]) < batch.frames[:, None]
         counts += torch.bincount(codes[heard], minlength=len(counts))
     frames = int(counts.sum())

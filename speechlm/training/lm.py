@@ -1,10 +1,9 @@
-"""Train the language model, in stages that start from each other's checkpoint.
+"""Train the language model, in one stage or in several that start from each other's checkpoint.
 
-Text first (cheap, and it teaches the facts), then conversations. A step takes one batch of each
-source, in fixed shares; its loss is the mean of theirs, weighted by share.
+A step takes one batch of each source (conversations, the facts as text, …), in fixed shares; its
+loss is the mean of theirs, weighted by share.
 
-    speechlm train lm configs/lm/text.yaml
-    speechlm train lm configs/lm/duplex.yaml init_from=runs/lm-text/lm [run.steps=…]
+    speechlm train lm configs/lm/shipped.yaml [run.steps=…] [init_from=…]
 """
 
 from __future__ import annotations

@@ -137,6 +137,8 @@ class Run:
         if self.dir.exists() and not self.dir.is_dir():
             raise UserError(f"run.dir '{self.dir}' is a file: choose another name.")
         tune_allocator()
+        # Room for the matrix kernels of every shape that a run of uneven batches meets.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
         self.dir.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(
             mixed_precision=run.precision, cpu=not torch.cuda.is_available()
@@ -160,8 +162,13 @@ class Run:
         if self.main:
             (self.dir / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
             self._trim_metrics()
-        self.tensorboard = SummaryWriter(str(self.dir / "tensorboard")) if self.main else None
+        self.tensorboard = self._open_tensorboard() if self.main else None
         self.console = Console(stderr=True)
+
+    def _open_tensorboard(self) -> SummaryWriter:
+        # What a killed run drew past its checkpoint is drawn again: hide the first version.
+        again = None if self._resumed is None else self.first_step
+        return SummaryWriter(str(self.dir / "tensorboard"), purge_step=again)
 
     def _trim_metrics(self) -> None:
         path = self.dir / "metrics.jsonl"

@@ -235,3 +235,10 @@ def test_recorded_speech_has_about_zero_mean_and_unit_variance(data_dir: Path) -
     together = torch.cat(features)
     assert abs(float(together.mean())) < 0.3
     assert 0.8 < float(together.std()) < 1.2
+
+
+def test_a_level_is_taken_every_ten_milliseconds() -> None:
+    steps = np.repeat(np.float32([0.1, 1.0, 0.0]), audio.WINDOW)
+    levels = audio.window_levels(np.append(steps, np.float32(1)))  # the last window is not whole
+    assert levels == pytest.approx([-20, 0, -100], abs=1e-3)
+    assert audio.audible(steps).tolist() == [True, True, False]

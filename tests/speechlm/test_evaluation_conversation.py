@@ -7,14 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
+from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, audible
 from speechlm.evaluation.conversation import (
     FRAME_SECONDS,
     Call,
     Said,
     Speech,
     Talk,
-    audible,
     converse,
     find_speech,
     silent_after,

@@ -15,10 +15,11 @@ from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
-from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
+from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, LogMel
 from audio_codec.codec import load_codec
 from audio_codec.errors import UserError
 from audio_codec.quantize import ResidualVQ
@@ -125,6 +126,14 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         toy(tmp_path, resume=True, die_in=3)
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2]
+
+
+def test_curves_show_every_step_once(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        toy(tmp_path, die_in=5)
+    toy(tmp_path, resume=True)
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in curves.Scalars("loss")] == list(range(9))
 
 
 def test_a_run_is_not_overwritten_without_resume(tmp_path: Path) -> None:
@@ -497,7 +506,7 @@ def test_missing_data_is_a_user_error(made: Path, tmp_path: Path) -> None:
 
 def utterances(lengths: list[float]) -> list[tokenizer_training.Utterance]:
     return [
-        tokenizer_training.Utterance(np.ones(int(s * SAMPLE_RATE), np.int16), "a", "v")
+        tokenizer_training.Utterance(np.ones((round(s * 100), 80), np.float16), "a", "v")
         for s in lengths
     ]
 
@@ -513,57 +522,93 @@ def test_an_epoch_sees_every_utterance_once(lengths: list[float], limit: float, 
     batches = tokenizer_training.epoch_batches(found, limit, np.random.default_rng(seed))
     assert sorted(itertools.chain(*batches)) == list(range(len(found)))
     for batch in batches:
-        padded = max(found[i].seconds for i in batch) * len(batch)
+        padded = max(found[i].frames for i in batch) * len(batch) / FRAME_RATE
         assert padded <= limit or len(batch) == 1
 
 
 def test_collating_pads_to_whole_frames_and_keeps_the_sound() -> None:
     pair = utterances([0.1, 0.25])
     batch = tokenizer_training.collate(pair, (), None, np.random.default_rng(0))
-    assert batch.pcm.shape == (2, 1, 4 * FRAME_SIZE) and batch.frames.tolist() == [2, 4]
-    assert int((batch.pcm[0] != 0).sum()) == 2400 and int((batch.pcm[1] != 0).sum()) == 6000
+    assert batch.mel.shape == (2, 4 * 8, 80) and batch.frames.tolist() == [2, 4]  # four frames
+    assert (batch.mel == 1).all(-1).sum(1).tolist() == [10, 25]
     assert batch.targets.tolist() == [spell("a")] * 2 and batch.lengths.tolist() == [1, 1]
 
 
-def test_disturbance_keeps_length_range_and_ratio() -> None:
-    rng = np.random.default_rng(0)
-    time = np.arange(SAMPLE_RATE) / SAMPLE_RATE
-    pcm = (0.1 * np.sin(2 * np.pi * 300 * time)).astype(np.float32)
-    config = tokenizer_training.AugmentConfig(
-        gain_db=(0, 0), noise_share=1.0, noise_db=(10, 10), band_share=0.0
-    )
-    noises = ([], [rng.integers(-3000, 3000, 5000).astype(np.int16)])
-    for noise in noises:
-        heard = tokenizer_training.disturb(pcm, noise, config, rng)
-        assert heard.dtype == np.float32 and heard.shape == pcm.shape
-        ratio = 10 * np.log10(np.mean(pcm**2) / np.mean((heard - pcm) ** 2))
-        assert ratio == pytest.approx(10, abs=0.5)
-    narrow = config.model_copy(update={"noise_share": 0.0, "band_share": 1.0})
-    hiss = rng.standard_normal(SAMPLE_RATE + 1).astype(np.float32) * 0.1
-    power = np.abs(np.fft.rfft(tokenizer_training.disturb(hiss, (), narrow, rng))) ** 2
-    assert power[8200:].sum() < 1e-3 * power[:3300].sum()
-    loud = config.model_copy(update={"gain_db": (40, 40)})
-    assert np.abs(tokenizer_training.disturb(pcm, (), loud, rng)).max() == 1
+def features(pcm: np.ndarray) -> tokenizer_training.Mel:
+    return tokenizer_training.log_mel(pcm.astype(np.float32))
 
 
-def test_speed_moves_pitch_and_length_together() -> None:
+def hiss(seconds: float, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(int(SAMPLE_RATE * seconds)) * 0.1
+
+
+STILL = tokenizer_training.AugmentConfig(
+    gain_db=(0, 0), noise_share=0.0, band_share=0.0, speed_share=0.0
+)
+
+
+def test_features_are_those_that_the_tokenizer_hears() -> None:
+    pcm = hiss(0.4).astype(np.float32)
+    heard = LogMel()(torch.from_numpy(pcm)[None, None])[0].numpy()
+    assert np.abs(features(pcm)[: len(heard)] - heard).max() < 2e-3  # float16
+    silence = features(np.zeros(480))
+    assert silence == pytest.approx(tokenizer_training._SILENCE, abs=1e-3)
+
+
+def test_undisturbed_features_come_back() -> None:
+    mel = features(hiss(0.5))
+    same = tokenizer_training.disturb(mel, (), STILL, np.random.default_rng(0))
+    assert same.dtype == np.float32 and np.abs(same - mel).max() < 1e-3
+
+
+def test_a_gain_on_features_is_that_of_the_sound() -> None:
+    config = STILL.model_copy(update={"gain_db": (-12.0, -12.0)})
+    quiet = tokenizer_training.disturb(features(hiss(0.5)), (), config, np.random.default_rng(0))
+    assert np.abs(quiet - features(hiss(0.5) * 10 ** (-12 / 20))).max() < 5e-3
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_noise_has_its_ratio(recorded: bool) -> None:
     time = np.arange(SAMPLE_RATE) / SAMPLE_RATE
-    pcm = (0.1 * np.sin(2 * np.pi * 1000 * time)).astype(np.float32)
-    config = tokenizer_training.AugmentConfig(
-        gain_db=(0, 0), noise_share=0.0, band_share=0.0, speed_share=1.0, speed=(1.25, 1.25)
-    )
-    fast = tokenizer_training.disturb(pcm, (), config, np.random.default_rng(0))
-    assert fast.dtype == np.float32 and len(fast) == SAMPLE_RATE / 1.25
-    peak = np.abs(np.fft.rfft(fast)).argmax() * SAMPLE_RATE / len(fast)
-    assert peak == pytest.approx(1250, abs=2)
+    mel = features(0.1 * np.sin(2 * np.pi * 300 * time))
+    noises = [tokenizer_training.mel_power(features(hiss(0.3)))] if recorded else []
+    config = STILL.model_copy(update={"noise_share": 1.0, "noise_db": (10.0, 10.0)})
+    for seed in range(4):
+        noisy = tokenizer_training.disturb(mel, noises, config, np.random.default_rng(seed))
+        clean, both = (tokenizer_training.mel_power(x) for x in (mel, noisy))
+        assert noisy.shape == mel.shape
+        assert 10 * np.log10(clean.mean() / (both - clean).mean()) == pytest.approx(10, abs=0.1)
+
+
+def test_a_band_limit_silences_what_lies_above() -> None:
+    config = STILL.model_copy(update={"band_share": 1.0, "band_hz": (4000.0, 4000.0)})
+    mel = features(hiss(0.5))
+    narrow = tokenizer_training.disturb(mel, (), config, np.random.default_rng(0))
+    above = tokenizer_training._centers() > 4000
+    assert 10 < above.sum() < 40
+    assert narrow[:, above] == pytest.approx(tokenizer_training._SILENCE, abs=1e-3)
+    assert np.abs(narrow[:, ~above] - mel[:, ~above]).max() < 1e-3
+
+
+@pytest.mark.parametrize("speed", [0.8, 1.25])
+def test_speed_moves_pitch_and_length_together(speed: float) -> None:
+    config = STILL.model_copy(update={"speed_share": 1.0, "speed": (speed, speed)})
+    time = np.arange(SAMPLE_RATE) / SAMPLE_RATE
+    pcm = 0.1 * np.sin(2 * np.pi * 1000 * time)
+    moved = tokenizer_training.disturb(features(pcm), (), config, np.random.default_rng(0))
+    truly = features(0.1 * np.sin(2 * np.pi * 1000 * speed * time))
+    assert len(moved) == pytest.approx(len(features(pcm)) / speed, abs=1)
+    assert abs(int(moved[20].argmax()) - int(truly[20].argmax())) <= 1
 
 
 def test_silence_can_be_disturbed() -> None:
-    config = tokenizer_training.AugmentConfig(noise_share=1.0, band_share=1.0)
-    quiet = np.zeros(1000, np.float32)
-    assert np.isfinite(
-        tokenizer_training.disturb(quiet, (), config, np.random.default_rng(0))
-    ).all()
+    config = tokenizer_training.AugmentConfig(noise_share=1.0, band_share=1.0, speed_share=1.0)
+    silence = [tokenizer_training.mel_power(features(np.zeros(4800)))]
+    for noise in ([], silence):
+        mel = tokenizer_training.disturb(
+            features(np.zeros(1000)), noise, config, np.random.default_rng(0)
+        )
+        assert np.isfinite(mel).all()
 
 
 def test_crops_keep_their_weights_and_put_silence_around_short_sounds(
