@@ -192,14 +192,14 @@ def load(name_or_path: str | Path, weights: str = "*.safetensors") -> Checkpoint
     `weights`: pattern of the files that hold them, where there are others beside.
     """
     path = resolve(name_or_path)
-    config = readread_json(path / "config.json")
+    config = read_json(path / "config.json")
     files = sorted(path.glob(weights))
     if not files:
         raise UserError(f"model '{path}' has no {weights} file.")
     stored: dict[str, Tensor] = {}
     for file in files:
         stored.update(_read_file(file))
-    card = readread_json(path / "card.json") if (path / "card.json").exists() else {}
+    card = read_json(path / "card.json") if (path / "card.json").exists() else {}
     return Checkpoint(path, config, _unpack(stored, path), card)
 
 
@@ -224,7 +224,7 @@ def tensor_names(file: Path) -> set[str]:
         raise UserError(f"weights '{file}' are truncated or corrupt: {error}") from error
 
 
-def readread_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; UserError when there is none."""
     try:
         value = json.loads(path.read_text())

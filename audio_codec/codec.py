@@ -51,7 +51,7 @@ Kind = Literal["spectral", "hf", "kyutai"]
 def kind_of(path: Path) -> Kind | None:
     """What codec a directory or file holds; None when it is no codec's.
 
-    Raises UserError when a file that would tell is broken.
+    Raises UserError when a file that would tell is broken, or tells of a codec not known here.
     """
     if path.is_file():
         return "kyutai" if _kyutai_file(path) else None
@@ -61,6 +61,10 @@ def kind_of(path: Path) -> Kind | None:
             return "hf"
         if config.get("kind") == "spectral":
             return "spectral"
+        if "kind" in config:
+            raise UserError(
+                f"config of '{path}': kind '{config['kind']}' is unknown; choices: spectral."
+            )
     return "kyutai" if any(map(_kyutai_file, path.glob("*.safetensors"))) else None
 
 

@@ -1,9 +1,9 @@
 """Mimi, the codec of Moshi (arXiv 2410.00037), and its two public checkpoint formats.
 
-    24 kHz ── SEANet encoder, 25 Hz ── transformer ── conv ÷2, 12.5 Hz ──┬── VQ ═══ code 0, semantic
-                                                                         └── residual VQ ═ codes 1…31
-                                                                                   │
-    24 kHz ── SEANet decoder, 25 Hz ── transformer ── transposed conv ×2, 12.5 Hz ─┘ (sum)
+    24 kHz ─ SEANet encoder, 25 Hz ─ transformer ─ conv ÷2, 12.5 Hz ─┬─ VQ ══════════ code 0
+                                                                     └─ residual VQ ═ codes 1…31
+                                                                               │
+    24 kHz ─ SEANet decoder, 25 Hz ─ transformer ─ transposed conv ×2, 12.5 Hz ┘ (sum of both)
 
 Algorithmic delay: none beyond the frame of 1920 samples (80 ms). Every convolution pads on the left
 alone and every transposed one keeps only what the frames so far complete, so a frame's codes need

@@ -202,7 +202,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks and, but for `final_norm`, a norm; over whole sequences, or streaming with a state."""
+    """A stack of blocks and a final norm; over whole sequences, or streaming with a state."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
