@@ -107,8 +107,22 @@ class MimiConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> MimiConfig:
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % (2 * heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must give an even size to each of "
+                f"num_attention_heads={heads}"
+            )
+        if heads % groups:
+            raise ValueError(
+                f"num_attention_heads={heads} must be a multiple of num_key_value_heads={groups}"
+            )
+        if self.num_filters < self.compress:
+            raise ValueError(
+                f"num_filters={self.num_filters} must be at least compress={self.compress}"
+            )
         for name, expected in {
-            "head_dim": self.hidden_size // self.num_attention_heads,
+            "head_dim": self.hidden_size // heads,
             "frame_rate": self.sampling_rate / self.frame_size,
             "trim_right_ratio": 1.0,
             "norm_eps": 1e-5,

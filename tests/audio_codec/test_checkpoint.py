@@ -537,7 +537,7 @@ FORMS = ["spectral", "hf", "kyutai"]
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_a_damaged_codec_names_the_tensor_and_what_was_expected(
     tmp_path_factory: pytest.TempPathFactory, form: str, data: st.DataObject

@@ -426,7 +426,7 @@ def test_the_commitment_is_a_mean_of_all_levels() -> None:
     quantizer.train()
     # With a decay of 1 a step leaves the codebooks where they are.
     for level in (*quantizer.semantic.quantizer.levels, *quantizer.acoustic.quantizer.levels):
-        level.decay = 1.0
+        level.decay, level.dead = 1.0, 0.0
     semantic = quantizer.semantic(x, None, None, None)[2]
     acoustic = quantizer.acoustic(x, None, None, None)[2]
     expected = (semantic + 3 * acoustic) / 4
