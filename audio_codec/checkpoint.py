@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -93,16 +93,27 @@ def _pack(tensors: Mapping[str, Tensor], dtype: StoredType) -> dict[str, Tensor]
     return packed
 
 
-def _unpack(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _unpack(stored: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, value in stored.items():
-        if name.endswith(_SCALE):
+        if name.endswith(_SCALE) and name.removesuffix(_SCALE) in stored:
             continue
-        if name + _SCALE in stored:
-            tensors[name] = value.float() * stored[name + _SCALE].float()[:, None]
-        else:
+        scale = stored.get(name + _SCALE)
+        if scale is None:
             tensors[name] = value.float() if value.is_floating_point() else value
+        elif value.dim() != 2 or scale.shape != value.shape[:1] or not scale.is_floating_point():
+            raise UserError(
+                f"weights in '{where}': tensor '{name}{_SCALE}' is {_kind(scale)}, expected a "
+                f"floating-point number for each row of '{name}', which is {_kind(value)}."
+            )
+        else:
+            tensors[name] = value.float() * scale.float()[:, None]
     return tensors
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a message calls a tensor: its type and shape."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def save(
@@ -125,7 +136,8 @@ def save(
     try:
         fresh.chmod(0o755)
         (fresh / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
-        save_file(_pack(tensors, dtype), fresh / "model.safetensors")
+        # Other programs ask which framework wrote a file.
+        save_file(_pack(tensors, dtype), fresh / "model.safetensors", {"format": "pt"})
         (fresh / "model.safetensors").chmod(0o644)  # safetensors writes for the owner's eyes alone
         for name, content in (files or {}).items():
             (fresh / name).write_bytes(content)
@@ -174,24 +186,46 @@ def replace_directory(fresh: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
-def load(name_or_path: str | Path) -> Checkpoint:
-    """Read a checkpoint directory. Raises UserError that names what is missing or broken."""
+def load(name_or_path: str | Path, weights: str = "*.safetensors") -> Checkpoint:
+    """Read a checkpoint directory. Raises UserError that names what is missing or broken.
+
+    `weights`: pattern of the files that hold them, where there are others beside.
+    """
     path = resolve(name_or_path)
-    config = _json(path / "config.json")
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"model '{path}' has no *.safetensors file.")
+    config = read_json(path / "config.json")
+    files = sorted(path.glob(weights))
+    if not files:
+        raise UserError(f"model '{path}' has no {weights} file.")
     stored: dict[str, Tensor] = {}
-    for file in weights:
-        try:
-            stored.update(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"weights '{file}' are truncated or corrupt: {error}") from error
-    card = _json(path / "card.json") if (path / "card.json").exists() else {}
-    return Checkpoint(path, config, _unpack(stored), card)
+    for file in files:
+        stored.update(_read_file(file))
+    card = read_json(path / "card.json") if (path / "card.json").exists() else {}
+    return Checkpoint(path, config, _unpack(stored, path), card)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_file(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"weights '{file}' are truncated or corrupt: {error}") from error
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file. Raises UserError when it is truncated or corrupt."""
+    return _unpack(_read_file(file), file)
+
+
+def tensor_names(file: Path) -> set[str]:
+    """Names of the tensors in a file, from its header alone; UserError as `read_weights`."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return set(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"weights '{file}' are truncated or corrupt: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; UserError when there is none."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -216,25 +250,40 @@ def parse_config(model: type[ConfigType], checkpoint: Checkpoint) -> ConfigType:
         raise UserError(f"config of '{checkpoint.path}': {where}{said}.") from error
 
 
-def restore(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's tensors into a module.
+def check(expected: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Raise UserError unless a checkpoint holds exactly the `expected` names, shapes and types.
 
-    Raises UserError that names the tensor and what was expected: missing, unknown, of another
-    shape, or not finite.
+    The message names the tensor and what was expected: missing, unknown, of another shape or type,
+    or not finite. Any floating-point type will do for another; what `expected` holds is not read.
     """
-    expected = module.state_dict()
     where = checkpoint.path
     for name, tensor in expected.items():
         found = checkpoint.tensors.get(name)
         if found is None:
-            raise UserError(f"weights in '{where}': tensor '{name}' is missing.")
+            raise UserError(
+                f"weights in '{where}': tensor '{name}' is missing, expected {_kind(tensor)}."
+            )
         if found.shape != tensor.shape:
             raise UserError(
                 f"weights in '{where}': tensor '{name}' has shape {tuple(found.shape)}, "
                 f"expected {tuple(tensor.shape)}."
             )
-        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
-            raise UserError(f"weights in '{where}': tensor '{name}' holds NaN or infinity.")
+        floating = tensor.is_floating_point()
+        if found.is_floating_point() != floating or not (floating or found.dtype == tensor.dtype):
+            raise UserError(
+                f"weights in '{where}': tensor '{name}' is {_kind(found)}, "
+                f"expected {_kind(tensor)}."
+            )
+        if floating and not bool(torch.isfinite(found).all()):
+            raise UserError(
+                f"weights in '{where}': tensor '{name}' holds NaN or infinity, "
+                "expected finite numbers."
+            )
     if unknown := sorted(checkpoint.tensors.keys() - expected.keys()):
         raise UserError(f"weights in '{where}': tensor '{unknown[0]}' has no place in this model.")
+
+
+def restore(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's tensors into a module; UserError where `check` raises one."""
+    check(module.state_dict(), checkpoint)
     module.load_state_dict(checkpoint.tensors)

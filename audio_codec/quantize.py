@@ -1,6 +1,7 @@
 """Quantizers: finite scalar (FSQ), exponential-moving-average vector (EMA-VQ), residual.
 
-Shapes: N vectors, D width of a code, L codes of a codebook, K codebooks, B batch, T frames.
+Shapes: N vectors, D width of a code, L codes of a codebook, K codebooks, B batch, T frames,
+C width around a split quantizer.
 Every quantizer returns what it can be decoded from (codes) beside what training needs.
 """
 
@@ -8,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def entropy_bits(counts: Tensor) -> float:
@@ -96,6 +99,27 @@ class FSQ(nn.Module):
         return values, self.codes(digits)
 
 
+_norms = WeakTensorKeyDictionary()
+"""Of each codebook in use: (its version when they were taken, the codes' squared norms)."""
+
+
+def _squared_norms(codebook: Tensor) -> Tensor:
+    """|c|² of each code, [L, D] → [L]; taken anew only once the codebook has changed.
+
+    A codebook of Mimi is 2 MB, and to read it is all that a search in a live stream costs: norms
+    taken in every search would make it five to nine times slower.
+    """
+    if codebook.is_inference():  # counts no versions
+        return codebook.square().sum(1)
+    known = _norms.get(codebook)
+    if known is None or known[0] != codebook._version:
+        with torch.inference_mode(False), torch.no_grad():
+            known = (codebook._version, codebook.square().sum(1))
+        _norms[codebook] = known
+    squares: Tensor = known[1]
+    return squares
+
+
 class EMAVQ(nn.Module):
     """Vector quantizer whose codes are moving averages of what they catch (VQ-VAE, 1711.00937).
 
@@ -125,7 +149,7 @@ class EMAVQ(nn.Module):
         flat = x.reshape(-1, self.dim).to(self.codebook.dtype)
         with torch.autocast(flat.device.type, enabled=False):
             # |x − c|² without |x|², which is the same for every code.
-            distance = torch.addmm(self.codebook.square().sum(1), flat, self.codebook.T, alpha=-2)
+            distance = torch.addmm(_squared_norms(self.codebook), flat, self.codebook.T, alpha=-2)
         return distance.argmin(1).view(x.shape[:-1])
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -207,13 +231,18 @@ class ResidualVQ(nn.Module):
     def _typed_levels(self) -> Iterable[EMAVQ]:
         return cast("Iterable[EMAVQ]", self.levels)
 
+    def keep(self, count: int) -> None:
+        """Forget all but the first `count` levels, 0 … K."""
+        assert 0 <= count <= len(self.levels), f"cannot keep {count} of {len(self.levels)} levels"
+        self.levels = self.levels[:count]
+
     def encode(self, x: Tensor) -> Tensor:
         """[B, T, D] → int64 [B, K, T]."""
-        codes, residual = [], x
-        for level in self._typed_levels():
-            codes.append(level.nearest(residual))
-            residual = residual - level.decode(codes[-1])
-        return torch.stack(codes, dim=1)
+        codes = x.new_zeros(x.shape[0], len(self.levels), x.shape[1], dtype=torch.int64)
+        for index, level in enumerate(self._typed_levels()):
+            codes[:, index] = level.nearest(x)
+            x = x - level.decode(codes[:, index])
+        return codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """int [B, K' ≤ K, T] → [B, T, D]; fewer levels give a coarser vector."""
@@ -244,3 +273,104 @@ class ResidualVQ(nn.Module):
             losses.append(loss)
         straight = x + (total - x).detach()
         return straight, torch.stack(codes, dim=1), torch.stack(losses).mean()
+
+
+class _Projected(nn.Module):
+    """A residual quantizer in a narrower space of its own: C wide outside, D inside."""
+
+    def __init__(self, dim: int, code_dim: int, sizes: Sequence[int], decay: float) -> None:
+        super().__init__()
+        self.down = nn.Linear(dim, code_dim, bias=False)
+        self.quantizer = ResidualVQ(code_dim, sizes, decay)
+        self.up = nn.Linear(code_dim, dim, bias=False)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.quantizer.encode(self.down(x))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self.up(self.quantizer.decode(codes))
+
+    def forward(
+        self,
+        x: Tensor,
+        depth: Tensor | None,
+        quantized: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        narrow = self.down(x)
+        straight, codes, loss = self.quantizer(narrow, depth, generator)
+        if quantized is not None:
+            straight = torch.where(quantized.view(-1, 1, 1), straight, narrow)
+        return self.up(straight), codes, loss
+
+
+@dataclass
+class SplitOutput:
+    """One training pass of a split quantizer."""
+
+    quantized: Tensor  # [B, T, C] semantic + acoustic, straight-through
+    semantic: Tensor  # [B, T, C] the semantic part alone, which a teacher may be distilled into
+    codes: Tensor  # [B, K, T]
+    commitment: Tensor  # []
+
+
+class SplitResidualVQ(nn.Module):
+    """A semantic quantizer beside a residual stack of acoustic ones (arXiv 2410.00037).
+
+            ┌─ down ─ VQ ═══ code 0 ═══════ up ─┐
+        x ──┤                                   + ── C wide
+            └─ down ─ VQ ─ … ─ VQ ═ codes 1… ═ up ─┘
+
+    The acoustic side codes x itself, not what the semantic code left over: so the semantic code
+    is free to say what was said and need not serve the sound.
+    """
+
+    def __init__(self, dim: int, code_dim: int, sizes: Sequence[int], decay: float = 0.99) -> None:
+        """`dim`: width C outside; `code_dim`: of the codes, D; `sizes`: codes of each codebook."""
+        super().__init__()
+        self.semantic = _Projected(dim, code_dim, sizes[:1], decay)
+        self.acoustic = _Projected(dim, code_dim, sizes[1:], decay) if len(sizes) > 1 else None
+
+    def keep(self, count: int) -> None:
+        """Forget all but the first `count` codebooks, 1 … K."""
+        if self.acoustic is not None and count > 1:
+            self.acoustic.quantizer.keep(count - 1)
+        else:
+            assert count == 1, f"cannot keep {count} codebooks"
+            self.acoustic = None
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[B, T, C] → int64 [B, K, T]."""
+        codes = self.semantic.encode(x)
+        if self.acoustic is not None:
+            codes = torch.cat((codes, self.acoustic.encode(x)), dim=1)
+        return codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """int [B, 1 ≤ K' ≤ K, T] → [B, T, C]; fewer codebooks give a coarser vector."""
+        x = self.semantic.decode(codes[:, :1])
+        if codes.shape[1] > 1:
+            assert self.acoustic is not None, f"{codes.shape[1]} codebooks, but this one has 1"
+            x = x + self.acoustic.decode(codes[:, 1:])
+        return x
+
+    def forward(
+        self,
+        x: Tensor,
+        depth: Tensor | None = None,
+        quantized: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> SplitOutput:
+        """One training pass over [B, T, C].
+
+        `depth` ([B] int): acoustic levels that each row keeps (quantizer dropout; the semantic
+        code always stays). `quantized` ([B] bool): rows that pass the codes; the others pass the
+        projections alone, though the codebooks learn from them all the same.
+        """
+        semantic, codes, commitment = self.semantic(x, None, quantized, generator)
+        if self.acoustic is None:
+            return SplitOutput(semantic, semantic, codes, commitment)
+        acoustic, others, loss = self.acoustic(x, depth, quantized, generator)
+        codes = torch.cat((codes, others), dim=1)
+        commitment = (commitment + loss * others.shape[1]) / codes.shape[1]  # a mean of all levels
+        return SplitOutput(semantic + acoustic, semantic, codes, commitment)

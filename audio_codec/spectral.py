@@ -204,6 +204,12 @@ class SpectralCodec(nn.Module):
         """Factor sizes of each of the K codebooks."""
         return (self.tokenizer.codebook, *((size,) for size in self.config.codebooks))
 
+    def keep_codebooks(self, count: int) -> None:
+        """Forget all but the first `count` codebooks, 1 … K."""
+        self.quantizer.keep(count - 1)
+        kept = self.config.codebooks[: count - 1]
+        self.config = self.config.model_copy(update={"codebooks": kept})
+
     def _encode_latent(self, pcm: Tensor, state: SpectralEncoderState | None) -> Tensor:
         x = self.front_in(self.analysis(pcm[:, 0], None if state is None else state.samples))
         x = self.front(x, None if state is None else state.front)

@@ -45,6 +45,8 @@ class TransformerConfig(BaseModel):
     causal: bool = True
     layer_scale: float | None = None
     """Initial value of a learned per-channel scale on each residual branch."""
+    final_norm: bool = True
+    """Normalize what leaves the stack; Mimi does not."""
     dropout: float = 0.0
 
     @model_validator(mode="after")
@@ -206,7 +208,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = make_norm(config.norm, config.dim)
+        self.norm = make_norm(config.norm, config.dim) if config.final_norm else nn.Identity()
         # GPT-2's rule: residual branches start small, so that depth does not blow the stream up.
         for name, parameter in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):

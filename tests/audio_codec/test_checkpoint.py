@@ -13,12 +13,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, PositiveInt
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from small import CODEC
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.codec import load_codec
 from audio_codec.errors import UserError
+from audio_codec.mimi import MimiCodec, MimiConfig, read_kyutai, save_hf, to_public
+from audio_codec.spectral import SpectralCodec
 from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig, load_tokenizer
 
 
@@ -216,15 +219,33 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda t: t.pop("thin.bias"), "'thin.bias' is missing"),
+        (lambda t: t.pop("thin.bias"), r"'thin.bias' is missing, expected float32 \(3,\)"),
         (lambda t: t.update(extra=torch.zeros(2)), "'extra' has no place"),
         (lambda t: t.update({"wide.weight": t["wide.weight"].T}), r"'wide.weight' has shape"),
+        (
+            lambda t: t.update(count=torch.tensor(7.5)),
+            r"'count' is float32 \(\), expected int64 \(\)",
+        ),
+        (
+            lambda t: t.update({"thin.bias": torch.zeros(3, dtype=torch.int32)}),
+            r"'thin.bias' is int32 \(3,\), expected float32 \(3,\)",
+        ),
         (lambda t: t["wide.weight"].view(-1)[5].fill_(float("nan")), "'wide.weight' holds NaN"),
         (lambda t: t["thin.bias"][0].fill_(float("inf")), "'thin.bias' holds NaN or inf"),
         (lambda t: t["wide.weight"][40].fill_(float("-inf")), "'wide.weight' holds NaN or inf"),
         (lambda t: t.clear(), "is missing"),
     ],
-    ids=["missing", "extra", "shape", "nan", "inf", "inf_row", "empty"],
+    ids=[
+        "missing",
+        "extra",
+        "shape",
+        "float_for_int",
+        "int_for_float",
+        "nan",
+        "inf",
+        "inf_row",
+        "empty",
+    ],
 )
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_a_tensor_that_does_not_fit_is_named(
@@ -238,6 +259,43 @@ def test_a_tensor_that_does_not_fit_is_named(
     with pytest.raises(UserError, match=named):
         checkpoints.restore(model, checkpoints.load(tmp_path / "a"))
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "named"),
+    [
+        ("w", torch.ones(15), r"'w::scale' is float32 \(15,\), expected .* 'w', .* \(16, 16\)"),
+        ("w", torch.ones(16, 1), r"'w::scale' is float32 \(16, 1\)"),
+        ("w", torch.tensor(1.0), r"'w::scale' is float32 \(\)"),
+        ("w", torch.ones(16, dtype=torch.int64), r"'w::scale' is int64"),
+        ("v", torch.ones(16), r"'v::scale' is float32 \(16,\), .* 'v', .* \(16,\)"),
+    ],
+)
+def test_a_scale_that_does_not_fit_its_matrix_is_named(
+    tmp_path: Path, name: str, scale: Tensor, named: str
+) -> None:
+    stored = {"w": torch.ones(16, 16, dtype=torch.int8), "v": torch.ones(16), "w::scale": scale}
+    stored = {**stored, "w::scale": torch.ones(16), f"{name}::scale": scale}
+    (tmp_path / "config.json").write_text("{}")
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=named):
+        checkpoints.load(tmp_path)
+
+
+def test_a_scale_alone_and_a_matrix_without_one_are_named(tmp_path: Path) -> None:
+    model = Model()
+    checkpoints.save(tmp_path, Shape(), model.state_dict(), dtype="int8")
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, named in (
+        ("wide.weight", "'wide.weight' is missing"),
+        ("wide.weight::scale", r"'wide.weight' is int8 \(48, 32\), expected float32"),
+    ):
+        save_file(
+            {key: value for key, value in stored.items() if key != name},
+            tmp_path / "model.safetensors",
+        )
+        with pytest.raises(UserError, match=named):
+            checkpoints.restore(model, checkpoints.load(tmp_path))
 
 
 def test_a_config_field_that_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -440,6 +498,126 @@ def test_a_codec_config_that_cannot_be_is_a_user_error(
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=field):
         load_codec(tmp_path)
+
+
+MIMI = MimiConfig(
+    hidden_size=8,
+    upsample_groups=8,
+    num_filters=2,
+    upsampling_ratios=(5, 4),
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    intermediate_size=8,
+    num_quantizers=3,
+    codebook_size=4,
+    codebook_dim=4,
+    vector_quantization_hidden_dimension=4,
+)
+
+
+def write_codec(form: str, folder: Path) -> Path:
+    """A codec's checkpoint in one of the formats that there are; its file of weights."""
+    torch.manual_seed(0)
+    if form == "spectral":
+        checkpoints.save(folder, CODEC, SpectralCodec(CODEC).state_dict(), dtype="fp32")
+    elif form == "hf":
+        save_hf(folder, MimiCodec(MIMI))
+    else:
+        folder.mkdir()
+        save_file(to_public(MimiCodec(MIMI), "kyutai"), folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def read_codec(form: str, file: Path) -> nn.Module:
+    return read_kyutai(file, MIMI) if form == "kyutai" else load_codec(file.parent)
+
+
+FORMS = ["spectral", "hf", "kyutai"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_damaged_codec_names_the_tensor_and_what_was_expected(
+    tmp_path_factory: pytest.TempPathFactory, form: str, data: st.DataObject
+) -> None:
+    file = write_codec(form, tmp_path_factory.mktemp("fuzz") / "a")
+    tensors = load_file(file)
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    good = tensors[name]
+    kind = f"{str(good.dtype).removeprefix('torch.')} {tuple(good.shape)}"
+    floating = good.is_floating_point()
+    damage = data.draw(
+        st.sampled_from(["missing", "extra", "shape", "dtype", *["nan", "inf"] * floating])
+    )
+    if damage == "missing":
+        del tensors[name]
+        said = f"tensor '{name}' is missing, expected {kind}"
+    elif damage == "extra":
+        extra = data.draw(st.sampled_from([name + ".x", name[:-1], "zz"]))
+        tensors[extra] = torch.zeros(2)
+        said = f"tensor '{extra}' has no place in this model"
+    elif damage == "shape":
+        shapes = [(1, *good.shape), (*good.shape, 1)]
+        for axis, size in enumerate(good.shape):
+            shapes += [(*good.shape[:axis], size + by, *good.shape[axis + 1 :]) for by in (-1, 1)]
+        shape = data.draw(st.sampled_from(shapes))
+        tensors[name] = torch.zeros(shape, dtype=good.dtype)
+        said = f"tensor '{name}' has shape {shape}, expected {tuple(good.shape)}"
+    elif damage == "dtype":
+        others = [torch.int8, torch.int64, torch.bool if floating else torch.float32]
+        dtype = data.draw(st.sampled_from([dtype for dtype in others if dtype != good.dtype]))
+        tensors[name] = torch.zeros(good.shape, dtype=dtype)
+        found = f"{str(dtype).removeprefix('torch.')} {tuple(good.shape)}"
+        said = f"tensor '{name}' is {found}, expected {kind}"
+    else:
+        at = data.draw(st.integers(0, good.numel() - 1))
+        good.view(-1)[at] = float(damage)
+        said = f"tensor '{name}' holds NaN or infinity, expected finite numbers"
+    save_file(tensors, file)
+    with pytest.raises(UserError) as error:
+        read_codec(form, file)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_truncated_codec_is_refused_and_a_whole_one_is_not(tmp_path: Path, form: str) -> None:
+    file = write_codec(form, tmp_path / "a")
+    content = file.read_bytes()
+    for length in (0, 7, 8, 9, 500, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"model\.safetensors' are truncated or corrupt"):
+            read_codec(form, file)
+    file.write_bytes(content)
+    assert not read_codec(form, file).training
+
+
+def test_other_floating_point_types_will_do(tmp_path: Path) -> None:
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        file = write_codec("hf", tmp_path / str(dtype))
+        expected = {name: t.to(dtype).float() for name, t in load_file(file).items()}
+        save_file({name: t.to(dtype) for name, t in load_file(file).items()}, file)
+        codec = load_codec(file.parent)
+        assert isinstance(codec, MimiCodec)
+        found = to_public(codec, "hf")
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("form", ["spectral", "hf"])
+def test_any_codec_keeps_as_many_codebooks_as_are_asked(tmp_path: Path, form: str) -> None:
+    folder = write_codec(form, tmp_path / "a").parent
+    whole = load_codec(folder)
+    pcm = 0.1 * torch.randn(1, 1, 4 * whole.frame_size)
+    codes = whole.encode(pcm)
+    for count in (1, 2, 3):
+        codec = load_codec(folder, count)
+        assert codec.codebooks == whole.codebooks[:count]
+        assert torch.equal(codec.encode(pcm), codes[:, :count])
+        assert torch.equal(codec.decode(codes[:, :count]), whole.decode(codes[:, :count]))
+    for count in (0, 4):
+        with pytest.raises(UserError, match=f"codebooks={count}.* 1 … 3"):
+            load_codec(folder, count)
 
 
 def test_a_tokenizer_comes_back_ready_for_inference(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from audio_codec.quantize import EMAVQ, FSQ, ResidualVQ, entropy_bits
+from audio_codec.quantize import EMAVQ, FSQ, ResidualVQ, SplitResidualVQ, entropy_bits
 
 LEVELS = (7, 5, 5, 5, 5)
 
@@ -158,6 +159,33 @@ def test_nearest_is_the_nearest() -> None:
     assert torch.equal(vq.nearest(vq.codebook), torch.arange(32))
 
 
+def test_nearest_follows_a_codebook_that_changes() -> None:
+    vq = EMAVQ(4, 32).eval()
+    x = noise(50, 4)
+
+    def assert_nearest(found: EMAVQ) -> None:
+        brute = torch.cdist(x, found.codebook).argmin(1)
+        assert torch.equal(found.nearest(x), brute)
+
+    assert_nearest(vq)
+    vq.codebook[3:9] *= 3  # in place
+    assert_nearest(vq)
+    twin = copy.deepcopy(vq)
+    twin.codebook.neg_().add_(1)
+    assert_nearest(twin)
+    assert_nearest(vq)
+    vq.load_state_dict({**vq.state_dict(), "codebook": 2 * noise(32, 4, seed=8)})
+    assert_nearest(vq)
+    vq.codebook = 5 * noise(32, 4, seed=9)  # another tensor
+    assert_nearest(vq)
+    with torch.inference_mode():
+        assert_nearest(vq)
+        vq.codebook = vq.codebook / 2  # counts no versions
+        assert_nearest(vq)
+        vq.codebook[:16] *= 3
+        assert_nearest(vq)
+
+
 def test_the_first_training_batch_places_the_codes_by_kmeans() -> None:
     _, x = clusters(8, each=50)
     vq = EMAVQ(4, 16)
@@ -302,6 +330,120 @@ def test_the_straight_through_gradient_is_one() -> None:
     weights = noise(*x.shape, seed=2)
     (grad,) = torch.autograd.grad((quantizer(x)[0] * weights).sum(), x)
     assert torch.equal(grad, weights)
+
+
+def test_levels_can_be_left_away() -> None:
+    quantizer, x = trained()
+    codes = quantizer.encode(x)
+    for count in (4, 2, 0):
+        quantizer.keep(count)
+        assert torch.equal(quantizer.encode(x), codes[:, :count])
+    with pytest.raises(AssertionError, match="cannot keep 1 of 0"):
+        quantizer.keep(1)
+
+
+# --- Split ----------------------------------------------------------------------------------------
+
+
+def trained_split(levels: int = 4) -> tuple[SplitResidualVQ, Tensor]:
+    x = noise(8, 64, 12) @ noise(12, 12, seed=1)
+    torch.manual_seed(2)
+    quantizer = SplitResidualVQ(12, 6, (16,) * levels, decay=0.9)
+    draws = generator()
+    for _ in range(20):
+        quantizer(x, generator=draws)
+    return quantizer.eval(), x
+
+
+def test_both_sides_code_the_same_input_and_are_summed() -> None:
+    quantizer, x = trained_split()
+    codes = quantizer.encode(x)
+    assert codes.shape == (8, 4, 64)
+    assert all(book.unique().numel() > 8 for book in codes.unbind(1))
+    assert quantizer.acoustic is not None
+    assert torch.equal(
+        codes[:, :1], quantizer.semantic.quantizer.encode(quantizer.semantic.down(x))
+    )
+    rest = quantizer.acoustic.quantizer.encode(quantizer.acoustic.down(x))
+    assert torch.equal(codes[:, 1:], rest)  # not of what the semantic code left over
+    parts = [quantizer.semantic.decode(codes[:, :1]), quantizer.acoustic.decode(codes[:, 1:])]
+    torch.testing.assert_close(quantizer.decode(codes), parts[0] + parts[1])
+    torch.testing.assert_close(quantizer.decode(codes[:, :1]), parts[0])
+    # Neither side looks at the other's codebooks.
+    quantizer.semantic.quantizer.levels[0].codebook.neg_()
+    assert torch.equal(quantizer.encode(x)[:, 1:], codes[:, 1:])
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4])
+def test_split_training_agrees_with_encoding_and_decoding(levels: int) -> None:
+    quantizer, x = trained_split(levels)
+    output = quantizer(x)
+    assert torch.equal(output.codes, quantizer.encode(x))
+    torch.testing.assert_close(output.quantized, quantizer.decode(output.codes))
+    torch.testing.assert_close(output.semantic, quantizer.decode(output.codes[:, :1]))
+    assert float(output.commitment) == 0
+    assert float(quantizer.train()(x, generator=generator()).commitment) > 0
+
+
+def test_the_semantic_code_is_never_dropped() -> None:
+    quantizer, x = trained_split()
+    depth = torch.tensor([0, 1, 2, 3, 3, 0, 1, 2])
+    output = quantizer(x, depth)
+    assert torch.equal(output.codes, quantizer.encode(x))
+    for row, kept in enumerate(depth.tolist()):
+        expected = quantizer.decode(output.codes[row : row + 1, : 1 + kept])[0]
+        torch.testing.assert_close(output.quantized[row], expected, rtol=0, atol=1e-5)
+
+
+def test_rows_may_pass_the_projections_alone() -> None:
+    quantizer, x = trained_split()
+    assert quantizer.acoustic is not None
+    quantized = torch.tensor([True, False] * 4)
+    output = quantizer(x, quantized=quantized)
+    straight = quantizer(x)
+    torch.testing.assert_close(output.quantized[::2], straight.quantized[::2])
+    sides = (quantizer.semantic, quantizer.acoustic)
+    bare = sum(side.up(side.down(x)) for side in sides)
+    torch.testing.assert_close(output.quantized[1::2], bare[1::2])
+    torch.testing.assert_close(output.semantic[1::2], sides[0].up(sides[0].down(x))[1::2])
+    assert torch.equal(output.codes, straight.codes)
+
+
+def test_both_sides_learn() -> None:
+    quantizer = SplitResidualVQ(12, 6, (16,) * 3)
+    x = noise(4, 32, 12).requires_grad_()
+    output = quantizer(x, generator=generator())
+    (output.quantized.square().mean() + output.commitment).backward()
+    assert x.grad is not None and bool(x.grad.any())
+    for name, parameter in quantizer.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.any()), name
+    assert all(bool(ready) for name, ready in quantizer.named_buffers() if name.endswith("ready"))
+
+
+def test_the_commitment_is_a_mean_of_all_levels() -> None:
+    quantizer, x = trained_split()
+    assert quantizer.acoustic is not None
+    quantizer.train()
+    # With a decay of 1 a step leaves the codebooks where they are.
+    for level in (*quantizer.semantic.quantizer.levels, *quantizer.acoustic.quantizer.levels):
+        level.decay, level.dead = 1.0, 0.0
+    semantic = quantizer.semantic(x, None, None, None)[2]
+    acoustic = quantizer.acoustic(x, None, None, None)[2]
+    expected = (semantic + 3 * acoustic) / 4
+    torch.testing.assert_close(quantizer(x).commitment, expected)
+
+
+def test_a_split_quantizer_keeps_its_first_codebooks() -> None:
+    quantizer, x = trained_split()
+    codes = quantizer.encode(x)
+    for count in (4, 3, 1):
+        quantizer.keep(count)
+        assert torch.equal(quantizer.encode(x), codes[:, :count])
+        quantizer.decode(codes[:, :count])
+    with pytest.raises(AssertionError, match="4 codebooks"):
+        quantizer.decode(codes)
+    with pytest.raises(AssertionError, match="cannot keep 2"):
+        quantizer.keep(2)
 
 
 # --- Entropy --------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "grouped": {"heads": 4, "kv_heads": 2},
     "multi_query": {"heads": 4, "kv_heads": 1},
     "plain": {"norm": "layer", "gated": False, "rope": False, "layer_scale": 0.5},
+    "bare": {"final_norm": False},
     "window_of_one": {"window": 1},
 }
 
@@ -283,6 +284,15 @@ def test_positions_matter_with_rope_and_not_without() -> None:
 def test_a_shape_that_cannot_be_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         TransformerConfig(**{"dim": 16, "layers": 1, "heads": 2, **changes})
+
+
+def test_the_final_norm_may_be_left_away() -> None:
+    normed, bare = build(), build(final_norm=False)
+    weights = normed.state_dict()
+    assert weights.keys() - bare.state_dict().keys() == {"norm.weight"}
+    bare.load_state_dict({name: weights[name] for name in bare.state_dict()})
+    x = noise(1, 6, DIM)
+    torch.testing.assert_close(normed.norm(bare(x)), normed(x))
 
 
 def test_widths_and_first_scales() -> None:
