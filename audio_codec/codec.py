@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from audio_codec import checkpoint as checkpoints
+from audio_codec.encodec import EncodecCodec, load_encodec, names_encodec
 from audio_codec.errors import UserError
 from audio_codec.spectral import SpectralCodec, SpectralConfig
 from audio_codec.state import State
@@ -42,12 +43,28 @@ class Codec(Protocol):
         """Decoder state likewise."""
 
 
-def load_codec(name_or_path: str | Path) -> SpectralCodec:
+def is_codec(name_or_path: str | Path) -> bool:
+    """Whether a name is that of a codec, rather than of a model with a codec inside.
+
+    Raises UserError when there is nothing of that name.
+    """
+    if names_encodec(name_or_path):
+        return True
+    config = checkpoints.load(name_or_path).config
+    return "kind" in config or config.get("model_type") == "encodec"
+
+
+def load_codec(name_or_path: str | Path) -> SpectralCodec | EncodecCodec:
     """A codec in inference mode from a shipped name, a directory or `hf://organisation/name`.
 
-    Raises UserError when there is none or it is broken.
+    `encodec[:KBPS]` and what else `load_encodec` takes give EnCodec. Raises UserError when there is
+    no such codec or it is broken.
     """
+    if names_encodec(name_or_path):
+        return load_encodec(name_or_path)
     found = checkpoints.load(name_or_path)
+    if found.config.get("model_type") == "encodec":
+        return load_encodec(name_or_path)
     kind = found.config.get("kind")
     if kind != "spectral":
         raise UserError(f"config of '{found.path}': kind '{kind}' is unknown; choices: spectral.")

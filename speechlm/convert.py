@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from audio_codec import checkpoint as checkpoints
-from audio_codec.codec import load_codec
+from audio_codec.codec import is_codec, load_codec
+from audio_codec.encodec import EncodecCodec
 from audio_codec.errors import UserError
 from audio_codec.spectral import SpectralCodec
 from audio_codec.speech_tokenizer import SpeechTokenizer
@@ -63,12 +64,11 @@ def find_codec(name_or_path: str | Path) -> str:
 
 def codec_folder(name_or_path: str | Path) -> str | Path:
     """The checkpoint of a model's codec, or `name_or_path` itself when it is a codec's."""
-    own = "kind" in checkpoints.load(name_or_path).config
-    return name_or_path if own else find_codec(name_or_path)
+    return name_or_path if is_codec(name_or_path) else find_codec(name_or_path)
 
 
-def load_codec_of(name_or_path: str | Path) -> SpectralCodec:
-    """The codec of a model, or the one in a codec's own checkpoint directory.
+def load_codec_of(name_or_path: str | Path) -> SpectralCodec | EncodecCodec:
+    """The codec of a model, or the one that `load_codec` finds by that name.
 
     Raises UserError when there is none or it is broken.
     """
@@ -82,7 +82,10 @@ def load_speech_tokenizer_of(name_or_path: str | Path) -> SpeechTokenizer:
     """
     if "levels" in checkpoints.load(name_or_path).config:
         return load_speech_tokenizer(name_or_path)
-    return load_codec_of(name_or_path).tokenizer
+    codec = load_codec_of(name_or_path)
+    if not isinstance(codec, SpectralCodec):
+        raise UserError(f"model '{name_or_path}' is a codec without a speech tokenizer.")
+    return codec.tokenizer
 
 
 def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Duplex:
