@@ -47,6 +47,9 @@ _WRITABLE = {
     ".mp3": ("MP3", "MPEG_LAYER_III"),
 }
 _CONTAINERS = {".wav": {"WAV", "WAVEX", "RF64"}, ".flac": {"FLAC"}, ".mp3": {"MPEG", "MP3"}}
+SUFFIXES: Final = frozenset({*_WRITABLE, ".aac", ".aif", ".aiff", ".m4a", ".mp4", ".oga", ".wave"})
+"""Of files that are taken for sound in a folder; a file named by itself may have any."""
+
 _USUAL_RATES = range(8_000, 48_001)
 
 
@@ -351,6 +354,7 @@ __all__ = [
     "FRAME_RATE",
     "FRAME_SIZE",
     "SAMPLE_RATE",
+    "SUFFIXES",
     "LogMel",
     "LogMelState",
     "Pcm",
