@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from small import small_codec
 from torch import Tensor
 
 from audio_codec import bench
@@ -99,18 +98,22 @@ def test_figures_are_what_their_names_say() -> None:
     assert made["ours_offline_real_time_factor_t2_b1"].value == pytest.approx(0.25)
 
 
-def test_the_whole_bench_runs_and_leaves_the_threads_alone() -> None:
+def test_the_whole_bench_covers_every_setting_and_leaves_the_threads_alone() -> None:
     calls: list[Call] = []
-    peers = {"rival": {"rival_a": lambda: Noted("a", calls), "rival_b": lambda: Noted("b", calls)}}
+
+    def build(name: str) -> Callable[[], Codec]:
+        return lambda: Noted(name, calls)
+
+    peers = {"rival": {"rival_a": build("a"), "rival_b": build("b")}}
     before = torch.get_num_threads()
-    made = bench.measure(small_codec, ["rival", "rival"], frames=20, peers=peers)
+    made = bench.measure(build("o"), ["rival", "rival"], frames=20, peers=peers)
     assert torch.get_num_threads() == before
-    assert made["speed_vs_rival"].value < 1  # nothing is quicker than doing nothing
-    assert made["frame_ms_p99"].n == 20
+    assert made["frame_ms_p99"].n == 20 and "speed_vs_mimi" not in made
     for setting in ("t1_b1", "t1_b8", "t2_b1", "t2_b8"):
         for name in ("ours", "rival_a", "rival_b"):
             assert made[f"{name}_frame_ms_p50_{setting}"].value > 0
-    assert "speed_vs_mimi" not in made
+    assert {shape[0] for _, _, shape, _ in calls} == {1, 8}
+    assert {name for name, *_ in calls} == {"o", "a", "b"}
 
 
 def test_an_unknown_peer_is_told_before_anything_is_built() -> None:

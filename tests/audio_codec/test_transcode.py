@@ -72,7 +72,7 @@ def test_codes_are_those_of_the_whole_file(codec: SpectralCodec, tmp_path: Path,
         assert archive["codes"].dtype == np.uint16
         np.testing.assert_array_equal(archive["codes"], expected)
         assert int(archive["samples"]) == len(pcm) and str(archive["codec"]) == "SpectralCodec"
-    assert all(len(np.unique(level)) > 4 for level in expected)
+    assert len(np.unique(expected)) > 8
 
     transcode.decode(codec, tmp_path / "a.npz", tmp_path / "b.wav")
     with torch.inference_mode():
