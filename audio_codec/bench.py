@@ -66,7 +66,8 @@ class TransformersMimi:
     def __init__(self) -> None:
         from transformers import MimiConfig, MimiModel
 
-        self.model = MimiModel(MimiConfig()).eval().requires_grad_(False)
+        model: Any = MimiModel(MimiConfig())
+        self.model = model.eval().requires_grad_(False)
         for module in self.model.quantizer.modules():
             if isinstance(getattr(module, "embed_sum", None), Tensor):
                 module.embed_sum.normal_()  # zeros, until somebody trains them

@@ -60,7 +60,7 @@ class EncodecCodec(nn.Module):
         with warnings.catch_warnings():
             # The package builds on a form of weight normalization that torch calls deprecated.
             warnings.simplefilter("ignore", FutureWarning)
-            from encodec import EncodecModel
+            from encodec.model import EncodecModel
 
             self.model = EncodecModel.encodec_model_24khz(pretrained=False)
         self.model.set_target_bandwidth(bandwidth)
@@ -141,7 +141,7 @@ def _kbps(text: str) -> float:
 
 
 def _from_package() -> Checkpoint:
-    from encodec import EncodecModel
+    from encodec.model import EncodecModel
 
     try:
         with warnings.catch_warnings():

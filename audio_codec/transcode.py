@@ -35,7 +35,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -144,13 +144,13 @@ def encode(
                 advance(len(pcm) / codec.sample_rate)
         spool.seek(0)
         header = Header(
-            type(codec).__name__,
-            fingerprint(codec),
-            codec.sample_rate,
-            codec.frame_size,
-            total - codec.delay,
-            sizes,
-            frames,
+            codec=type(codec).__name__,
+            weights=fingerprint(codec),
+            sample_rate=codec.sample_rate,
+            frame_size=codec.frame_size,
+            samples=total - codec.delay,
+            sizes=sizes,
+            frames=frames,
         )
         _write(target, header, np.dtype(dtype), spool)
     return header
@@ -211,11 +211,13 @@ def read_header(path: Path) -> Header:
                 begin = member.tell()
             length = archive.getinfo(_CODES).file_size - begin
         header = Header(
-            str(found["codec"]),
-            str(found["weights"]),
-            *(int(found[name]) for name in ("sample_rate", "frame_size", "samples")),
-            tuple(map(int, found["sizes"])),
-            frames,
+            codec=str(found["codec"]),
+            weights=str(found["weights"]),
+            sample_rate=int(found["sample_rate"]),
+            frame_size=int(found["frame_size"]),
+            samples=int(found["samples"]),
+            sizes=tuple(map(int, found["sizes"])),
+            frames=frames,
         )
         if dtype.kind != "u" or levels != len(header.sizes):
             raise ValueError(f"codes are {dtype} [{levels}, T] for {len(header.sizes)} codebooks")
@@ -231,7 +233,7 @@ def read_header(path: Path) -> Header:
     return header
 
 
-def _small(archive: zipfile.ZipFile, name: str) -> npt.NDArray[np.generic]:
+def _small(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
     with archive.open(f"{name}.npy") as member:
         return np.lib.format.read_array(member, allow_pickle=False)
 
