@@ -219,7 +219,7 @@ def read_header(path: Path) -> Header:
             sizes=tuple(map(int, found["sizes"])),
             frames=frames,
         )
-        if dtype.kind != "u" or levels != len(header.sizes):
+        if dtype.kind != "u" or dtype.itemsize > 4 or levels != len(header.sizes):
             raise ValueError(f"codes are {dtype} [{levels}, T] for {len(header.sizes)} codebooks")
         if min(levels, *header.sizes, header.sample_rate, header.frame_size) < 1:
             raise ValueError("a count, a size or a rate is below one")
