@@ -8,9 +8,11 @@ Letters: B batch, S samples, T mel frames, M mel bands.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -50,6 +52,9 @@ _WRITABLE = {
     ".mp3": ("MP3", "MPEG_LAYER_III"),
 }
 _CONTAINERS = {".wav": {"WAV", "WAVEX", "RF64"}, ".flac": {"FLAC"}, ".mp3": {"MPEG", "MP3"}}
+SUFFIXES: Final = frozenset({*_WRITABLE, ".aac", ".aif", ".aiff", ".m4a", ".mp4", ".oga", ".wave"})
+"""Of files that are taken for sound in a folder; a file named by itself may have any."""
+
 _USUAL_RATES = range(8_000, 48_001)
 
 
@@ -63,6 +68,18 @@ def load(path: str | Path, sample_rate: int = SAMPLE_RATE) -> Pcm:
     Raises UserError when the file is missing, empty, not decodable, shorter than two samples or not
     finite.
     """
+    return np.concatenate(list(load_blocks(path, sample_rate, seconds=math.inf)))
+
+
+def load_blocks(
+    path: str | Path, sample_rate: int = SAMPLE_RATE, seconds: float = 10.0
+) -> Iterator[Pcm]:
+    """`load` in blocks [s] of about so many seconds; joined they equal what it gives, to the bit.
+
+    Memory does not grow with the length of the file, but where only sphn can decode it (AAC, MP4):
+    such a file is decoded whole. Raises UserError where `load` does; what is wrong further on in
+    the file shows only there.
+    """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a sound file.")
@@ -70,16 +87,14 @@ def load(path: str | Path, sample_rate: int = SAMPLE_RATE) -> Pcm:
         raise UserError(f"There is no sound file {path}.")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty (0 bytes).")
-    samples, rate, container = _decode(path)  # [channels, S]
-    channels, count = samples.shape
-    if count < 2:
-        raise UserError(f"{path} holds {count} sample{'' if count else 's'}; sound needs two.")
-    if not np.isfinite(samples).all():
-        raise UserError(f"{path} holds values that are not numbers (NaN or infinity).")
+    decoded = _decode(path, seconds)
+    first, rate, container = next(decoded)  # [channels, s]
+    rest = (samples for samples, _, _ in decoded)
+    blocks = _mix_down(path, itertools.chain([first], rest))
 
     unusual = []
-    if channels > 2:
-        unusual.append(f"{channels} channels, averaged")
+    if len(first) > 2:
+        unusual.append(f"{len(first)} channels, averaged")
     if rate not in _USUAL_RATES:
         unusual.append(f"{rate} Hz, resampled to {sample_rate}")
     expected = _CONTAINERS.get(path.suffix.lower())
@@ -87,21 +102,49 @@ def load(path: str | Path, sample_rate: int = SAMPLE_RATE) -> Pcm:
         unusual.append(f"{container} inside, whatever its name says")
     if unusual:
         log.warning("%s is unusual: %s.", path, "; ".join(unusual))
-    return resample(samples.mean(axis=0, dtype=np.float32), rate, sample_rate)
+    yield from resample_blocks(blocks, rate, sample_rate)
 
 
-def _decode(path: Path) -> tuple[Pcm, int, str]:
-    """Samples [channels, S], the rate and the container's name."""
+def duration(path: str | Path) -> float | None:
+    """Seconds that a sound file's header says it lasts; None where libsndfile cannot tell."""
+    try:
+        return float(soundfile.info(path).duration)
+    except (soundfile.LibsndfileError, RuntimeError):
+        return None
+
+
+def _decode(path: Path, seconds: float) -> Iterator[tuple[Pcm, int, str]]:
+    """Blocks of samples [channels, s], at least one; with each the rate and the container."""
+    begun = False
     try:
         with soundfile.SoundFile(path) as file:
-            samples = file.read(dtype="float32", always_2d=True).T
-            return samples, file.samplerate, file.format
+            most = -1 if math.isinf(seconds) else max(1, round(seconds * file.samplerate))
+            while True:
+                samples = file.read(most, dtype="float32", always_2d=True).T
+                if begun and not samples.size:
+                    return
+                begun = True
+                yield samples, file.samplerate, file.format
     except (soundfile.LibsndfileError, RuntimeError) as first:
+        if begun:
+            raise UserError(f"{path} cannot be decoded as sound to its end: {first}") from first
         try:  # libsndfile knows no AAC or MP4; Symphonia, inside sphn, does
             samples, rate = sphn.read(str(path))
         except Exception as second:  # sphn raises bare Exceptions of no narrower type
             raise UserError(f"{path} cannot be decoded as sound: {first}") from second
-        return np.asarray(samples, dtype=np.float32), int(rate), path.suffix.lstrip(".").upper()
+        yield np.asarray(samples, dtype=np.float32), int(rate), path.suffix.lstrip(".").upper()
+
+
+def _mix_down(path: Path, blocks: Iterable[Pcm]) -> Iterator[Pcm]:
+    """Blocks [channels, s] -> mono [s]; UserError when they are not finite or not sound."""
+    count = 0
+    for block in blocks:
+        if not np.isfinite(block).all():
+            raise UserError(f"{path} holds values that are not numbers (NaN or infinity).")
+        count += block.shape[1]
+        yield block.mean(axis=0, dtype=np.float32)
+    if count < 2:
+        raise UserError(f"{path} holds {count} sample{'' if count else 's'}; sound needs two.")
 
 
 def check_writable(path: str | Path) -> None:
@@ -121,16 +164,30 @@ def save(path: str | Path, pcm: npt.ArrayLike, sample_rate: int = SAMPLE_RATE) -
     The file appears whole or not at all: it is written under a temporary name and renamed.
     Raises UserError for a suffix that cannot be written or a folder that refuses.
     """
+    with saving(path, sample_rate) as write:
+        write(pcm)
+
+
+@contextmanager
+def saving(
+    path: str | Path, sample_rate: int = SAMPLE_RATE
+) -> Iterator[Callable[[npt.ArrayLike], None]]:
+    """`save` in blocks: yields what writes one [s] after another."""
     path = Path(path)
     check_writable(path)
-    samples = np.asarray(pcm, dtype=np.float32)
-    assert samples.ndim == 1, f"pcm is [S], got shape {samples.shape}"
-    assert np.isfinite(samples).all(), "pcm must be finite"
     container, subtype = _WRITABLE[path.suffix.lower()]
-    with files.replacing(path) as temporary:
-        soundfile.write(
-            temporary, samples.clip(-1, 1), sample_rate, format=container, subtype=subtype
-        )
+    with (
+        files.replacing(path) as temporary,
+        soundfile.SoundFile(temporary, "w", sample_rate, 1, subtype, format=container) as file,
+    ):
+
+        def write(pcm: npt.ArrayLike) -> None:
+            samples = np.asarray(pcm, dtype=np.float32)
+            assert samples.ndim == 1, f"pcm is [S], got shape {samples.shape}"
+            assert np.isfinite(samples).all(), "pcm must be finite"
+            file.write(samples.clip(-1, 1))
+
+        yield write
 
 
 def resample(pcm: Pcm, source_rate: int, target_rate: int) -> Pcm:
@@ -147,6 +204,36 @@ def resample(pcm: Pcm, source_rate: int, target_rate: int) -> Pcm:
         pcm, target_rate // common, source_rate // common, axis=-1, window=("kaiser", 8.6)
     )
     return np.asarray(resampled, dtype=np.float32)
+
+
+def resample_blocks(blocks: Iterable[Pcm], source_rate: int, target_rate: int) -> Iterator[Pcm]:
+    """`resample` of a sound that comes in blocks [s]: joined, the results are equal to the bit.
+
+    An output hears 10 max(up, down) / up inputs on either side (the filter of `resample_poly`), so
+    each block is filtered with that much of its neighbours, in whole periods of the two rates:
+
+        inputs    |-- margin --|-------- new --------|-- margin --|
+        outputs                |-------- out --------|
+        next time              .        |-- margin --|---------- new …
+    """
+    if source_rate == target_rate:
+        yield from blocks
+        return
+    common = math.gcd(source_rate, target_rate)
+    up, down = target_rate // common, source_rate // common  # of `down` inputs become `up` outputs
+    margin = math.ceil(10 * max(up, down) / up / down) * down
+    held, past = np.zeros(0, np.float32), 0  # the first `past` inputs held are margin alone
+    for block in blocks:
+        held = np.concatenate((held, block))
+        ready = (len(held) - margin) // down * down
+        if ready <= past:
+            continue
+        made = resample(held[: ready + margin], source_rate, target_rate)
+        yield made[past * up // down : ready * up // down]
+        spent = max(0, ready - margin)
+        held, past = held[spent:], ready - spent
+    if len(held):
+        yield resample(held, source_rate, target_rate)[past * up // down :]
 
 
 def loudness_dbfs(pcm: Pcm) -> float:
@@ -284,14 +371,19 @@ __all__ = [
     "FRAME_RATE",
     "FRAME_SIZE",
     "SAMPLE_RATE",
+    "SUFFIXES",
     "LogMel",
     "LogMelState",
     "Pcm",
     "check_writable",
+    "duration",
     "load",
+    "load_blocks",
     "loudness_dbfs",
     "mel_filterbank",
     "normalize",
     "resample",
+    "resample_blocks",
     "save",
+    "saving",
 ]

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from audio_codec import checkpoint as checkpoints
+from audio_codec.encodec import EncodecCodec, load_encodec, names_encodec
 from audio_codec.errors import UserError
 from audio_codec.mimi import MimiCodec, read_hf, read_kyutai
 from audio_codec.spectral import SpectralCodec, SpectralConfig
@@ -44,21 +45,29 @@ class Codec(Protocol):
         """Decoder state likewise."""
 
 
-Kind = Literal["spectral", "hf", "kyutai"]
-"""Whose format a codec's checkpoint is in: our own, or Mimi's in either public one."""
+AnyCodec = SpectralCodec | MimiCodec | EncodecCodec
+
+Kind = Literal["spectral", "hf", "kyutai", "encodec"]
+"""Whose format a codec's checkpoint is in: our own, Mimi's in either public one, or EnCodec's."""
 
 
-def kind_of(path: Path) -> Kind | None:
-    """What codec a directory or file holds; None when it is no codec's.
+def kind_of(name_or_path: str | Path) -> Kind | None:
+    """What codec a name, directory or file holds; None when it is no codec's.
 
-    Raises UserError when a file that would tell is broken, or tells of a codec not known here.
+    Raises UserError when there is nothing of that name, when a file that would tell is broken, or
+    tells of a codec not known here.
     """
-    if path.is_file():
-        return "kyutai" if _kyutai_file(path) else None
+    if names_encodec(name_or_path):
+        return "encodec"
+    if os.path.isfile(name_or_path):
+        return "kyutai" if _kyutai_file(Path(name_or_path)) else None
+    path = checkpoints.resolve(name_or_path)
     if (path / "config.json").exists():
         config = checkpoints.read_json(path / "config.json")
         if config.get("model_type") == "mimi":
             return "hf"
+        if config.get("model_type") == "encodec":
+            return "encodec"
         if config.get("kind") == "spectral":
             return "spectral"
         if "kind" in config:
@@ -72,35 +81,42 @@ def _kyutai_file(file: Path) -> bool:
     return any(name.startswith("quantizer.rvq_first.") for name in checkpoints.tensor_names(file))
 
 
-def load_codec(name_or_path: str | Path, codebooks: int | None = None) -> SpectralCodec | MimiCodec:
-    """A codec in inference mode: ours, or Mimi in either public format (see `mimi`).
+def load_codec(name_or_path: str | Path, codebooks: int | None = None) -> AnyCodec:
+    """A codec in inference mode: ours, Mimi in either public format (see `mimi`), or EnCodec.
 
-    `name_or_path`: a shipped name, a directory, `hf://organisation/name`, or a file of Kyutai's.
+    `name_or_path`: a shipped name, a directory, `hf://organisation/name`, a file of Kyutai's, or
+    what else `load_encodec` takes.
     `codebooks`: keep only the first so many, for a lower bitrate; None keeps all.
     Raises UserError when there is no such codec, it is broken, or it has not so many codebooks.
     """
-    is_file = os.path.isfile(name_or_path)
-    path = Path(name_or_path) if is_file else checkpoints.resolve(name_or_path)
-    kind = kind_of(path)
-    codec: SpectralCodec | MimiCodec
+    kind = kind_of(name_or_path)
+    codec: AnyCodec
     if kind == "spectral":
-        found = checkpoints.load(path)
+        found = checkpoints.load(name_or_path)
         codec = SpectralCodec(checkpoints.parse_config(SpectralConfig, found))
         checkpoints.restore(codec, found)
+    elif kind == "encodec":
+        codec = load_encodec(name_or_path)
     elif kind == "hf":
-        codec = read_hf(path)
+        codec = read_hf(checkpoints.resolve(name_or_path))
     elif kind == "kyutai":
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        single = os.path.isfile(name_or_path)
+        files = (
+            [Path(name_or_path)]
+            if single
+            else sorted(checkpoints.resolve(name_or_path).glob("*.safetensors"))
+        )
         codec = read_kyutai(next(filter(_kyutai_file, files)))
     else:
         raise UserError(
-            f'codec \'{path}\' is unknown; choices: config.json with "kind": "spectral" or '
-            '"model_type": "mimi", or a safetensors file of Mimi in Kyutai\'s naming.'
+            f'codec \'{name_or_path}\' is unknown; choices: config.json with "kind": "spectral" or '
+            '"model_type": "mimi" or "encodec", a safetensors file of Mimi in Kyutai\'s naming, or '
+            "a .th file of EnCodec."
         )
     if codebooks is not None:
         if not 1 <= codebooks <= len(codec.codebooks):
             raise UserError(
-                f"codebooks={codebooks}, but codec '{path}' has {len(codec.codebooks)}; "
+                f"codebooks={codebooks}, but codec '{name_or_path}' has {len(codec.codebooks)}; "
                 f"choices: 1 … {len(codec.codebooks)}."
             )
         codec.keep_codebooks(codebooks)

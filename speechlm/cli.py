@@ -1,4 +1,4 @@
-"""The front door: `speechlm chat|serve|talk|demo|bench|train|synth|eval`.
+"""The front door: `speechlm chat|serve|talk|demo|codec|bench|train|synth|eval`.
 
 Every command parses its arguments, calls one function of a room and writes what came back. Rooms
 are imported inside the commands, so that `speechlm --help` answers at once.
@@ -18,6 +18,7 @@ from audio_codec.errors import UserError
 from audio_codec.files import check_writable
 
 if TYPE_CHECKING:
+    from audio_codec.transcode import Direction
     from synth_data.build import BuildReport
 
 app = typer.Typer(
@@ -29,6 +30,10 @@ app = typer.Typer(
 train_app = typer.Typer(no_args_is_help=True, help="Train one part by a recipe in configs/.")
 synth_app = typer.Typer(no_args_is_help=True, help="Make training data by a recipe in configs/.")
 eval_app = typer.Typer(no_args_is_help=True, help="Measure a model; prints a table.")
+codec_app = typer.Typer(no_args_is_help=True, help="Files of sound into codes, and back.")
+bench_app = typer.Typer(help="How fast a model is on this machine; prints a table.")
+app.add_typer(codec_app, name="codec")
+app.add_typer(bench_app, name="bench")
 app.add_typer(train_app, name="train")
 app.add_typer(synth_app, name="synth")
 app.add_typer(eval_app, name="eval")
@@ -138,14 +143,116 @@ def demo(
     page.launch(model, host=host, port=port)
 
 
-@app.command()
-def bench(model: ModelName = "tiny", slots: Slots = 1, json: Json = None) -> None:
+Codebooks = Annotated[
+    int | None, typer.Option("--codebooks", min=1, help="The first N alone: fewer bits.")
+]
+
+
+@codec_app.command("encode")
+def codec_encode(
+    source: Annotated[str, typer.Argument(metavar="IN", help="Sound: a file, a folder or -.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="An .npz file, a folder or -.")],
+    codebooks: Codebooks = None,
+    model: ModelName = "tiny",
+) -> None:
+    """Sound into codes; folders are mirrored, - is standard input or output."""
+    from audio_codec import transcode
+
+    _transcode(transcode.ENCODE, source, target, codebooks, model)
+
+
+@codec_app.command("decode")
+def codec_decode(
+    source: Annotated[str, typer.Argument(metavar="IN", help="Codes: a file, a folder or -.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="A sound file, a folder or -.")],
+    codebooks: Codebooks = None,
+    model: ModelName = "tiny",
+) -> None:
+    """Codes into sound, by the model that made them."""
+    from audio_codec import transcode
+
+    _transcode(transcode.DECODE, source, target, codebooks, model)
+
+
+def _transcode(
+    direction: Direction, source: str, target: str, codebooks: int | None, model: str
+) -> None:
+    from rich.console import Console
+
+    from audio_codec import transcode
+    from speechlm import convert
+
+    done = transcode.run(
+        direction,
+        lambda: convert.load_codec_of(model),
+        source,
+        target,
+        codebooks=codebooks,
+        stdin=sys.stdin.buffer,
+        stdout=sys.stdout.buffer,
+        console=Console(stderr=True),
+    )
+    if target != transcode.PIPE:
+        for path, header in done:
+            print(f"{path}: {header}")
+
+
+@codec_app.command("info")
+def codec_info(
+    what: Annotated[str, typer.Argument(metavar="FILE_OR_MODEL", help="An .npz file, or a model.")],
+) -> None:
+    """What is in a file of codes, or what a model's codec is."""
+    from audio_codec import transcode
+    from speechlm import convert
+
+    if what.lower().endswith(".npz"):
+        facts = transcode.describe_file(Path(what))
+    else:
+        facts = transcode.describe(convert.load_codec_of(what))
+    for name, fact in facts.items():
+        print(f"{name:12} {fact}")
+
+
+@bench_app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context, model: ModelName = "tiny", slots: Slots = 1, json: Json = None
+) -> None:
     """How long a frame takes on this machine, for 1, 2, 4 … conversations at once."""
+    if context.invoked_subcommand is not None:
+        sources = (context.get_parameter_source(name) for name in context.params)
+        if any(source is not None and source.name != "DEFAULT" for source in sources):
+            raise UserError("the options of 'bench codec' stand behind the word 'codec'.")
+        return
     _check(json)
     from speechlm import convert
     from streaming import bench as room
 
     _report("bench", room.frame_times(convert.load(model), slots), json)
+
+
+@bench_app.command("codec")
+def bench_codec(
+    peers: Annotated[
+        list[str] | None, typer.Argument(metavar="[PEER]...", help="More to run against.")
+    ] = None,
+    against: Annotated[
+        list[str] | None, typer.Option("--against", metavar="PEER", help="encodec, mimi or both.")
+    ] = None,
+    model: ModelName = "tiny",
+    frames: Annotated[int, typer.Option(min=20, help="Frames of 80 ms to time.")] = 100,
+    json: Json = None,
+) -> None:
+    """A model's codec against public ones, in turns: --against encodec mimi."""
+    _check(json)
+    from audio_codec import bench as room
+    from speechlm import convert
+    from speechlm.evaluation.report import Metric
+
+    measured = room.measure(
+        lambda: convert.load_codec_of(model), [*(against or ()), *(peers or ())], frames
+    )
+    metrics = {name: Metric(**vars(figure)) for name, figure in measured.items()}
+    _report("bench codec", metrics, json)
 
 
 def _train(trainee: str, config: Path, overrides: list[str] | None, resume: bool) -> None:

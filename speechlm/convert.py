@@ -20,9 +20,8 @@ from typing import Any
 import torch
 
 from audio_codec import checkpoint as checkpoints
-from audio_codec.codec import kind_of, load_codec
+from audio_codec.codec import AnyCodec, kind_of, load_codec
 from audio_codec.errors import UserError
-from audio_codec.mimi import MimiCodec
 from audio_codec.spectral import SpectralCodec
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from audio_codec.speech_tokenizer import load_tokenizer as load_speech_tokenizer
@@ -64,13 +63,11 @@ def find_codec(name_or_path: str | Path) -> str:
 
 def codec_folder(name_or_path: str | Path) -> str | Path:
     """The checkpoint of a model's codec, or `name_or_path` itself when it is a codec's."""
-    if os.path.isfile(name_or_path) or kind_of(checkpoints.resolve(name_or_path)):
-        return name_or_path
-    return find_codec(name_or_path)
+    return name_or_path if kind_of(name_or_path) else find_codec(name_or_path)
 
 
-def load_codec_of(name_or_path: str | Path) -> SpectralCodec | MimiCodec:
-    """The codec of a model, or the one in a codec's own checkpoint directory.
+def load_codec_of(name_or_path: str | Path) -> AnyCodec:
+    """The codec of a model, or the one that `load_codec` finds by that name.
 
     Raises UserError when there is none or it is broken.
     """
@@ -86,7 +83,7 @@ def load_speech_tokenizer_of(name_or_path: str | Path) -> SpeechTokenizer:
         return load_speech_tokenizer(name_or_path)
     codec = load_codec_of(name_or_path)
     if not isinstance(codec, SpectralCodec):
-        raise UserError(f"codec '{name_or_path}' is Mimi, which has no speech tokenizer inside.")
+        raise UserError(f"model '{name_or_path}' is a codec without a speech tokenizer.")
     return codec.tokenizer
 
 

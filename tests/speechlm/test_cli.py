@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import BaseModel
+from small import small_codec
 
 from audio_codec import audio
+from audio_codec.bench import Figure
 from audio_codec.errors import UserError
 from speechlm import cli
 from speechlm.evaluation.report import Metric
@@ -73,7 +76,8 @@ def test_help_answers_within_a_second_and_without_torch() -> None:
     assert not heavy & set(modules.split())
     # Processor time: the wall clock of a busy machine says nothing about this program.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
-    for command in ("chat", "serve", "talk", "demo", "train", "synth", "eval"):
+    commands = ("chat", "serve", "talk", "demo", "codec", "bench", "train", "synth", "eval")
+    for command in commands:
         assert any(command in line for line in help_text), command
 
 
@@ -83,6 +87,8 @@ def test_help_answers_within_a_second_and_without_torch() -> None:
         ("train", ["tokenizer", "codec", "lm"]),
         ("synth", ["speech", "dialogues"]),
         ("eval", ["codec", "tokenizer", "spoken-qa", "duplex"]),
+        ("codec", ["encode", "decode", "info"]),
+        ("bench", ["codec"]),
     ],
 )
 def test_the_fixed_commands_exist(run: Run, group: str, commands: list[str]) -> None:
@@ -241,6 +247,72 @@ def test_serve_talk_demo_and_bench_hand_over(
     ]
     written = json.loads((tmp_path / "b.json").read_text())
     assert (written["command"], written["metrics"]["slots"]["value"]) == ("bench", 2)
+
+
+def test_codec_turns_files_into_codes_and_back(
+    run: Run, room: Callable[..., None], tmp_path: Path
+) -> None:
+    room("speechlm.convert", load_codec_of=lambda name: small_codec())
+    wav, npz, back = (tmp_path / name for name in ("a.wav", "a.npz", "b.wav"))
+    audio.save(wav, np.sin(np.arange(24_000, dtype=np.float32)) / 2)
+    status, out, _ = run("codec", "encode", wav, npz, "--codebooks", 2)
+    assert (status, out) == (
+        0, f"{npz}: 1.00 s of sound in 13 frames of 2 codebooks, 0.09 kbit/s\n",
+    )  # fmt: skip
+    assert run("codec", "decode", npz, back)[0] == 0 and len(audio.load(back)) == 24_000
+    status, out, _ = run("codec", "info", npz)
+    assert status == 0 and "length       1.000 s, 24000 samples\n" in out
+    status, out, _ = run("codec", "info", "tiny")
+    assert status == 0 and "codebooks    3 of sizes 9, 16, 16\n" in out
+    npz.write_bytes(npz.read_bytes()[:-10])
+    kept = back.read_bytes()
+    for arguments in (("decode", npz, back), ("info", npz), ("encode", npz, "a.wav")):
+        status, out, err = run("codec", *arguments)
+        assert (status, out, len(err.splitlines())) == (2, "", 1), err
+    assert back.read_bytes() == kept
+
+
+def test_codec_works_in_a_pipe(
+    run: Run, room: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    room("speechlm.convert", load_codec_of=lambda name: small_codec())
+    audio.save(tmp_path / "a.wav", np.zeros(1_920, np.float32))
+    stdin = SimpleNamespace(buffer=io.BytesIO((tmp_path / "a.wav").read_bytes()))
+    stdout = SimpleNamespace(buffer=io.BytesIO())
+    monkeypatch.setattr(sys, "stdin", stdin)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert run("codec", "encode", "-", "-")[0] == 0
+    with np.load(io.BytesIO(stdout.buffer.getvalue())) as archive:
+        assert archive["codes"].shape == (3, 1)
+
+
+def test_bench_codec_takes_its_peers_as_one_would_write_them(
+    run: Run, room: Callable[..., None], tmp_path: Path
+) -> None:
+    calls: list[tuple[str, list[str], int]] = []
+
+    def measure(load: Callable[[], str], against: list[str], frames: int) -> dict[str, Figure]:
+        calls.append((load(), against, frames))
+        return {"speed_vs_mimi": Figure(6.5, 6.0, 7.0, 10, "×")}
+
+    room("speechlm.convert", load_codec_of=lambda name: name)
+    room("audio_codec.bench", measure=measure)
+    status, out, _ = run(
+        "bench", "codec", "--against", "encodec", "mimi", "--json", tmp_path / "b.json"
+    )
+    assert status == 0 and "speed_vs_mimi" in out
+    assert run("bench", "codec", "--against", "mimi", "--against", "encodec")[0] == 0
+    assert run("bench", "codec", "--model", "x", "--frames", 30)[0] == 0
+    assert calls == [
+        ("tiny", ["encodec", "mimi"], 100),
+        ("tiny", ["mimi", "encodec"], 100),
+        ("x", [], 30),
+    ]
+    written = json.loads((tmp_path / "b.json").read_text())
+    metric = {"value": 6.5, "low": 6.0, "high": 7.0, "n": 10, "unit": "×"}
+    assert written["command"] == "bench codec" and written["metrics"] == {"speed_vs_mimi": metric}
+    status, _, err = run("bench", "--slots", 2, "codec")
+    assert status == 2 and "behind the word 'codec'" in err and len(calls) == 3
 
 
 def test_a_real_process_exits_with_two_and_one_line(tmp_path: Path) -> None:

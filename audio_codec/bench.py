@@ -1,0 +1,285 @@
+"""How fast a codec encodes and decodes, against public ones, in one process and in turns.
+
+    round 1   ours │ encodec │ mimi │ ours │ encodec │ mimi     frames of 80 ms, then whole sounds
+    round 2   ours │ encodec │ …
+
+A turn is a few frames, so that whatever else the machine does slows all contestants alike, and a
+ratio is taken within its round. The first frame of a turn is not counted: it finds the caches of
+the processor full of somebody else's weights, which a codec in service does not.
+
+Peers have the true architecture and random weights: speed does not depend on what weights say. All
+compute in float32. Of a peer with several implementations the fastest counts, setting by setting.
+
+    speechlm bench codec --against encodec mimi
+
+Shapes: B batch, S samples, T frames, K codebooks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
+from audio_codec.codec import Codec
+from audio_codec.encodec import random_encodec
+from audio_codec.errors import UserError
+from audio_codec.state import State, all_active
+
+OURS: Final = "ours"
+THREADS: Final = (1, 2)
+BATCHES: Final = (1, 8)
+HEADLINE: Final = (2, 1)
+"""Threads and batch of the figures without a suffix: one conversation on two cores."""
+
+ROUNDS: Final = 10
+OFFLINE_SECONDS: Final = 2.0
+"""Length of a whole sound; it is coded once a round."""
+
+
+@dataclass
+class CachedState(State):
+    """What transformers keeps of a stream."""
+
+    keys: Any  # its cache of keys and values
+    convolutions: Any = None  # its cache of the convolutions' past; None before the first chunk
+
+
+class TransformersMimi:
+    """`transformers.MimiModel` with random weights as a `Codec`; Moshi's 8 codebooks, 1.1 kbit/s.
+
+    The encoder streams, with the model's own caches of keys and of convolutions. Of the decoder
+    only the transformer does: the model has no cache for its transposed convolutions, which start
+    every chunk from zeros. The work is that of a stream all the same.
+    """
+
+    sample_rate = SAMPLE_RATE
+    frame_size = FRAME_SIZE
+    delay = 0
+
+    def __init__(self) -> None:
+        from transformers import MimiConfig, MimiModel
+
+        model: Any = MimiModel(MimiConfig())
+        self.model = model.eval().requires_grad_(False)
+        for module in self.model.quantizer.modules():
+            if isinstance(getattr(module, "embed_sum", None), Tensor):
+                module.embed_sum.normal_()  # zeros, until somebody trains them
+
+    @property
+    def codebooks(self) -> tuple[tuple[int, ...], ...]:
+        """Factor sizes of each of the K codebooks."""
+        return ((self.model.config.codebook_size,),) * 8
+
+    def encode(self, pcm: Tensor, state: CachedState | None = None) -> Tensor:
+        """Waveform [B, 1, S] → codes [B, K, T]."""
+        levels = len(self.codebooks)
+        if state is None:
+            return self.model.encode(pcm, num_quantizers=levels).audio_codes
+        made = self.model.encode(
+            pcm,
+            num_quantizers=levels,
+            encoder_past_key_values=state.keys,
+            padding_cache=state.convolutions,
+            use_streaming=True,
+        )
+        state.convolutions = made.padding_cache
+        return made.audio_codes
+
+    def decode(self, codes: Tensor, state: CachedState | None = None) -> Tensor:
+        """Codes [B, K, T] → waveform [B, 1, S]."""
+        keys = None if state is None else state.keys
+        return self.model.decode(codes, decoder_past_key_values=keys).audio_values
+
+    def new_encoder_state(self, batch: int, max_chunk: int = 1) -> CachedState:
+        """Empty caches; they grow to the window of the attention."""
+        from transformers import DynamicCache
+
+        return CachedState(all_active(batch), DynamicCache(config=self.model.encoder.config))
+
+    def new_decoder_state(self, batch: int, max_chunk: int = 1) -> CachedState:
+        """Likewise."""
+        from transformers import DynamicCache
+
+        return CachedState(all_active(batch), DynamicCache(config=self.model.decoder.config))
+
+
+PEERS: Final[Mapping[str, Mapping[str, Callable[[], Codec]]]] = {
+    # Its lowest bandwidth is the nearest to ours, and the quickest.
+    "encodec": {"encodec": lambda: random_encodec(1.5)},
+    "mimi": {"mimi_transformers": TransformersMimi},
+}
+"""Peer → its implementations, each under the name of its figures."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number, its 95% interval where one is meant, and the number of trials."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    unit: str = ""
+
+
+@dataclass
+class Times:
+    """Seconds that one contestant took in one setting."""
+
+    encode: list[list[float]] = field(default_factory=list)  # of a frame; round by round
+    decode: list[list[float]] = field(default_factory=list)  # likewise
+    offline: list[float] = field(default_factory=list)  # both, of a whole sound; round by round
+
+    def frames(self) -> list[list[float]]:
+        """Encode + decode of each frame, round by round."""
+        return [
+            [e + d for e, d in zip(*both, strict=True)]
+            for both in zip(self.encode, self.decode, strict=True)
+        ]
+
+    def per_round(self) -> list[float]:
+        """Median frame of each round."""
+        return [float(np.median(frames)) for frames in self.frames()]
+
+
+Setting = tuple[int, int]
+"""(threads, batch)."""
+
+
+def measure(
+    load: Callable[[], Codec],
+    against: Sequence[str],
+    frames: int = 100,
+    peers: Mapping[str, Mapping[str, Callable[[], Codec]]] = PEERS,
+) -> dict[str, Figure]:
+    """Time a codec and its peers, in every setting of threads and batch.
+
+    `frames` are timed of one stream; of a batch, as many frames in sum.
+
+    Gives, on two threads with a batch of one: `speed_vs_PEER`, how many times longer the fastest
+    implementation of a peer takes to encode and decode a frame in a stream (the median of the
+    rounds' ratios), `offline_speed_vs_PEER` the same for whole sounds, and `frame_ms_p50` and
+    `frame_ms_p99` of this codec. Then, for every contestant and setting, with the suffix `_tN_bM`:
+    `encode_ms` and `decode_ms` (p50, p99) and `real_time_factor`, seconds of computing a second of
+    the clock (all streams of the batch in step; below 1 keeps up), streaming and offline.
+
+    Raises UserError for a peer that is not known, and where `load` does.
+    """
+    assert frames >= ROUNDS, frames
+    for peer in against:
+        if peer not in peers:
+            raise UserError(f"peer '{peer}' is unknown; choices: {', '.join(peers)}.")
+    chosen = {peer: peers[peer] for peer in dict.fromkeys(against)}
+    contestants = {OURS: load()}
+    for implementations in chosen.values():
+        contestants |= {name: build() for name, build in implementations.items()}
+    before = torch.get_num_threads()
+    times: dict[Setting, dict[str, Times]] = {}
+    try:
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            for batch in BATCHES:
+                turn = max(2, frames // ROUNDS // batch)
+                times[threads, batch] = in_turns(contestants, batch, turn)
+    finally:
+        torch.set_num_threads(before)
+    return figures(times, {peer: list(names) for peer, names in chosen.items()})
+
+
+@torch.inference_mode()
+def in_turns(
+    contestants: Mapping[str, Codec], batch: int, turn: int, rounds: int = ROUNDS
+) -> dict[str, Times]:
+    """Every round, each contestant streams `turn` frames; then each codes a whole sound."""
+    generator = torch.Generator().manual_seed(0)
+    sound = 0.05 * torch.randn(batch, 1, (turn + 1) * FRAME_SIZE, generator=generator)
+    whole_frames = round(OFFLINE_SECONDS * FRAME_RATE)
+    whole = 0.05 * torch.randn(batch, 1, whole_frames * FRAME_SIZE, generator=generator)
+    states = {}
+    for name, codec in contestants.items():
+        chunk = FRAME_SIZE // codec.frame_size
+        states[name] = codec.new_encoder_state(batch, chunk), codec.new_decoder_state(batch, chunk)
+    times = {name: Times() for name in contestants}
+    for _ in range(rounds):
+        for name, codec in contestants.items():
+            encoded, decoded = _stream(codec, sound, *states[name])
+            times[name].encode.append(encoded[1:])
+            times[name].decode.append(decoded[1:])
+        for name, codec in contestants.items():
+            begin = time.perf_counter()
+            codec.decode(codec.encode(whole))
+            times[name].offline.append(time.perf_counter() - begin)
+    return times
+
+
+def _stream(
+    codec: Codec, sound: Tensor, encoder: State, decoder: State
+) -> tuple[list[float], list[float]]:
+    encoded, decoded = [], []
+    for frame in sound.split(FRAME_SIZE, 2):
+        begin = time.perf_counter()
+        codes = codec.encode(frame, encoder)
+        middle = time.perf_counter()
+        codec.decode(codes, decoder)
+        encoded.append(middle - begin)
+        decoded.append(time.perf_counter() - middle)
+    return encoded, decoded
+
+
+def figures(
+    times: Mapping[Setting, Mapping[str, Times]], peers: Mapping[str, Sequence[str]]
+) -> dict[str, Figure]:
+    """What `measure` gives, from the times of all contestants; `peers`: peer → its names there."""
+    threads, batch = HEADLINE
+    first, rest = {}, {}
+    for setting, found in times.items():
+        suffix = f"_t{setting[0]}_b{setting[1]}"
+        for peer, names in peers.items():
+            rest[f"speed_vs_{peer}{suffix}"] = _ratio(
+                [found[name].per_round() for name in names], found[OURS].per_round()
+            )
+            rest[f"offline_speed_vs_{peer}{suffix}"] = _ratio(
+                [found[name].offline for name in names], found[OURS].offline
+            )
+        for name, took in found.items():
+            rest |= _percentiles(f"{name}_encode_ms", took.encode, suffix)
+            rest |= _percentiles(f"{name}_decode_ms", took.decode, suffix)
+            rest |= _percentiles(f"{name}_frame_ms", took.frames(), suffix)
+            rest[f"{name}_real_time_factor{suffix}"] = Figure(
+                float(np.mean(took.frames())) * FRAME_RATE, n=np.size(took.encode)
+            )
+            rest[f"{name}_offline_real_time_factor{suffix}"] = Figure(
+                float(np.median(took.offline)) / OFFLINE_SECONDS, n=len(took.offline)
+            )
+    suffix = f"_t{threads}_b{batch}"
+    for peer in peers:
+        for name in (f"speed_vs_{peer}", f"offline_speed_vs_{peer}"):
+            first[name] = rest.pop(name + suffix)
+    for p in ("p50", "p99"):
+        first[f"frame_ms_{p}"] = rest[f"{OURS}_frame_ms_{p}{suffix}"]
+    return first | rest
+
+
+def _percentiles(name: str, seconds: list[list[float]], suffix: str) -> dict[str, Figure]:
+    p50, p99 = 1000 * np.percentile(seconds, [50, 99])
+    n = np.size(seconds)
+    return {
+        f"{name}_p50{suffix}": Figure(float(p50), n=n, unit="ms"),
+        f"{name}_p99{suffix}": Figure(float(p99), n=n, unit="ms"),
+    }
+
+
+def _ratio(theirs: Sequence[Sequence[float]], ours: Sequence[float]) -> Figure:
+    """Median over the rounds of (fastest implementation / ours), with its bootstrap interval."""
+    fastest = min(theirs, key=lambda rounds: float(np.median(rounds)))
+    ratios = np.divide(fastest, ours)
+    picks = np.random.default_rng(0).integers(len(ratios), size=(2000, len(ratios)))
+    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
+    return Figure(float(np.median(ratios)), float(low), float(high), len(ratios), "×")
