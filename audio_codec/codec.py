@@ -109,8 +109,9 @@ def load_codec(name_or_path: str | Path, codebooks: int | None = None) -> AnyCod
         codec = read_kyutai(next(filter(_kyutai_file, files)))
     else:
         raise UserError(
-            f'codec \'{name_or_path}\' is unknown; choices: config.json with "kind": "spectral" or '
-            '"model_type": "mimi" or "encodec", a safetensors file of Mimi in Kyutai\'s naming, or '
+            f"codec '{name_or_path}' is unknown; choices: "
+            'config.json with "kind": "spectral" or "model_type": "mimi" or "encodec", '
+            "a safetensors file of Mimi in Kyutai's naming, or "
             "a .th file of EnCodec."
         )
     if codebooks is not None:

@@ -74,7 +74,7 @@ class EncodecCodec(nn.Module):
         return ((self.model.quantizer.bins,),) * round(self.bandwidth / _KBPS_A_CODEBOOK)
 
     def keep_codebooks(self, count: int) -> None:
-        """Lower the bandwidth to that of the first `count` codebooks; UserError when it has none."""
+        """Lower the bandwidth to the first `count` codebooks; UserError where EnCodec has none."""
         self.bandwidth = count * _KBPS_A_CODEBOOK
         if self.bandwidth not in BANDWIDTHS:
             choices = ", ".join(f"{choice / _KBPS_A_CODEBOOK:g}" for choice in BANDWIDTHS)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE
-from audio_codec.codec import Codec, is_codec, load_codec
+from audio_codec.codec import Codec, kind_of, load_codec
 from audio_codec.encodec import BANDWIDTHS, EncodecCodec, load_encodec, random_encodec
 from audio_codec.errors import UserError
 
@@ -127,7 +127,7 @@ def test_the_layout_of_transformers_gives_its_codes(
         save_file(tensors, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
         folder = tmp_path
-    assert is_codec(folder)
+    assert kind_of(folder) == "encodec"
     codec, pcm = load_codec(folder), noise(frames=30)
     expected = theirs.encode(pcm, bandwidth=6.0).audio_codes[0]
     codes = codec.encode(pcm)
@@ -151,7 +151,7 @@ def test_names_choose_the_bandwidth(
     codes = load_encodec(file).encode(noise())
     for name, levels in (("encodec", 8), ("encodec:1.5", 2)):
         codec = load_codec(name)
-        assert is_codec(name) and isinstance(codec, EncodecCodec)
+        assert kind_of(name) == "encodec" and isinstance(codec, EncodecCodec)
         assert torch.equal(codec.encode(noise()), codes[:, :levels])
         assert not codec.training and not any(p.requires_grad for p in codec.parameters())
     for name in ("encodec:5", "encodec:much", "encodec:nan"):
