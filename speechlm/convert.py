@@ -82,7 +82,13 @@ def load_speech_tokenizer_of(name_or_path: str | Path) -> SpeechTokenizer:
     """
     if "levels" in checkpoints.load(name_or_path).config:
         return load_speech_tokenizer(name_or_path)
-    return load_codec_of(name_or_path).tokenizer
+    tokenizer = load_codec_of(name_or_path).tokenizer
+    if tokenizer is None:
+        raise UserError(
+            f"The codec of '{name_or_path}' has no speech tokenizer, its codebook 0 is distilled: "
+            "name a tokenizer, or a codec around one."
+        )
+    return tokenizer
 
 
 def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Duplex:
