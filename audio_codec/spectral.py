@@ -9,6 +9,13 @@ pitch, loudness, background) is coded by residual vector quantizers.
                                                                          │
                     24 kHz ─ overlap-add ─ inverse STFT, 100 Hz ─ ConvNeXt ─ ×8 ─ ConvNeXt
 
+Or codebook 0 is a quantizer of the codec's own, which a teacher of speech has taught what matters
+(Mimi, arXiv 2410.00037, sec. 3.3.3). It then stands beside the residual quantizers, not before
+them, so that what it must not forget for the teacher's sake does not burden the sound:
+
+    … ConvNeXt ─ ×8 → 12.5 Hz ─┬─ semantic VQ ═ code 0 ─ embed ─┐
+                               └─ latent ─ residual VQ ═ 1…7 ── + ─ decoder
+
 Algorithmic delay: none beyond the frame of 1920 samples (80 ms). An analysis window *ends* with its
 hop; a synthesis window *begins* with its hop, so that all windows over a sample of a frame exist
 once the frame's code is there, and what hangs over is kept and added to the next frame:
@@ -18,7 +25,8 @@ once the frame's code is there, and what hangs over is kept and added to the nex
                         [──────]      …       |
                                          [────|──]  ← overhang, completed by the windows of t+1
 
-Shapes: B batch, S samples, T frames, N hops (8 T), K codebooks, D latent width.
+Shapes: B batch, S samples, T frames, N hops (8 T), K codebooks, D latent width, E encoder width at
+12.5 Hz, Q numbers of a semantic vector.
 """
 
 from __future__ import annotations
@@ -32,13 +40,24 @@ from torch import Tensor, nn
 
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
 from audio_codec.layers import ConvNeXtStack, StackState, TailState, with_past
-from audio_codec.quantize import ResidualVQ
+from audio_codec.quantize import EMAVQ, ResidualVQ
 from audio_codec.speech_tokenizer import EncoderState as TokenizerState
 from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig
 from audio_codec.state import State, all_active
 
 HOP = 240
 HOPS = FRAME_SIZE // HOP
+
+
+class SemanticConfig(BaseModel):
+    """A semantic codebook of the codec's own, taught by `losses.Distillation`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: PositiveInt = 2048
+    """Codes."""
+    dim: PositiveInt = 256
+    """Width Q of what is quantized."""
 
 
 class SpectralConfig(BaseModel):
@@ -48,6 +67,8 @@ class SpectralConfig(BaseModel):
 
     kind: Literal["spectral"] = "spectral"
     tokenizer: TokenizerConfig = TokenizerConfig()
+    semantic: SemanticConfig | None = None
+    """Codebook 0 by distillation; None: it is the tokenizer's. With it there is no tokenizer."""
     window: int = Field(960, ge=2 * HOP, multiple_of=HOP)
     """Samples of an STFT window, a multiple of the hop of 240."""
     encoder_dim: PositiveInt = 160
@@ -70,7 +91,7 @@ class SpectralConfig(BaseModel):
 class SpectralEncoderState(State):
     """What the encoder has heard."""
 
-    tokenizer: TokenizerState
+    tokenizer: TokenizerState | None  # None where codebook 0 is the codec's own
     samples: TailState  # the past of an analysis window
     front: StackState
     latent: StackState
@@ -156,6 +177,30 @@ class SpectralOutput:
     pcm: Tensor  # [B, 1, S]
     codes: Tensor  # [B, K, T]
     commitment: Tensor  # []
+    semantic: Tensor | None  # [B, T, Q] vectors of a codebook 0 of the codec's own
+
+
+class SemanticVQ(nn.Module):
+    """Codebook 0 of the codec's own: [B, T, E] → one of `size` vectors of width Q."""
+
+    def __init__(self, width: int, config: SemanticConfig) -> None:
+        super().__init__()
+        self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.dim))
+        self.vq = EMAVQ(config.dim, config.size)
+
+    def encode(self, hidden: Tensor) -> Tensor:
+        """[B, T, E] → int64 [B, T]."""
+        return self.vq.nearest(self.project(hidden).float())
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """int [B, T] → [B, T, Q]."""
+        return self.vq.decode(codes)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, E] → (vectors [B, T, Q] straight-through, codes [B, T], commitment loss)."""
+        x = self.project(hidden).float()
+        vectors, codes, commitment = self.vq(x)
+        return x + (vectors - x).detach(), codes, commitment
 
 
 class SpectralCodec(nn.Module):
@@ -168,7 +213,7 @@ class SpectralCodec(nn.Module):
     def __init__(self, config: SpectralConfig) -> None:
         super().__init__()
         self.config = config
-        self.tokenizer = SpeechTokenizer(config.tokenizer)
+        self.tokenizer = SpeechTokenizer(config.tokenizer) if config.semantic is None else None
         self.analysis = Analysis(config.window)
         self.front_in = nn.Linear(self.analysis.features, config.encoder_dim)
         self.front = ConvNeXtStack(config.encoder_dim, config.encoder_blocks)
@@ -180,8 +225,13 @@ class SpectralCodec(nn.Module):
             nn.LayerNorm(config.encoder_latent_dim),
             nn.Linear(config.encoder_latent_dim, config.latent),
         )
+        if config.semantic is not None:
+            self.semantic_vq = SemanticVQ(config.encoder_latent_dim, config.semantic)
+            numbers = config.semantic.dim
+        else:
+            numbers = len(config.tokenizer.levels)
         self.semantic = nn.Sequential(
-            nn.Linear(len(config.tokenizer.levels), 256), nn.GELU(), nn.Linear(256, config.latent)
+            nn.Linear(numbers, 256), nn.GELU(), nn.Linear(256, config.latent)
         )
         self.quantizer = ResidualVQ(config.latent, config.codebooks)
         self.from_latent = nn.Linear(config.latent, config.decoder_latent_dim)
@@ -202,7 +252,9 @@ class SpectralCodec(nn.Module):
     @property
     def codebooks(self) -> tuple[tuple[int, ...], ...]:
         """Factor sizes of each of the K codebooks."""
-        return (self.tokenizer.codebook, *((size,) for size in self.config.codebooks))
+        semantic = self.config.semantic
+        first = self.config.tokenizer.levels if semantic is None else (semantic.size,)
+        return (first, *((size,) for size in self.config.codebooks))
 
     def keep_codebooks(self, count: int) -> None:
         """Forget all but the first `count` codebooks, 1 … K."""
@@ -210,11 +262,18 @@ class SpectralCodec(nn.Module):
         kept = self.config.codebooks[: count - 1]
         self.config = self.config.model_copy(update={"codebooks": kept})
 
-    def _encode_latent(self, pcm: Tensor, state: SpectralEncoderState | None) -> Tensor:
+    def train(self, mode: bool = True) -> SpectralCodec:
+        """As of any module, but the tokenizer is frozen: its running statistics stay too."""
+        super().train(mode)
+        if self.tokenizer is not None:
+            self.tokenizer.eval()
+        return self
+
+    def _encode_hidden(self, pcm: Tensor, state: SpectralEncoderState | None) -> Tensor:
         x = self.front_in(self.analysis(pcm[:, 0], None if state is None else state.samples))
         x = self.front(x, None if state is None else state.front)
         x = self.down(x.reshape(x.shape[0], x.shape[1] // HOPS, -1))
-        return self.to_latent(self.latent(x, None if state is None else state.latent))
+        return self.latent(x, None if state is None else state.latent)
 
     def _decode_latent(self, latent: Tensor, state: SpectralDecoderState | None) -> Tensor:
         x = self.from_latent(latent)
@@ -225,14 +284,24 @@ class SpectralCodec(nn.Module):
 
     def encode(self, pcm: Tensor, state: SpectralEncoderState | None = None) -> Tensor:
         """Waveform [B, 1, S], S a multiple of 1920 → codes int64 [B, K, T]."""
-        semantic = self.tokenizer.encode(pcm, None if state is None else state.tokenizer)
-        latent = self._encode_latent(pcm, state).float()
-        residual = latent - self.semantic(self.tokenizer.embed(semantic)).float()
-        return torch.cat((semantic.unsqueeze(1), self.quantizer.encode(residual)), dim=1)
+        hidden = self._encode_hidden(pcm, state)
+        latent = self.to_latent(hidden).float()
+        if self.tokenizer is None:
+            semantic, rest = self.semantic_vq.encode(hidden), latent
+        else:
+            semantic = self.tokenizer.encode(pcm, None if state is None else state.tokenizer)
+            rest = latent - self._embed(semantic).float()
+        return torch.cat((semantic.unsqueeze(1), self.quantizer.encode(rest)), dim=1)
+
+    def _embed(self, semantic: Tensor) -> Tensor:
+        """Codes of codebook 0 [B, T] → their part of the latent [B, T, D]."""
+        if self.tokenizer is None:
+            return self.semantic(self.semantic_vq.decode(semantic))
+        return self.semantic(self.tokenizer.embed(semantic))
 
     def decode(self, codes: Tensor, state: SpectralDecoderState | None = None) -> Tensor:
         """Codes [B, K' ≤ K, T] → waveform [B, 1, S]; fewer codebooks give a coarser sound."""
-        latent = self.semantic(self.tokenizer.embed(codes[:, 0]))
+        latent = self._embed(codes[:, 0])
         if codes.shape[1] > 1:
             latent = latent + self.quantizer.decode(codes[:, 1:])
         return self._decode_latent(latent, state)
@@ -241,7 +310,7 @@ class SpectralCodec(nn.Module):
         """Encoder state for chunks of up to `max_chunk` frames."""
         return SpectralEncoderState(
             all_active(batch, self.up.weight.device),
-            self.tokenizer.new_state(batch, max_chunk),
+            None if self.tokenizer is None else self.tokenizer.new_state(batch, max_chunk),
             self.analysis.new_state(batch),
             self.front.new_state(batch),
             self.latent.new_state(batch),
@@ -256,16 +325,37 @@ class SpectralCodec(nn.Module):
             self.synthesis.new_state(batch),
         )
 
-    def forward(self, pcm: Tensor, depth: Tensor | None = None) -> SpectralOutput:
+    def forward(
+        self, pcm: Tensor, depth: Tensor | None = None, bypass: Tensor | None = None
+    ) -> SpectralOutput:
         """One training pass over [B, 1, S]; the tokenizer is frozen.
 
-        `depth` [B] int: residual codebooks that each row keeps (quantizer dropout).
+        `depth` [B] int: residual codebooks that each row keeps (quantizer dropout), 0 for none;
+        `bypass` [B] bool: rows that go around the residual quantizers, whatever their depth.
         """
-        with torch.no_grad():
-            semantic = self.tokenizer.encode(pcm)
-            said = self.tokenizer.embed(semantic)
-        base = self.semantic(said).float()
-        residual = self._encode_latent(pcm, None).float() - base
-        quantized, codes, commitment = self.quantizer(residual, depth)
-        decoded = self._decode_latent(base + quantized, None)
-        return SpectralOutput(decoded, torch.cat((semantic.unsqueeze(1), codes), dim=1), commitment)
+        hidden = self._encode_hidden(pcm, None)
+        latent = self.to_latent(hidden).float()
+        if self.tokenizer is None:
+            said, semantic, commitment = self.semantic_vq(hidden)
+            base = self.semantic(said).float()
+            rest = latent
+        else:
+            with torch.no_grad():
+                semantic = self.tokenizer.encode(pcm)
+                numbers = self.tokenizer.embed(semantic)
+            said, commitment = None, latent.new_zeros(())
+            base = self.semantic(numbers).float()
+            rest = latent - base
+        quantized, codes, residual_commitment = self.quantizer(rest, depth)
+        if depth is not None:
+            # Where nothing of it is kept, nothing can be learned about it: straight through, the
+            # gradient would reach what was left out, and would miss what was not.
+            quantized = torch.where(depth.view(-1, 1, 1) > 0, quantized, 0.0)
+        if bypass is not None:
+            quantized = torch.where(bypass.view(-1, 1, 1), rest, quantized)
+        return SpectralOutput(
+            self._decode_latent(base + quantized, None),
+            torch.cat((semantic.unsqueeze(1), codes), dim=1),
+            commitment + residual_commitment,
+            said,
+        )

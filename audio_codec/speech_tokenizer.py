@@ -117,13 +117,17 @@ class SpeechTokenizer(nn.Module):
         """Factor sizes of the codebook."""
         return self.config.levels
 
-    def features(self, mel: Tensor, state: EncoderState | None = None) -> Tensor:
-        """Log-mel [B, M, n_mels] → bottleneck numbers before quantization [B, T, Q]."""
+    def hidden(self, mel: Tensor, state: EncoderState | None = None) -> Tensor:
+        """Log-mel [B, M, n_mels] → what the encoder makes of it, [B, 2 T, dim] at 25 Hz."""
         x = self.front(self.front_in(mel), None if state is None else state.front)
         batch, frames, _ = x.shape
         x = self.stack(x.reshape(batch, frames // 4, -1))
-        x = self.before(x, None if state is None else state.before)
-        return self.to_bottleneck(x.reshape(batch, frames // 8, -1))
+        return self.before(x, None if state is None else state.before)
+
+    def features(self, mel: Tensor, state: EncoderState | None = None) -> Tensor:
+        """Log-mel [B, M, n_mels] → bottleneck numbers before quantization [B, T, Q]."""
+        x = self.hidden(mel, state)
+        return self.to_bottleneck(x.reshape(x.shape[0], x.shape[1] // 2, -1))
 
     def encode(self, pcm: Tensor, state: EncoderState | None = None) -> Tensor:
         """Waveform [B, 1, S], S a multiple of 1920 → codes int64 [B, T]."""

@@ -82,8 +82,11 @@ def load_speech_tokenizer_of(name_or_path: str | Path) -> SpeechTokenizer:
     if "levels" in checkpoints.load(name_or_path).config:
         return load_speech_tokenizer(name_or_path)
     codec = load_codec_of(name_or_path)
-    if not isinstance(codec, SpectralCodec):
-        raise UserError(f"model '{name_or_path}' is a codec without a speech tokenizer.")
+    if not isinstance(codec, SpectralCodec) or codec.tokenizer is None:
+        raise UserError(
+            f"The codec of '{name_or_path}' has no speech tokenizer inside: name a tokenizer, or a "
+            "codec around one."
+        )
     return codec.tokenizer
 
 

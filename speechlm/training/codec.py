@@ -1,32 +1,56 @@
-"""Train the spectral codec, the semantic tokenizer inside it frozen.
+"""Train the spectral codec.
 
 Random crops of single-channel sound, weighted by folder (the assistant's voice counts most: it is
-the one that is heard), are coded and decoded; the criterion is a multi-scale log-mel distance and
-the quantizers' commitment.
+the one that is heard), are coded and decoded. The criteria, and when they hold:
+
+    step 0                                   adversarial.begin   + alone          run.steps
+    ├── multi-scale mel, commitment [, distillation] ───────────────────────────────────┤
+                                             ├── discriminators learn ──────────────────┤
+                                                                 ├── and are listened to ┤
+
+What is listened to is balanced by its gradient on the decoded sound. Codebook 0 comes from a frozen
+semantic tokenizer, or, with `model.semantic` and `teacher`, by distillation. Rows keep a random
+number of codebooks at times, so that one codec serves any bitrate. The numbers of an evaluation,
+and the checkpoint at the end, are those of a moving average of the weights.
 
     speechlm train codec configs/codec/tiny.yaml [run.steps=…]
+
+Shapes: B batch, S samples, T frames, K codebooks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pystoi import stoi
-from torch import Tensor
+from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
+from audio_codec.discriminators import DiscriminatorConfig, Discriminators
 from audio_codec.errors import UserError
-from audio_codec.losses import MultiScaleMel
-from audio_codec.spectral import SpectralCodec, SpectralConfig
+from audio_codec.losses import (
+    AdversarialLoss,
+    Balancer,
+    Distillation,
+    MultiScaleMel,
+    discriminator_loss,
+    feature_matching,
+    generator_loss,
+)
+from audio_codec.quantize import entropy_bits
+from audio_codec.spectral import SpectralCodec, SpectralConfig, SpectralOutput
 from speechlm.convert import codec_folder, load_speech_tokenizer_of
-from speechlm.training.run import OptimizerConfig, Run, RunConfig, clip_gradients
+from speechlm.training.run import Average, OptimizerConfig, Run, RunConfig, clip_gradients
+from speechlm.training.teacher import Teacher, TeacherConfig, load_teacher
 from synth_data import shards
 
 Waveform = np.ndarray[Any, np.dtype[np.int16]]
@@ -41,28 +65,66 @@ class SourceConfig(BaseModel):
     weight: float = Field(1.0, gt=0)
 
 
+class AdversarialConfig(BaseModel):
+    """The second phase: discriminators, and how much they are listened to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    begin: float = Field(0.5, ge=0)
+    """When it begins: below 1 a share of the run's steps, else the number of a step."""
+    alone: int = Field(100, ge=0)
+    """Steps at the beginning in which the discriminators learn and are not listened to yet."""
+    update_share: float = Field(1.0, gt=0, le=1)
+    """Share of the steps after those in which the discriminators learn."""
+    loss: AdversarialLoss = "hinge"
+    mel: float = Field(2.0, gt=0)
+    """Weight of the mel distance among the three; each is what it adds to the gradient's norm."""
+    adversarial: float = Field(1.0, gt=0)
+    features: float = Field(2.0, gt=0)
+    """Of the distance between the discriminators' features."""
+    discriminators: DiscriminatorConfig = DiscriminatorConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, betas=(0.8, 0.99), weight_decay=0.0)
+    """The discriminators'; its steps are those of this phase."""
+
+    def first_step(self, steps: int) -> int:
+        """The first step of the phase in a run of `steps`."""
+        return int(self.begin * steps if self.begin < 1 else self.begin)
+
+
 class TrainConfig(BaseModel):
     """A codec run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: RunConfig
-    tokenizer: str
+    tokenizer: str | None = None
     """The tokenizer that gives codebook 0: a checkpoint of it, or of a codec or model around it."""
     model: SpectralConfig = SpectralConfig()
     """`model.tokenizer` is taken from the tokenizer's checkpoint."""
+    teacher: TeacherConfig | None = None
+    """Who teaches codebook 0 where `model.semantic` is set; it takes the tokenizer's place."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     validation: Path
     """Shards in the assistant's voice, with text."""
     validation_utterances: int = Field(24, gt=0)
+    validation_codebooks: tuple[int, ...] = ()
+    """Numbers of codebooks, codebook 0 among them, to measure beside all of them."""
+    samples: int = Field(2, ge=0)
+    """Held-out utterances whose sound and spectrogram go to TensorBoard."""
     batch: int = Field(16, gt=0)
     crop_frames: int = Field(15, gt=0)
     """Length of a crop in frames of 80 ms."""
     gain_db: tuple[float, float] = (-15.0, 3.0)
     mel_weight: float = 15.0
     commitment_weight: float = 1.0
-    dropout_share: float = 0.25
-    """Share of rows that keep only a random number of the residual codebooks."""
+    dropout_share: float = Field(0.25, ge=0, le=1)
+    """Share of rows that keep only a random number of the residual codebooks, from none."""
+    bypass_share: float = Field(0.0, ge=0, le=1)
+    """Share of rows that go around the residual quantizers."""
+    adversarial: AdversarialConfig | None = None
+    """None: the mel distance is the only criterion of the sound to the end."""
+    ema: float = Field(0.99, ge=0, lt=1)
+    """Decay of an average of the weights that is evaluated and saved in their place; 0: none."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=6e-4, betas=(0.8, 0.99), weight_decay=0.01)
     init_from: str | None = None
     """A checkpoint of a codec, or of a model around one, to start from."""
@@ -70,6 +132,37 @@ class TrainConfig(BaseModel):
     """How the weights of the finished checkpoint are stored."""
     output: Path | None = None
     """Checkpoint directory written at the end; None means `codec` in the run directory."""
+
+    @model_validator(mode="after")
+    def _one_semantic_source(self) -> TrainConfig:
+        if self.model.semantic is None and self.tokenizer is None:
+            raise ValueError(
+                "tokenizer is missing: name one, or set model.semantic and teacher.model to "
+                "distil codebook 0"
+            )
+        if self.model.semantic is None and self.teacher is not None:
+            raise ValueError("teacher has nothing to teach: set model.semantic, or remove teacher")
+        if self.model.semantic is not None and self.teacher is None:
+            raise ValueError("model.semantic needs a teacher: set teacher.model, or remove it")
+        if self.model.semantic is not None and self.tokenizer is not None:
+            raise ValueError("tokenizer and model.semantic both give codebook 0: remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _within_reach(self) -> TrainConfig:
+        codebooks = 1 + len(self.model.codebooks)
+        for number in self.validation_codebooks:
+            if not 1 <= number <= codebooks:
+                raise ValueError(
+                    f"validation_codebooks has {number}, but the codec has 1 to {codebooks}"
+                )
+        if self.adversarial is not None:
+            first = self.adversarial.first_step(self.run.steps)
+            if first >= self.run.steps:
+                raise ValueError(
+                    f"adversarial.begin is step {first}, but run.steps ends at {self.run.steps}"
+                )
+        return self
 
 
 def load_waveforms(folder: Path) -> list[Waveform]:
@@ -102,28 +195,189 @@ def draw_crops(
     return torch.from_numpy(batch)
 
 
+@dataclass
+class Batch:
+    """What one step sees."""
+
+    pcm: Tensor  # [B, 1, S]
+    heard: Tensor | None  # what `Teacher.prepare` made of it
+
+
+def draw_rows(config: TrainConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """How each row passes the residual quantizers.
+
+    Returns how many of them it keeps [B] int, and whether it goes around all of them [B] bool.
+    """
+    residual = len(config.model.codebooks)
+    depth = rng.integers(0, residual + 1, config.batch)
+    depth[rng.random(config.batch) >= config.dropout_share] = residual
+    return torch.from_numpy(depth), torch.from_numpy(rng.random(config.batch) < config.bypass_share)
+
+
+class CodeCounts:
+    """How often each code of each codebook was used since the last look."""
+
+    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
+        self.counts = [torch.zeros(size, dtype=torch.int64, device=device) for size in sizes]
+
+    def add(self, codes: Tensor) -> None:
+        """Count codes [B, K, T]."""
+        for counts, level in zip(self.counts, codes.unbind(1), strict=True):
+            flat = level.flatten()
+            counts.index_add_(0, flat, torch.ones_like(flat))
+
+    def read(self) -> dict[str, float]:
+        """Share of the codes in use, and perplexity, a codebook; starts anew."""
+        found = {}
+        for level, counts in enumerate(self.counts):
+            found[f"usage/{level}"] = float((counts > 0).float().mean())
+            found[f"perplexity/{level}"] = 2 ** entropy_bits(counts)
+            counts.zero_()
+        return found
+
+    def load(self, counts: Sequence[Tensor]) -> None:
+        """Go on from the `counts` of another."""
+        for mine, theirs in zip(self.counts, counts, strict=True):
+            mine.copy_(theirs)
+
+
+class Objective(nn.Module):
+    """Codec and distillation as one module, the way data-parallel wrappers want it."""
+
+    def __init__(self, codec: SpectralCodec, teacher_width: int | None) -> None:
+        super().__init__()
+        self.codec = codec
+        self.distillation: Distillation | None = None
+        if teacher_width is not None:
+            assert codec.config.semantic is not None, "a teacher needs a codebook to teach"
+            self.distillation = Distillation(codec.config.semantic.dim, teacher_width)
+
+    def forward(
+        self, pcm: Tensor, depth: Tensor, bypass: Tensor, taught: Tensor | None
+    ) -> tuple[SpectralOutput, Tensor]:
+        """One pass over [B, 1, S], and how far codebook 0 is from the teacher's `taught`."""
+        output = self.codec(pcm, depth, bypass)
+        if self.distillation is None:
+            return output, pcm.new_zeros(())
+        return output, self.distillation(output.semantic, taught)
+
+
+class Adversary:
+    """The discriminators: how they learn, and what they tell the codec."""
+
+    def __init__(self, config: AdversarialConfig, run: Run, strength: float) -> None:
+        """`strength`: weight of the mel distance before this phase, see `Balancer`."""
+        self.config, self.run = config, run
+        self.begin = config.first_step(run.config.steps)
+        self.bare = Discriminators(config.discriminators).to(run.device)
+        weights = {
+            "mel": config.mel, "adversarial": config.adversarial, "features": config.features
+        }  # fmt: skip
+        self.balancer = Balancer(weights, "mel", strength).to(run.device)
+        optimizer = config.optimizer.build(self.bare)
+        run.restore(self.bare, optimizer, "adversary")
+        if (saved := run.load()) is not None and "adversary" in saved:
+            self.balancer.load_state_dict(saved["adversary"]["balancer"])
+        self.discriminators, self.optimizer = run.accelerator.prepare(self.bare, optimizer)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {
+            "model": self.bare.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "balancer": self.balancer.state_dict(),
+        }
+
+    def pull(
+        self, step: int, decoded: Tensor, original: Tensor, mel: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The balanced gradient on `decoded` [B, S], a leaf, and numbers to log.
+
+        `mel` is the distance of the two. Each discriminator hears either sound once: one pass both
+        tells the codec and teaches the discriminator.
+        """
+        config, seed = self.config, self.run.config.seed
+        alone = step < self.begin + config.alone
+        drawn = np.random.default_rng((seed, 4, step)).random()
+        learns = alone or drawn < config.update_share
+        with torch.set_grad_enabled(learns):
+            real = self.discriminators(original)
+        made = self.discriminators(decoded)
+        losses = {"mel": mel}
+        if not alone:
+            losses["adversarial"] = generator_loss(made, config.loss)
+            losses["features"] = feature_matching(real, made)
+        gradient = self.balancer(losses, decoded)
+        del losses["mel"]
+        if learns:
+            losses["discriminator"] = discriminator_loss(real, made, config.loss)
+            losses["discriminator_norm"] = self._learn(step, losses["discriminator"])
+        return gradient, {name: value.detach() for name, value in losses.items()}
+
+    def _learn(self, step: int, loss: Tensor) -> Tensor:
+        rate = self.config.optimizer.rate(step - self.begin, self.run.config.steps - self.begin)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.run.accelerator.backward(loss, inputs=list(self.bare.parameters()))
+        norm = clip_gradients(self.discriminators, self.config.optimizer.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+
 @torch.inference_mode()
-def evaluate_stoi(codec: SpectralCodec, sounds: Sequence[Waveform]) -> float:
-    """Mean short-time objective intelligibility of decoded utterances (Taal et al., 2011)."""
-    codec.eval()
-    scores = []
+def round_trips(
+    codec: SpectralCodec, sounds: Sequence[Waveform], codebooks: int | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """(original, decoded) of each sound, cut to whole frames, [S]; the codec must be in eval."""
+    device, pairs = codec.up.weight.device, []
     for sound in sounds:
         samples = len(sound) // FRAME_SIZE * FRAME_SIZE
-        pcm = torch.from_numpy(sound[:samples].astype(np.float32) / 32768)[None, None]
-        decoded = codec.decode(codec.encode(pcm.to(codec.up.weight.device))).cpu()
-        scores.append(stoi(pcm[0, 0].numpy(), decoded[0, 0].numpy(), SAMPLE_RATE))
-    codec.train()
-    codec.tokenizer.eval()
-    return float(np.mean(scores))
+        pcm = torch.from_numpy(sound[:samples].astype(np.float32) / 32768).to(device)
+        decoded = codec.decode(codec.encode(pcm[None, None])[:, :codebooks])
+        pairs.append((pcm, decoded[0, 0]))
+    return pairs
+
+
+def mean_stoi(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Mean short-time objective intelligibility of decoded utterances (Taal et al., 2011)."""
+    return float(np.mean([stoi(a.cpu().numpy(), b.cpu().numpy(), SAMPLE_RATE) for a, b in pairs]))
+
+
+@torch.inference_mode()
+def evaluate(
+    codec: SpectralCodec, sounds: Sequence[Waveform], criterion: MultiScaleMel, config: TrainConfig
+) -> tuple[dict[str, float], list[tuple[Tensor, Tensor]]]:
+    """Numbers on held-out utterances, and the (original, decoded) behind them."""
+    pairs = round_trips(codec, sounds)
+    found = {
+        "stoi_validation": mean_stoi(pairs),
+        "mel_validation": float(np.mean([criterion(b[None], a[None]).item() for a, b in pairs])),
+    }
+    for number in config.validation_codebooks:
+        found[f"stoi_validation_{number}"] = mean_stoi(round_trips(codec, sounds, number))
+    return found, pairs
+
+
+def picture(criterion: MultiScaleMel, sounds: Sequence[Tensor]) -> Tensor:
+    """Log-mel spectrograms of sounds [S] of one length, below each other: [1, height, width]."""
+    spectra = criterion.spectra(torch.stack(list(sounds)).float())[-1].transpose(1, 2).flip(1)
+    rows = [(row / 11.5 + 1).clamp(0, 1) for row in spectra]  # e^−11.5: 100 dB below full scale
+    line = torch.ones_like(rows[0][:2])
+    return torch.cat([part for row in rows for part in (line, row)][1:])[None]
 
 
 def _build(config: TrainConfig) -> SpectralCodec:
-    tokenizer = load_speech_tokenizer_of(config.tokenizer)
-    codec = SpectralCodec(config.model.model_copy(update={"tokenizer": tokenizer.config}))
+    shape, tokenizer = config.model, None
+    if config.tokenizer is not None:
+        tokenizer = load_speech_tokenizer_of(config.tokenizer)
+        shape = shape.model_copy(update={"tokenizer": tokenizer.config})
+    codec = SpectralCodec(shape)
     if config.init_from is not None:
         checkpoints.restore(codec, checkpoints.load(codec_folder(config.init_from)))
-    codec.tokenizer.load_state_dict(tokenizer.state_dict())
-    codec.tokenizer.requires_grad_(False)
+    if codec.tokenizer is not None and tokenizer is not None:
+        codec.tokenizer.load_state_dict(tokenizer.state_dict())
+        codec.tokenizer.requires_grad_(False)
     return codec
 
 
@@ -132,58 +386,117 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     output_dir = config.output or config.run.dir / "codec"
     checkpoints.check_replaceable(output_dir)
     run = Run("codec", config.run, config, resume)
-    codec = _build(config)
+    codec = _build(config).to(run.device)
+    teacher: Teacher | None = None
+    if config.teacher is not None:
+        teacher = load_teacher(config.teacher.model).to(run.device)
     sources = [(source.weight, load_waveforms(source.path)) for source in config.sources]
     held_out = load_waveforms(config.validation)[: config.validation_utterances]
     criterion = MultiScaleMel().to(run.device)
-    optimizer = config.optimizer.build(codec)
-    run.restore(codec, optimizer)
-    model, optimizer = run.accelerator.prepare(codec, optimizer)
-    bare: SpectralCodec = run.accelerator.unwrap_model(model)
-    residual = len(config.model.codebooks)
+    bare = Objective(codec, None if teacher is None else teacher.width).to(run.device)
+    optimizer = config.optimizer.build(bare)
+    run.restore(bare, optimizer)
+    average = Average(codec, config.ema) if config.ema > 0 else None
+    counts = CodeCounts([math.prod(factors) for factors in codec.codebooks], run.device)
+    if (saved := run.load()) is not None:
+        counts.load(saved["counts"])
+        if average is not None and saved["average"]:
+            average.load(saved["average"])
+    adversary = None
+    if config.adversarial is not None:
+        adversary = Adversary(config.adversarial, run, config.mel_weight)
+    objective, optimizer = run.accelerator.prepare(bare, optimizer)
 
     def state() -> dict[str, Any]:
-        return {"model": bare.state_dict(), "optimizer": optimizer.state_dict()}
+        parts: dict[str, Any] = {
+            "model": bare.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "average": {} if average is None else average.weights,
+            "counts": counts.counts,
+        }
+        return parts if adversary is None else {**parts, "adversary": adversary.state()}
 
-    def evaluate(step: int) -> dict[str, float]:
-        return {"stoi_validation": evaluate_stoi(bare, held_out)}
+    def validate(step: int) -> dict[str, float]:
+        if average is not None:
+            average.swap(codec)
+        codec.eval()
+        found, pairs = evaluate(codec, held_out, criterion, config)
+        codec.train()
+        if average is not None:
+            average.swap(codec)
+        if run.tensorboard is not None:
+            for number, pair in enumerate(pairs[: config.samples]):
+                for kind, pcm in zip(("original", "decoded"), pair, strict=True):
+                    pcm = pcm.clamp(-1, 1)[None]
+                    run.tensorboard.add_audio(f"sound/{number}/{kind}", pcm, step, SAMPLE_RATE)
+                run.tensorboard.add_image(f"mel/{number}", picture(criterion, pair), step)
+        return found
 
-    def batch_of(step: int) -> Tensor:
-        return draw_crops(sources, config, run.rng(step))
+    def batch_of(step: int) -> Batch:
+        # A process of its own stream each; the first has that of a run of one.
+        rank = run.accelerator.process_index
+        rng = np.random.default_rng((config.run.seed, step, rank)) if rank else run.rng(step)
+        pcm = draw_crops(sources, config, rng)
+        return Batch(pcm, None if teacher is None else teacher.prepare(pcm))
 
-    bare.train()
-    bare.tokenizer.eval()
+    def train_step(step: int, batch: Batch) -> dict[str, Tensor]:
+        """One update of the weights; numbers to log."""
+        rate = config.optimizer.rate(step, config.run.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        pcm, taught = batch.pcm.to(run.device), None
+        if teacher is not None and batch.heard is not None:
+            with run.accelerator.autocast():
+                taught = teacher(batch.heard.to(run.device), pcm.shape[-1])
+        rows = draw_rows(config, np.random.default_rng((config.run.seed, 3, step)))
+        depth, bypass = (row.to(run.device) for row in rows)
+        output, distance = objective(pcm, depth, bypass, taught)
+        original, decoded = pcm[:, 0], output.pcm[:, 0]
+        told: dict[str, Tensor] = {}
+        if adversary is None or step < adversary.begin:
+            mel = criterion(decoded, original)
+            sound = config.mel_weight * mel
+        else:
+            leaf = decoded.detach().requires_grad_()
+            mel = criterion(leaf, original)
+            gradient, told = adversary.pull(step, leaf, original, mel)
+            sound = (decoded * gradient).sum()  # of no meaning, but of the right gradient
+        loss = sound + config.commitment_weight * output.commitment
+        if config.teacher is not None:
+            loss = loss + config.teacher.weight * distance
+            told["distillation"] = distance.detach()
+        run.accelerator.backward(loss)
+        norm = clip_gradients(objective, config.optimizer.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if average is not None:
+            average.update(codec, step)
+        counts.add(output.codes)
+        return {
+            "mel": mel.detach(), "commitment": output.commitment.detach(), **told, "norm": norm
+        }  # fmt: skip
+
+    objective.train()
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(batch_of, run.first_step)
-        for step in run.steps(state, evaluate):
-            pcm = coming.result().to(run.device)
+        for step in run.steps(state, validate):
+            batch = coming.result()
             coming = ahead.submit(batch_of, step + 1)
-            rate = config.optimizer.rate(step, config.run.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            rng = np.random.default_rng((config.run.seed, 3, step))
-            kept = rng.integers(1, residual + 1, len(pcm))
-            kept[rng.random(len(pcm)) >= config.dropout_share] = residual
-            output = model(pcm, torch.from_numpy(kept).to(run.device))
-            distance = criterion(output.pcm[:, 0], pcm[:, 0])
-            loss = config.mel_weight * distance + config.commitment_weight * output.commitment
-            run.accelerator.backward(loss)
-            norm = clip_gradients(model, config.optimizer.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            told = train_step(step, batch)
             if (step + 1) % config.run.log_every == 0:
-                used = [level.unique().numel() for level in output.codes[:, 1:].unbind(1)]
-                run.log(
-                    step,
-                    {
-                        "mel": distance.item(),
-                        "commitment": output.commitment.item(),
-                        "norm": norm.item(),
-                        "lr": rate,
-                        "codes_in_batch": float(np.mean(used)),
-                    },
-                )
-    card = {"trainee": "codec", "steps": run.done, "batch": config.batch}
+                numbers = {name: value.item() for name, value in told.items()}
+                rate = config.optimizer.rate(step, config.run.steps)
+                run.log(step, {**numbers, "lr": rate, **counts.read()})
+    if average is not None:
+        average.swap(codec)
+    card = {
+        "trainee": "codec",
+        "steps": run.done,
+        "adversarial_steps": 0 if adversary is None else max(0, run.done - adversary.begin),
+        "batch": config.batch,
+        "crop_frames": config.crop_frames,
+        "ema": config.ema,
+    }
     return checkpoints.save(
-        output_dir, bare.config, bare.state_dict(), dtype=config.dtype, card=card
+        output_dir, codec.config, codec.state_dict(), dtype=config.dtype, card=card
     )

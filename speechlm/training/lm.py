@@ -28,7 +28,7 @@ from speechlm import convert
 from speechlm.data import Mixture, Source, TextTokenizer, WeightConfig, train_text_tokenizer
 from speechlm.model import Batch, LMConfig, LMSampling, LossConfig, Losses, SpeechLM
 from speechlm.streams import ABSENT, Streams
-from speechlm.training.run import OptimizerConfig, Run, RunConfig, clip_gradients
+from speechlm.training.run import Average, OptimizerConfig, Run, RunConfig, clip_gradients
 from synth_data import quiz
 from synth_data.text import sentences_from
 
@@ -117,29 +117,6 @@ def mask_heard(batch: Batch, streams: Streams, share: float, rng: np.random.Gene
     hidden = torch.from_numpy(rng.random(heard.shape) < share).to(heard.device) & voiced
     inputs[:, streams.heard_index] = heard.masked_fill(hidden, ABSENT)
     return replace(batch, inputs=inputs)
-
-
-class Average:
-    """Exponential moving average of a model's weights."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after `step`; early on the average forgets faster."""
-        decay = min(self.decay, (step + 1) / (step + 10))
-        now = [p.detach() for _, p in model.named_parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), now, 1 - decay)
-
-    @torch.no_grad()
-    def swap(self, model: nn.Module) -> None:
-        """Exchange the model's weights and the average; a second call undoes it."""
-        for name, parameter in model.named_parameters():
-            kept = parameter.detach().clone()
-            parameter.copy_(self.weights[name])
-            self.weights[name].copy_(kept)
 
 
 def make_tokenizer(config: TextConfig, seed: int) -> TextTokenizer:
@@ -246,13 +223,14 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if config.validation:
         unseen = mixture(config.validation, 0)
         held_out = [unseen.next() for _ in range(config.validation_batches)]
+    model.to(run.device)  # before anything copies its weights
     optimizer = config.optimizer.build(model)
-    average = Average(model, config.ema) if config.ema > 0 else None
     run.restore(model, optimizer)
+    average = Average(model, config.ema) if config.ema > 0 else None
     if (saved := run.load()) is not None:
         data.load_state_dict(saved["data"])
-        if average is not None:
-            average.weights = saved["average"]
+        if average is not None and saved["average"]:
+            average.load(saved["average"])
     if config.compile:
         for block in (*model.temporal.blocks, *model.depth.transformer.blocks):
             block.compile()

@@ -191,12 +191,17 @@ class Run:
         """What the last `save` was given, or None when there is nothing to resume."""
         return None if self._resumed is None else self._resumed["state"]
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Load `model` and `optimizer` of the last `save`, if there is one.
+    def restore(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, part: str | None = None
+    ) -> None:
+        """Load `model` and `optimizer` of the last `save`, or of a part of it, if there is one.
 
         Raises UserError when they are of another shape than the ones given.
         """
-        if (saved := self.load()) is None:
+        saved = self.load()
+        if saved is not None and part is not None:
+            saved = saved.get(part)
+        if saved is None:
             return
         try:
             model.load_state_dict(saved["model"])
@@ -212,6 +217,8 @@ class Run:
         if not self.main:
             return
         content = {"step": step, "torch_rng": torch.get_rng_state(), "state": state}
+        if self.device.type == "cuda":
+            content["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         fresh = self.checkpoint.with_suffix(".new")
         torch.save(content, fresh)
         with open(fresh, "rb") as file:
@@ -247,6 +254,8 @@ class Run:
         if self._resumed is not None:
             # Only now: building the model has drawn from the generator too.
             torch.set_rng_state(self._resumed["torch_rng"])
+            if self.device.type == "cuda" and "cuda_rng" in self._resumed:
+                torch.cuda.set_rng_state(self._resumed["cuda_rng"], self.device)
         self._last = ""
         columns = (
             TextColumn("{task.description}"),
@@ -277,6 +286,38 @@ class Run:
                     break
         if self.tensorboard is not None:
             self.tensorboard.flush()
+
+
+class Average:
+    """Exponential moving average of the weights that a model trains."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """`model` must be on its device already."""
+        self.decay = decay
+        self.weights = {
+            name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
+        }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after `step`; early on the average forgets faster."""
+        decay = min(self.decay, (step + 1) / (step + 10))
+        now = [p.detach() for name, p in model.named_parameters() if name in self.weights]
+        torch._foreach_lerp_(list(self.weights.values()), now, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the model's weights and the average; a second call undoes it."""
+        for name, parameter in model.named_parameters():
+            if name in self.weights:
+                kept = parameter.detach().clone()
+                parameter.copy_(self.weights[name])
+                self.weights[name].copy_(kept)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Go on from the `weights` of another average of the same model."""
+        for name, weight in self.weights.items():
+            weight.copy_(weights[name])
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from audio_codec.audio import FRAME_SIZE
 from audio_codec.codec import Codec
-from audio_codec.spectral import HOP, Analysis, SpectralCodec, SpectralConfig, Synthesis
+from audio_codec.spectral import (
+    HOP,
+    Analysis,
+    SemanticConfig,
+    SpectralCodec,
+    SpectralConfig,
+    Synthesis,
+)
 from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig
 
 CONFIG = SpectralConfig(
@@ -48,7 +55,8 @@ def build(config: SpectralConfig = CONFIG) -> SpectralCodec:
     for size, level in enumerate(codec.quantizer.levels):
         level.codebook.copy_(torch.randn_like(level.codebook) / 2**size)
     codec.eval().requires_grad_(False)
-    calibrate(codec.tokenizer)
+    if codec.tokenizer is not None:
+        calibrate(codec.tokenizer)
     return codec
 
 
@@ -125,6 +133,23 @@ def test_decoding_streams(chunks: list[int], script: list[Tick]) -> None:
         axis=2,
         out_axis=2,
         tolerance=1e-4,
+    )
+    assert_streams(module, chunks, script)
+
+
+DISTILLED = CONFIG.model_copy(update={"semantic": SemanticConfig(size=32, dim=5)})
+
+
+@streaming_settings
+@given(chunks=chunkings(10), script=scripts(8))
+def test_a_distilled_codebook_0_streams(chunks: list[int], script: list[Tick]) -> None:
+    codec, generator = build(DISTILLED), torch.Generator().manual_seed(6)
+    module = Streaming(
+        codec.encode,
+        codec.new_encoder_state,
+        lambda n: 0.1 * torch.randn(1, 1, n * FRAME_SIZE, generator=generator),
+        axis=2,
+        out_axis=2,
     )
     assert_streams(module, chunks, script)
 
@@ -268,6 +293,87 @@ def test_training_moves_the_codec_and_not_the_tokenizer() -> None:
             assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
             assert bool(parameter.grad.any()), f"{name} gets no gradient"
     assert all(torch.equal(before[n], t) for n, t in codec.tokenizer.state_dict().items())
+
+
+@pytest.mark.parametrize("config", [CONFIG, DISTILLED], ids=["tokenizer", "distilled"])
+def test_each_row_passes_the_quantizers_in_its_own_way(config: SpectralConfig) -> None:
+    codec, pcm = build(config), noise(4, 1, 5 * FRAME_SIZE)
+    output = codec(pcm, torch.tensor([0, 2, 3, 0]), torch.tensor([False, False, False, True]))
+    codes = codec.encode(pcm)
+    assert torch.equal(output.codes, codes)
+    for row, kept in ((0, 1), (1, 3), (2, 4)):
+        alone = codec.decode(codes[row : row + 1, :kept])
+        torch.testing.assert_close(output.pcm[row : row + 1], alone, rtol=0, atol=1e-4)
+    assert not torch.allclose(output.pcm[3:], codec.decode(codes[3:]), atol=1e-3)
+    # Around the quantizers their codes say nothing.
+    for level in codec.quantizer.levels:
+        level.codebook.zero_()
+    again = codec(pcm, torch.tensor([0, 2, 3, 0]), torch.tensor([False, False, False, True]))
+    torch.testing.assert_close(again.pcm[3], output.pcm[3])
+    assert not torch.allclose(again.pcm[2], output.pcm[2], atol=1e-3)
+
+
+def test_a_row_that_keeps_only_codebook_0_teaches_what_it_keeps() -> None:
+    codec = build().train().requires_grad_(True)
+    codec(noise(2, 1, 4 * FRAME_SIZE), torch.tensor([0, 0])).pcm.square().mean().backward()
+    assert codec.front_in.weight.grad is None or not bool(codec.front_in.weight.grad.any())
+    assert bool(codec.semantic[0].weight.grad.any()) and bool(codec.up.weight.grad.any())
+
+
+def test_a_distilled_codec_has_no_tokenizer() -> None:
+    codec = build(DISTILLED)
+    assert codec.codebooks == ((32,), (16,), (16,), (16,))
+    assert codec.tokenizer is None
+    assert not [name for name in codec.state_dict() if name.startswith("tokenizer")]
+    pcm = noise(2, 1, 6 * FRAME_SIZE)
+    output = codec(pcm)
+    assert output.semantic is not None and output.semantic.shape == (2, 6, 5)
+    torch.testing.assert_close(output.semantic, codec.semantic_vq.decode(output.codes[:, 0]))
+    assert output.codes[:, 0].unique().numel() > 3
+    torch.testing.assert_close(output.pcm, codec.decode(output.codes), rtol=0, atol=1e-4)
+    assert build().forward(pcm).semantic is None
+
+
+def test_training_moves_all_of_a_distilled_codec() -> None:
+    codec = build(DISTILLED).train().requires_grad_(True)
+    output = codec(noise(2, 1, 6 * FRAME_SIZE))
+    (output.pcm.square().mean() + output.commitment + output.semantic.square().mean()).backward()
+    for name, parameter in codec.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.any()), f"{name} gets no gradient"
+
+
+def test_training_mode_leaves_the_tokenizer_frozen() -> None:
+    codec = build().train()
+    assert codec.training and codec.quantizer.training
+    assert codec.tokenizer is not None and not codec.tokenizer.training
+    assert not any(module.training for module in codec.tokenizer.modules())
+
+
+def test_the_shipped_shape_has_not_changed() -> None:
+    codec = SpectralCodec(SpectralConfig())
+    names = {name.split(".")[0] for name in codec.state_dict()}
+    assert names == {
+        *("tokenizer", "front_in", "front", "down", "latent", "to_latent", "semantic"),
+        *("quantizer", "from_latent", "decoder_latent", "up", "back", "head"),
+    }
+    size = sum(p.numel() for n, p in codec.named_parameters() if not n.startswith("tokenizer"))
+    assert size == pytest.approx(13.3e6, rel=0.03)
+
+
+@pytest.mark.gpu
+def test_a_gpu_codes_and_decodes_as_the_cpu_does() -> None:
+    for config in (CONFIG, DISTILLED):
+        here, there = build(config), build(config).cuda()
+        pcm = noise(2, 1, 12 * FRAME_SIZE)
+        codes = here.encode(pcm)
+        agree = (there.encode(pcm.cuda()).cpu() == codes).float().mean()
+        assert float(agree) > 0.98  # a rounding can tip a tie
+        torch.testing.assert_close(
+            there.decode(codes.cuda()).cpu(), here.decode(codes), rtol=1e-3, atol=1e-3
+        )
+        state = there.new_encoder_state(2)
+        chunks = [there.encode(part.cuda(), state) for part in pcm.split(FRAME_SIZE, 2)]
+        assert float((torch.cat(chunks, 2).cpu() == codes).float().mean()) > 0.98
 
 
 def test_silence_in_gives_finite_codes_and_gradients() -> None:

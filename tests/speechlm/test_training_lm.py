@@ -17,7 +17,8 @@ from speechlm import convert
 from speechlm.config import load_config
 from speechlm.model import Batch
 from speechlm.streams import ABSENT, Streams
-from speechlm.training.lm import Average, TrainConfig, mask_heard, train
+from speechlm.training.lm import TrainConfig, mask_heard, train
+from speechlm.training.run import Average
 from synth_data import shards
 from synth_data.tts import Word
 
