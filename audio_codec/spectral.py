@@ -224,6 +224,10 @@ class SpectralCodec(nn.Module):
         residual = latent - self.semantic(self.tokenizer.embed(semantic)).float()
         return torch.cat((semantic.unsqueeze(1), self.quantizer.encode(residual)), dim=1)
 
+    def embed_semantic(self, codes: Tensor) -> Tensor:
+        """Codes of codebook 0 [B, T] → the tokenizer's numbers that they stand for [B, T, Q]."""
+        return self.tokenizer.embed(codes)
+
     def decode(self, codes: Tensor, state: SpectralDecoderState | None = None) -> Tensor:
         """Codes [B, K' ≤ K, T] → waveform [B, 1, S]; fewer codebooks give a coarser sound."""
         latent = self.semantic(self.tokenizer.embed(codes[:, 0]))
