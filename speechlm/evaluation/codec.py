@@ -110,8 +110,8 @@ def synthesized(utterances: int, seed: int) -> list[Item]:
         items.append(Item(f"assistant {index}: {text}", speak(text, ASSISTANT).pcm, text))
     for index, said in enumerate(heldout_utterances(utterances, seed)):
         pcm = (said.pcm / 32768).astype(np.float32)
-        name = f"{said.speaker} {index}: {said.text}"
-        items.append(Item(name, pcm, None, Voice.parse(said.speaker).name, "users"))
+        name = f"{said.voice} {index}: {said.text}"
+        items.append(Item(name, pcm, None, Voice.parse(said.voice).name, "users"))
     return [item for item in items if len(item.pcm) >= SHORTEST * SAMPLE_RATE]
 
 
