@@ -232,8 +232,8 @@ def eval_codec(
     """How much of speech survives the codec, or each of several."""
     # A codec that is named stands alone; the shipped one is measured beside it when asked for.
     first = model if model or codec else "tiny"
-    options = {"seed": seed, "utterances": utterances}
-    options |= {"codecs": codec or (), "audio": audio, "levels": levels}
+    options: dict[str, Any] = {"seed": seed, "utterances": utterances, "codecs": codec or ()}
+    options |= {"audio": audio, "levels": levels}
     if report is None:
         return _evaluate("codec", first, json, **options)
     _check(json)

@@ -63,7 +63,7 @@ def si_sdr(original: Pcm, decoded: Pcm) -> float | None:
     shared = float(x @ y) ** 2 / (power * other) if other > 0 else 0.0
     least = 10 ** (-BEST_SI_SDR / 10)
     shared = min(max(shared, least), 1 - least)
-    return float(np.clip(10 * np.log10(shared / (1 - shared)), -BEST_SI_SDR, BEST_SI_SDR))
+    return float(10 * np.log10(shared / (1 - shared)))
 
 
 def mel_distance(original: Pcm, decoded: Pcm) -> float:

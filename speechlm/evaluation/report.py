@@ -461,7 +461,8 @@ def curves(panels: Sequence[Panel], label: str, *, logarithmic: bool = False) ->
             axis.set_axis_off()
         found = [axis.get_legend_handles_labels() for axis in axes]
         entries = {name: handle for pair in found for handle, name in zip(*pair, strict=True)}
-        figure.legend(entries.values(), entries, loc="outside lower center", ncols=4, fontsize=8)
+        handles, names = list(entries.values()), list(entries)
+        figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
         drawn = io.BytesIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     return drawn.getvalue()
