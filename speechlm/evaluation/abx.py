@@ -55,7 +55,7 @@ CARRIERS: Final = ("Now say {} again.", "They wrote {} down.")
 VOICES: Final = 7
 """Of the held-out voices, at most so many speak."""
 
-Features = npt.NDArray[np.float32]
+Features = npt.NDArray[np.floating]
 
 _CHUNK = 2048  # Pairs compared at once; bounds the memory.
 
@@ -143,7 +143,7 @@ def dtw(
 def distances(tokens: Sequence[Features]) -> npt.NDArray[np.float64]:
     """Warped distance of every two tokens [N, D] (each its own N): symmetric, zero on itself."""
     lengths = np.array([len(token) for token in tokens])
-    padded = np.zeros((len(tokens), lengths.max(), tokens[0].shape[1]), np.float32)
+    padded = np.zeros((len(tokens), lengths.max(), tokens[0].shape[1]))
     for row, token in zip(padded, tokens, strict=True):
         row[: len(token)] = token
     found = np.zeros((len(tokens), len(tokens)))
@@ -151,9 +151,11 @@ def distances(tokens: Sequence[Features]) -> npt.NDArray[np.float64]:
     for start in range(0, len(firsts), _CHUNK):
         i, j = firsts[start : start + _CHUNK], seconds[start : start + _CHUNK]
         a, b = padded[i], padded[j]
-        products = np.einsum("pnd,pmd->pnm", a, b)
-        squares = (a**2).sum(-1)[:, :, None] + (b**2).sum(-1)[:, None] - 2 * products
-        found[i, j] = found[j, i] = dtw(np.sqrt(squares.clip(min=0)), lengths[i], lengths[j])
+        size = (a**2).sum(-1)[:, :, None] + (b**2).sum(-1)[:, None]
+        squares = size - 2 * np.einsum("pnd,pmd->pnm", a, b)
+        # Equal codes must be at no distance at all: what rounding leaves would decide a tie.
+        squares[squares < 1e-12 * size] = 0
+        found[i, j] = found[j, i] = dtw(np.sqrt(squares), lengths[i], lengths[j])
     return found
 
 

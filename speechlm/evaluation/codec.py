@@ -38,7 +38,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -393,8 +393,8 @@ class Comparison:
     originals: dict[str, Metric]
     """What was measured of the sounds alone."""
     results: tuple[Result, ...]
-    shown: tuple[int, ...] = field(default=())
-    """Indices of the examples."""
+    examples: tuple[int, ...]
+    """Which of the sounds are shown in the report."""
 
     def metrics(self) -> dict[str, Metric]:
         """Every metric under its published name."""
@@ -485,7 +485,7 @@ class Comparison:
         yield report.Picture("codebooks", caption, report.curves(panels, "codebook"))
 
     def _examples(self) -> Iterator[report.Sound]:
-        for number, index in enumerate(self.shown):
+        for number, index in enumerate(self.examples):
             item = self.items[index]
             original = f"{item.name} - original"
             yield report.Sound(f"example-{number}-original", original, item.pcm, SAMPLE_RATE)

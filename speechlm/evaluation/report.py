@@ -305,7 +305,7 @@ def write_report(folder: str | Path, title: str, blocks: Sequence[Block]) -> Non
     media: dict[str, bytes] = {}
     for block in blocks:
         files = _media(block)
-        assert not media.keys() & files.keys(), f"two blocks are named {block}"
+        assert not media.keys() & files.keys(), f"two blocks are named {sorted(files)}"
         media |= files
     for name, content in media.items():
         with replacing(root / "media" / name) as temporary:
@@ -437,6 +437,8 @@ def curves(panels: Sequence[Panel], label: str, *, logarithmic: bool = False) ->
         for panel, axis in zip(panels, axes, strict=False):
             for name, points in panel.lines.items():
                 known = [(x, m, m.value) for x, m in points if m.value is not None]
+                if not known:
+                    continue
                 below = [v - (v if m.low is None else m.low) for _, m, v in known]
                 above = [(v if m.high is None else m.high) - v for _, m, v in known]
                 axis.errorbar(

@@ -108,9 +108,9 @@ def test_what_cannot_be_said_of_a_sound_is_none() -> None:
 
 def test_a_voice_print_does_not_depend_on_the_level() -> None:
     spoken = sentence()
-    one, other = fidelity.voice_print(spoken), fidelity.voice_print(spoken / 2)
-    assert one is not None and one.shape == (38,)
-    np.testing.assert_allclose(one, other, atol=0.05)
+    one, softer, other = map(fidelity.voice_print, (spoken, spoken / 2, noise()))
+    assert one is not None and softer is not None and other is not None and one.shape == (38,)
+    assert np.linalg.norm(one - softer) < 0.1 * np.linalg.norm(one - other)
 
 
 def prints(spread: float) -> tuple[np.ndarray, list[str]]:
@@ -130,7 +130,7 @@ def test_speaker_similarity_has_the_scale_that_it_says() -> None:
     # Prints of nobody in particular: pairs are ordered by chance, if there is a scale at all.
     blind = fidelity.speaker_similarity(*[np.random.default_rng(8).normal(size=(20, 12))] * 2,
                                         speakers)  # fmt: skip
-    assert blind is None or 0.4 < blind[1] < 0.6
+    assert blind is None or 0.4 < blind[1] < 0.65
     assert fidelity.speaker_similarity(originals, originals, ["a"] * 20) is None
     assert fidelity.speaker_similarity(originals, originals, [str(i) for i in range(20)]) is None
 
@@ -176,7 +176,7 @@ def test_dtw_finds_the_cheapest_path(seed: int, height: int, width: int) -> None
 def test_a_drawled_word_is_at_no_distance() -> None:
     token = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     distance = abx.distances([token, token.repeat(3, axis=0), token[::-1]])
-    assert distance[0, 1] == pytest.approx(0, abs=1e-3) and distance[0, 2] > 0.5
+    assert distance[0, 1] == 0 and distance[0, 2] > 0.5
     np.testing.assert_array_equal(distance, distance.T)
 
 
