@@ -299,6 +299,10 @@ class SpectralCodec(nn.Module):
             return self.semantic(self.semantic_vq.decode(semantic))
         return self.semantic(self.tokenizer.embed(semantic))
 
+    def embed_semantic(self, codes: Tensor) -> Tensor:
+        """Codes of codebook 0 [B, T] → the tokenizer's numbers that they stand for [B, T, Q]."""
+        return self.tokenizer.embed(codes)
+
     def decode(self, codes: Tensor, state: SpectralDecoderState | None = None) -> Tensor:
         """Codes [B, K' ≤ K, T] → waveform [B, 1, S]; fewer codebooks give a coarser sound."""
         latent = self._embed(codes[:, 0])

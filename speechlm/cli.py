@@ -308,7 +308,7 @@ def _shards(output: Path, made: BuildReport) -> None:
     )
 
 
-def _evaluate(question: str, model: str, json: Path | None, **options: Any) -> None:
+def _evaluate(question: str, model: str | None, json: Path | None, **options: Any) -> None:
     _check(json)
     module = importlib.import_module(f"speechlm.evaluation.{question.replace('-', '_')}")
     _report(f"eval {question}", module.evaluate(model, **options), json)
@@ -316,10 +316,42 @@ def _evaluate(question: str, model: str, json: Path | None, **options: Any) -> N
 
 @eval_app.command("codec")
 def eval_codec(
-    model: ModelName = "tiny", json: Json = None, seed: Seed = 0, utterances: Utterances = 100
+    model: Annotated[
+        str | None, typer.Option("--model", help="Whose codec to measure [default: tiny].")
+    ] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option("--codec", metavar="NAME_OR_PATH", help="Any codec; more for a comparison."),
+    ] = None,
+    audio: Annotated[
+        Path | None, typer.Option("--audio", metavar="FOLDER", help="Recordings to measure on.")
+    ] = None,
+    levels: Annotated[
+        str | None, typer.Option(metavar="1,2,4|all", help="Numbers of codebooks of the curve.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FOLDER", help="Pictures and sounds too.")
+    ] = None,
+    json: Json = None,
+    seed: Seed = 0,
+    utterances: Utterances = 100,
 ) -> None:
-    """How much of speech survives the codec."""
-    _evaluate("codec", model, json, seed=seed, utterances=utterances)
+    """How much of speech survives the codec, or each of several."""
+    # A codec that is named stands alone; the shipped one is measured beside it when asked for.
+    first = model if model or codec else "tiny"
+    options: dict[str, Any] = {"seed": seed, "utterances": utterances, "codecs": codec or ()}
+    options |= {"audio": audio, "levels": levels}
+    if report is None:
+        return _evaluate("codec", first, json, **options)
+    _check(json)
+    from speechlm.evaluation import report as writer
+
+    writer.check_report(report)
+    from speechlm.evaluation.codec import compare
+
+    compared = compare(first, **options)
+    writer.write_report(report, "What survives the codec", compared.document())
+    _report("eval codec", compared.metrics(), json)
 
 
 @eval_app.command("tokenizer")

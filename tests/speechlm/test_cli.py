@@ -22,7 +22,7 @@ from audio_codec import audio
 from audio_codec.bench import Figure
 from audio_codec.errors import UserError
 from speechlm import cli
-from speechlm.evaluation.report import Metric
+from speechlm.evaluation.report import Metric, Paragraph
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -174,6 +174,41 @@ def test_eval_writes_the_envelope_and_prints_the_table(
     status, out, err = run("eval", question, "--model", "huge", "--json", tmp_path / "b.json")
     assert (status, out, err) == (2, "", "speechlm: There is no model 'huge'; shipped is tiny.\n")
     assert not (tmp_path / "b.json").exists()
+
+
+def test_eval_codec_hands_over_codecs_sounds_and_levels(
+    run: Run, room: Callable[..., None], tmp_path: Path
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def evaluate(model: str | None, **options: Any) -> dict[str, Metric]:
+        calls.append({"model": model, **options})
+        return {"stoi": Metric(0.9)}
+
+    def compare(model: str | None, **options: Any) -> SimpleNamespace:
+        metrics = evaluate(model, **options)
+        return SimpleNamespace(metrics=lambda: metrics, document=lambda: [Paragraph("Said.")])
+
+    room("speechlm.evaluation.codec", evaluate=evaluate, compare=compare)
+    assert run("eval", "codec")[0] == 0
+    assert run("eval", "codec", "--codec", "encodec", "--codec", "b", "--levels", "all")[0] == 0
+    report, written = tmp_path / "report", tmp_path / "a.json"
+    status, out, _ = run(
+        "eval", "codec", "--model", "m", "--codec", "b", "--audio", tmp_path,
+        "--report", report, "--json", written, "--seed", 3, "--utterances", 7,
+    )  # fmt: skip
+    assert status == 0 and "stoi" in out
+    assert "Said." in (report / "report.md").read_text()
+    assert json.loads(written.read_text())["metrics"]["stoi"]["value"] == 0.9
+    plain = {"seed": 0, "utterances": 100, "codecs": (), "audio": None, "levels": None}
+    assert calls == [
+        {**plain, "model": "tiny"},
+        {**plain, "model": None, "codecs": ["encodec", "b"], "levels": "all"},
+        {**plain, "model": "m", "codecs": ["b"], "audio": tmp_path, "seed": 3, "utterances": 7},
+    ]
+    status, out, err = run("eval", "codec", "--report", written)
+    assert (status, out) == (2, "") and "name a folder" in err
+    assert len(calls) == 3
 
 
 @pytest.fixture

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+import soundfile
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -96,3 +100,122 @@ def test_what_is_no_measurement_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--json"):
         report.add_scores(tmp_path, [file])
     assert not (tmp_path / "card.json").exists()
+
+
+# --- Documents ------------------------------------------------------------------------------------
+
+NASTY = '<script src="https://x.invalid/a.js"></script> & "a|b"\n# `code` -- [x](https://x.invalid)'
+
+
+def document(text: str = NASTY) -> list[report.Block]:
+    """One block of every kind, with a text of somebody else's in each."""
+    pcm = np.sin(np.arange(24_000, dtype=np.float32) / 10) / 2
+    lines = {
+        text: [(1.0, Metric(0.5, 0.4, 0.6)), (2.0, Metric(0.6)), (3.0, Metric(None, reason=text))]
+    }
+    return [
+        report.Heading(text),
+        report.Paragraph(text),
+        report.Table([text, "b"], [[text, "1"], ["2", text]]),
+        report.Picture("curve", text, report.curves([report.Panel("stoi", lines)], "bit/s")),
+        report.Sound("tone", text, pcm, 24_000),
+    ]
+
+
+class Page(HTMLParser):
+    """What a page is made of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_a_report_is_one_page_that_asks_for_nothing(tmp_path: Path) -> None:
+    report.write_report(tmp_path / "new", NASTY, document())
+    text = (tmp_path / "new" / "report.html").read_text()
+    page = Page(text)
+    assert "script" not in page.tags and "a" not in page.tags
+    assert {"img", "audio", "table", "h2", "p", "figure"} <= set(page.tags)
+    assert len(page.addresses) == 3  # the curve, the spectrogram, the sound
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert "url(" not in text and "default-src 'none'" in text
+    assert page.text.count(NASTY) >= 5  # as it was written, and only as text
+
+
+def test_the_markdown_points_at_files_that_are_there(tmp_path: Path) -> None:
+    report.write_report(tmp_path, "Title", document("plain"))
+    text = (tmp_path / "report.md").read_text()
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert sorted(links) == ["media/curve.svg", "media/tone.flac", "media/tone.png"]
+    pcm, rate = soundfile.read(tmp_path / "media" / "tone.flac")
+    np.testing.assert_allclose(pcm, document()[-1].pcm, atol=1e-4)  # type: ignore[union-attr]
+    assert rate == 24_000 and (tmp_path / "media" / "tone.png").read_bytes()[:4] == b"\x89PNG"
+    assert "# Title" in text and "| plain | b |\n| --- | --- |\n| plain | 1 |" in text
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+@settings(max_examples=30, deadline=None)
+def test_no_text_breaks_a_markdown_table(first: str, second: str) -> None:
+    table = report.Table(["a", "b"], [[first, second]])
+    *_, header, _, row = report._markdown("t", [table]).rstrip("\n").split("\n")
+    assert len(re.findall(r"(?<!\\)\|", row)) == len(re.findall(r"(?<!\\)\|", header)) == 3
+    assert "<" not in row
+
+
+def test_drawings_are_the_same_bytes_each_time_and_show_what_they_are_of() -> None:
+    first, second = document("x"), document("x")
+    assert first[3] == second[3]
+    tone = first[4]
+    assert isinstance(tone, report.Sound)
+    assert report.spectrogram(tone.pcm, 24_000) == report.spectrogram(tone.pcm, 24_000)
+    assert report.spectrogram(tone.pcm, 24_000) != report.spectrogram(tone.pcm * 0.1, 24_000)
+    panels = [report.Panel(str(i), {"a": [(1.0, Metric(i))]}) for i in range(5)]
+    assert report.curves(panels, "x") != report.curves(panels[:4], "x")
+
+
+def test_a_report_cannot_take_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="file"):
+            report.check_report(folder)
+    report.check_report(tmp_path / "not" / "yet")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_metric_is_shown_with_its_interval_or_its_reason() -> None:
+    assert report.shown(Metric(0.8714, 0.8641, 0.879, 50)) == "0.8714 (0.8641 – 0.879)"
+    assert report.shown(Metric(1026.2, unit="bit/s")) == "1026"
+    assert report.shown(Metric(None, reason="no compiler")) == "none: no compiler"
+
+
+@pytest.mark.browser
+def test_a_browser_shows_and_plays_it(tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("needs a Chromium on the PATH")
+    report.write_report(tmp_path, "Title", document())
+    address = (tmp_path / "report.html").as_uri()
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        page.wait_for_function("document.querySelector('audio').duration > 0.9")
+        pictures = "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
+        page.wait_for_function(pictures)
+        browser.close()
+    assert [url for url in asked if not url.startswith("data:")] == [address]
