@@ -58,7 +58,7 @@ from speechlm.evaluation.conversation import progress_bar
 from speechlm.evaluation.report import Metric, bootstrap_mean, shown
 from speechlm.evaluation.tokenizer import heldout_speech, pooled_wer
 from synth_data import quiz
-from synth_data.tts import ASSISTANT, Voice, speak
+from synth_data.tts import ASSISTANT, speak
 from synth_data.verify import WordErrors, default_recognizer, word_errors
 
 log = logging.getLogger(__name__)
@@ -534,24 +534,6 @@ def slugs(names: Sequence[str]) -> list[str]:
 
 
 @torch.inference_mode()
-<<<<<<< HEAD
-def evaluate(model: str = "tiny", utterances: int = 100, seed: int = 0) -> dict[str, Metric]:
-    """Metrics of the codec inside a model, or of a codec's checkpoint directory."""
-    codec = load_codec_of(model)
-    recognizer = Recognizer()
-    pairs, before, after = [], [], []
-    for text in quiz.sentences("heldout", utterances, seed):
-        original, decoded = round_trip(codec, speak(text, ASSISTANT).pcm)
-        if len(original) < SAMPLE_RATE // 2:
-            continue  # too short for STOI's window of 384 ms to say anything
-        pairs.append((original, decoded))
-        before.append(word_errors(text, recognizer.transcribe(original)))
-        after.append(word_errors(text, recognizer.transcribe(decoded)))
-    users = [
-        round_trip(codec, pcm)
-        for pcm, _, _ in heldout_speech(utterances, seed)
-        if len(pcm) > 0.6 * SAMPLE_RATE
-=======
 def measure(
     codecs: Mapping[str, Codec],
     items: Sequence[Item],
@@ -574,7 +556,6 @@ def measure(
         index
         for group in ("main", "users")
         for index in [i for i, item in enumerate(items) if item.group == group][:per_group]
->>>>>>> codec-eval
     ]
     sizes = {name: [math.prod(f) for f in codec.codebooks] for name, codec in codecs.items()}
     counts = {
