@@ -295,12 +295,12 @@ class SpectralCodec(nn.Module):
 
     def _embed(self, semantic: Tensor) -> Tensor:
         """Codes of codebook 0 [B, T] → their part of the latent [B, T, D]."""
-        if self.tokenizer is None:
-            return self.semantic(self.semantic_vq.decode(semantic))
-        return self.semantic(self.tokenizer.embed(semantic))
+        return self.semantic(self.embed_semantic(semantic))
 
     def embed_semantic(self, codes: Tensor) -> Tensor:
-        """Codes of codebook 0 [B, T] → the tokenizer's numbers that they stand for [B, T, Q]."""
+        """Codes of codebook 0 [B, T] → the numbers that they stand for [B, T, Q]."""
+        if self.tokenizer is None:
+            return self.semantic_vq.decode(codes)
         return self.tokenizer.embed(codes)
 
     def decode(self, codes: Tensor, state: SpectralDecoderState | None = None) -> Tensor:

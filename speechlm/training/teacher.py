@@ -113,7 +113,7 @@ def load_teacher(name_or_path: str) -> Teacher:
                 f"teacher.model '{name_or_path}' is a {network.config.model_type} and takes "
                 f"{network.main_input_name}, no sound; choose a speech encoder."
             )
-        extractor = AutoFeatureExtractor.from_pretrained(path, local_files_only=True)
+        extractor: Any = AutoFeatureExtractor.from_pretrained(path, local_files_only=True)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"teacher.model '{name_or_path}' cannot be loaded: {reason}") from error
