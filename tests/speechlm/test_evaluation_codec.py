@@ -205,7 +205,7 @@ def test_abx_knows_perfect_from_useless_codes() -> None:
     ):
         found = abx.discrimination(tokens, said)
         for metric in found.values():
-            assert metric.n == 66 and metric.value == pytest.approx(expected, abs=0.07)
+            assert metric.n == 66 and metric.value == pytest.approx(expected, abs=0.1)
     assert abx.discrimination([], [])["abx_within"].reason
 
 
@@ -217,7 +217,7 @@ def test_voices_tell_within_from_across() -> None:
     }
     found = abx.discrimination([own[s.voice, s.word] for s in said], said)
     assert found["abx_within"].value == 0
-    assert found["abx_across"].value == pytest.approx(0.5, abs=0.1)
+    assert found["abx_across"].value == pytest.approx(0.5, abs=0.2)
 
 
 @functools.cache
