@@ -101,7 +101,7 @@ def load_teacher(name_or_path: str) -> Teacher:
     """
     path = checkpoints.resolve(name_or_path)
     if not _is_of_transformers(path):
-        return TokenizerTeacher(load_speech_tokenizer_of(name_or_path))
+        return TokenizerTeacher(load_speech_tokenizer_of(name_or_path)).eval()
     from transformers import AutoFeatureExtractor, AutoModel  # seconds, for those who use it
 
     try:
@@ -117,7 +117,7 @@ def load_teacher(name_or_path: str) -> Teacher:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"teacher.model '{name_or_path}' cannot be loaded: {reason}") from error
-    return TransformersTeacher(network, extractor)
+    return TransformersTeacher(network, extractor).eval()
 
 
 def _is_of_transformers(path: Path) -> bool:
