@@ -82,6 +82,9 @@ class TrainConfig(BaseModel):
     heard_mask: float = Field(0.1, ge=0, le=1)
     """Share of the transcript that is hidden from the input where the user's voice is there too:
     what the model writes down may be wrong, so it must not lean on that alone."""
+    user_mask: float = Field(0.0, ge=0, le=1)
+    """Share of the rows in which of the user's voice only the semantic codes are seen: they are
+    alike from one voice to the next, where the acoustic ones let a small corpus be memorized."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of an average of the weights that is evaluated and saved in their place; 0: none."""
     compile: bool = False
@@ -116,6 +119,17 @@ def mask_heard(batch: Batch, streams: Streams, share: float, rng: np.random.Gene
     heard, voiced = inputs[:, streams.heard_index], inputs[:, streams.user.start] != ABSENT
     hidden = torch.from_numpy(rng.random(heard.shape) < share).to(heard.device) & voiced
     inputs[:, streams.heard_index] = heard.masked_fill(hidden, ABSENT)
+    return replace(batch, inputs=inputs)
+
+
+def mask_user(batch: Batch, streams: Streams, share: float, rng: np.random.Generator) -> Batch:
+    """Hide the user's acoustic codes in a share of the rows."""
+    if share == 0:
+        return batch
+    inputs = batch.inputs.clone()
+    hidden = torch.from_numpy(rng.random(len(inputs)) < share).to(inputs.device)
+    acoustic = inputs[:, streams.user.start + 1 : streams.user.stop]
+    acoustic[hidden] = ABSENT
     return replace(batch, inputs=inputs)
 
 
@@ -267,6 +281,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         parts, rng = {}, run.rng(step)
         for name, (share, batch) in zip(names, data.next(), strict=True):
             seen = mask_heard(batch.to(run.device), model.streams, config.heard_mask, rng)
+            seen = mask_user(seen, model.streams, config.user_mask, rng)
             losses = objective(seen)
             run.accelerator.backward(share * losses.total)
             parts[name] = losses.parts

@@ -17,7 +17,7 @@ from speechlm import convert
 from speechlm.config import load_config
 from speechlm.model import Batch
 from speechlm.streams import ABSENT, Streams
-from speechlm.training.lm import TrainConfig, mask_heard, train
+from speechlm.training.lm import TrainConfig, mask_heard, mask_user, train
 from speechlm.training.run import Average
 from synth_data import shards
 from synth_data.tts import Word
@@ -86,6 +86,20 @@ def test_only_what_can_be_heard_is_hidden() -> None:
     assert 0.2 < share < 0.8
     assert torch.equal(masked[1], inputs[1]) and torch.equal(masked[:, :5], inputs[:, :5])
     assert (inputs[0] == 1).all()
+
+
+def test_whole_rows_lose_the_users_acoustic_codes_alone() -> None:
+    streams = Streams(text_size=20, codebooks=((5,), (5,), (5,)))
+    inputs = torch.ones(40, streams.count, 7, dtype=torch.long)
+    batch = Batch(inputs, inputs, torch.ones(inputs.shape), None)
+    masked = mask_user(batch, streams, 0.5, np.random.default_rng(0)).inputs
+    lost = masked == ABSENT
+    rows = lost.any(2).any(1)
+    assert 10 < int(rows.sum()) < 30
+    expected = torch.zeros_like(lost)
+    expected[rows, streams.user.start + 1 : streams.user.stop] = True
+    assert torch.equal(lost, expected) and (inputs == 1).all()
+    assert mask_user(batch, streams, 0.0, np.random.default_rng(0)) is batch
 
 
 class _StoppedError(Exception):
