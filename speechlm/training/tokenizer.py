@@ -6,7 +6,7 @@ band limits, SpecAugment), and recognized by CTC. The bottleneck warms up: at fi
 bypasses the rounding, then a growing share of rows passes through it, then all.
 
 What disturbs is applied to the mel powers, where a gain is a product, a band limit a cut and noise
-a sum: a tenth of the work that the same would be on the waveform.
+a sum: less work than the same on the waveform.
 
     speechlm train tokenizer configs/tokenizer/tiny.yaml [run.steps=…]
 """
@@ -204,7 +204,7 @@ def _rounded(frames: int) -> int:
     """Frames that a batch is padded to.
 
     Few lengths instead of every length: a CPU's matrix kernels are compiled for each shape anew,
-    which took a third of a training step.
+    which took a quarter of a training step.
     """
     return -(-frames // 4) * 4
 
