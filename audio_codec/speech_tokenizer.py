@@ -77,6 +77,7 @@ class TokenizerOutput:
 
     logits: Tensor  # [B, 2 T, V + 1] characters at 25 Hz
     codes: Tensor  # [B, T]
+    hidden: Tensor  # [B, 2 T, dim] the encoder's last layer, at 25 Hz
 
 
 class SpeechTokenizer(nn.Module):
@@ -126,8 +127,11 @@ class SpeechTokenizer(nn.Module):
 
     def features(self, mel: Tensor, state: EncoderState | None = None) -> Tensor:
         """Log-mel [B, M, n_mels] → bottleneck numbers before quantization [B, T, Q]."""
-        x = self.hidden(mel, state)
-        return self.to_bottleneck(x.reshape(x.shape[0], x.shape[1] // 2, -1))
+        return self._narrow(self.hidden(mel, state))
+
+    def _narrow(self, hidden: Tensor) -> Tensor:
+        """[B, 2 T, dim] → [B, T, Q]: two steps of the encoder become one frame."""
+        return self.to_bottleneck(hidden.reshape(hidden.shape[0], hidden.shape[1] // 2, -1))
 
     def encode(self, pcm: Tensor, state: EncoderState | None = None) -> Tensor:
         """Waveform [B, 1, S], S a multiple of 1920 → codes int64 [B, T]."""
@@ -172,12 +176,13 @@ class SpeechTokenizer(nn.Module):
         `frames` [B]: how many of the T frames are sound (the rest is padding); `quantized` [B]
         bool: rows that pass the rounding, see `FSQ.forward`.
         """
-        numbers = self.features(mel)
+        hidden = self.hidden(mel)
+        numbers = self._narrow(hidden)
         valid = None
         if frames is not None:
             valid = torch.arange(numbers.shape[1], device=mel.device) < frames.unsqueeze(1)
         values, codes = self.quantizer(numbers, valid, quantized)
-        return TokenizerOutput(self.characters(values), codes)
+        return TokenizerOutput(self.characters(values), codes, hidden)
 
     def transcribe(self, codes: Tensor) -> list[str]:
         """Greedy CTC transcript of codes [B, T], one string a row."""

@@ -3,7 +3,8 @@
 Utterances with transcripts (shards of `speechlm synth speech`) are held in memory as log-mel
 features, grouped by length into batches of a fixed amount of sound, disturbed (speed, gain, noise,
 band limits, SpecAugment), and recognized by CTC. The bottleneck warms up: at first every row
-bypasses the rounding, then a growing share of rows passes through it, then all.
+bypasses the rounding, then a growing share of rows passes through it, then all. A second CTC head
+before the bottleneck (Lee and Watanabe, 2021, arXiv 2102.03216) teaches the encoder directly.
 
 What disturbs is applied to the mel powers, where a gain is a product, a band limit a cut and noise
 a sum: less work than the same on the waveform.
@@ -26,12 +27,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, LogMel, Pcm
 from audio_codec.errors import UserError
 from audio_codec.speech_tokenizer import (
+    ALPHABET,
     SpeechTokenizer,
     TokenizerConfig,
     ctc_loss,
@@ -80,6 +82,8 @@ class AugmentConfig(BaseModel):
     speed_share: float = Field(0.0, ge=0, le=1)
     speed: tuple[float, float] = (0.87, 1.15)
     """Played so many times as fast, pitch and formants with it: a voice becomes many."""
+    warp: tuple[float, float] = (1.0, 1.0)
+    """Frequencies alone times so much, where the speed changes: another vocal tract, same tempo."""
     gain_db: tuple[float, float] = (-20.0, 6.0)
     noise_share: float = 0.5
     noise_db: tuple[float, float] = (5.0, 35.0)
@@ -110,6 +114,8 @@ class TrainConfig(BaseModel):
     """Share of the steps in which every row bypasses the rounding."""
     quantize_full: float = 0.3
     """Share of the steps after which every row is quantized."""
+    early_weight: float = Field(0.0, ge=0, lt=1)
+    """Share of the CTC loss that the head before the bottleneck gets."""
     unquantized: bool = False
     """Never quantize: the twin that says what the bottleneck costs."""
     init_from: str | None = None
@@ -209,12 +215,12 @@ def _rounded(frames: int) -> int:
     return -(-frames // 4) * 4
 
 
-def _stretch(power: Power, speed: float) -> Power:
-    """Mel powers of the same sound played `speed` times as fast: time and frequency scale."""
+def _stretch(power: Power, speed: float, warp: float = 1.0) -> Power:
+    """Mel powers of the sound played `speed` times as fast and its frequencies scaled by `warp`."""
     size = max(1, round(len(power) / speed))
     at = np.linspace(0, len(power) - 1, size)
-    # A band shows what lay at 1/speed of its frequency.
-    return _between(_between(power, at, 0), _band_of(_centers() / speed), 1)
+    # A band shows what lay at so much less than its frequency.
+    return _between(_between(power, at, 0), _band_of(_centers() / (speed * warp)), 1)
 
 
 def _between(power: Power, at: npt.NDArray[np.float64], axis: Literal[0, 1]) -> Power:
@@ -246,7 +252,7 @@ def disturb(
     """Speed, gain, band limit and noise on features [M, n_mels]; the speed changes their number."""
     power = mel_power(mel)
     if rng.random() < config.speed_share:
-        power = _stretch(power, float(rng.uniform(*config.speed)))
+        power = _stretch(power, rng.uniform(*config.speed), rng.uniform(*config.warp))
     if rng.random() < config.band_share:
         power[:, _centers() > rng.uniform(*config.band_hz)] = 0
     if rng.random() < config.noise_share:
@@ -271,6 +277,10 @@ class Batch:
     frames: Tensor  # [B] frames that are sound
     targets: Tensor  # [B, U] CTC classes
     lengths: Tensor  # [B]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch there."""
+        return Batch(*(x.to(device) for x in (self.mel, self.frames, self.targets, self.lengths)))
 
 
 def collate(
@@ -350,6 +360,24 @@ def transcribe(
     return [greedy_text(row[: 2 * n]) for row, n in zip(best, frames.tolist(), strict=True)]
 
 
+class Trainee(nn.Module):
+    """A tokenizer with the early head that only its training needs."""
+
+    def __init__(self, tokenizer: SpeechTokenizer, early_weight: float) -> None:
+        super().__init__()
+        self.tokenizer, self.early_weight = tokenizer, early_weight
+        self.early = nn.Linear(tokenizer.config.dim, len(ALPHABET) + 1) if early_weight else None
+
+    def forward(self, batch: Batch, quantized: Tensor) -> tuple[Tensor, Tensor]:
+        """CTC loss a character, and codes [B, T]; `quantized` [B]: rows that pass the rounding."""
+        output = self.tokenizer(batch.mel, batch.frames, quantized)
+        loss = ctc_loss(output.logits, batch.frames, batch.targets, batch.lengths)
+        if self.early is not None:
+            early = ctc_loss(self.early(output.hidden), batch.frames, batch.targets, batch.lengths)
+            loss = torch.lerp(loss, early, self.early_weight)
+        return loss, output.codes
+
+
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train and write a checkpoint directory; returns its path. Raises UserError on bad data."""
     output_dir = config.output or config.run.dir / "tokenizer"
@@ -360,14 +388,15 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     picks = np.random.default_rng(0).permutation(len(held_out))
     held_out = [held_out[i] for i in sorted(picks[: config.data.validation_utterances])]
     noise = load_noise(config.data.noise)
-    model = SpeechTokenizer(config.model)
+    tokenizer = SpeechTokenizer(config.model)
     if config.init_from is not None:
         start = load_speech_tokenizer_of(config.init_from).state_dict()
-        checkpoints.restore(model, checkpoints.Checkpoint(Path(config.init_from), {}, start))
+        checkpoints.restore(tokenizer, checkpoints.Checkpoint(Path(config.init_from), {}, start))
+    model = Trainee(tokenizer, config.early_weight)
     optimizer = config.optimizer.build(model)
     run.restore(model, optimizer)
     model, optimizer = run.accelerator.prepare(model, optimizer)
-    bare: SpeechTokenizer = run.accelerator.unwrap_model(model)
+    bare: Trainee = run.accelerator.unwrap_model(model)
     order = _Order(utterances, config, noise, run)
 
     def state() -> dict[str, Any]:
@@ -375,7 +404,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
     def evaluate(step: int) -> dict[str, float]:
         quantized = not config.unquantized and step >= config.quantize_from * config.run.steps
-        wer = evaluate_wer(bare, held_out, quantized=quantized, seconds=config.data.batch_seconds)
+        wer = evaluate_wer(
+            tokenizer, held_out, quantized=quantized, seconds=config.data.batch_seconds
+        )
         return {"wer_validation": wer}
 
     model.train()
@@ -388,29 +419,22 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             rng = run.rng(step)
-            mel = mask_mel(batch.mel, config.augment, rng).to(run.device)
-            quantized = torch.from_numpy(rng.random(len(mel)) < _share(config, step))
-            frames = batch.frames.to(run.device)
-            output = model(mel, frames, quantized.to(run.device))
-            loss = ctc_loss(
-                output.logits,
-                frames,
-                batch.targets.to(run.device),
-                batch.lengths.to(run.device),
-            )
+            mask_mel(batch.mel, config.augment, rng)
+            quantized = torch.from_numpy(rng.random(len(batch.mel)) < _share(config, step))
+            loss, codes = model(batch.to(run.device), quantized.to(run.device))
             run.accelerator.backward(loss)
             norm = clip_gradients(model, config.optimizer.clip)
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % config.run.log_every == 0:
-                used = output.codes.unique().numel() / bare.quantizer.size
+                used = codes.unique().numel() / tokenizer.quantizer.size
                 run.log(
                     step,
                     {"loss": loss.item(), "norm": norm.item(), "lr": rate, "batch_usage": used},
                 )
     card = {"trainee": "tokenizer", "steps": run.done, "utterances": len(utterances)}
     return checkpoints.save(
-        output_dir, config.model, bare.state_dict(), dtype=config.dtype, card=card
+        output_dir, config.model, tokenizer.state_dict(), dtype=config.dtype, card=card
     )
 
 
