@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
-from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, LogMel, LogMelState
+from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, LogMel, LogMelState
 from audio_codec.layers import ConvNeXtStack, StackState
 from audio_codec.quantize import FSQ
 from audio_codec.state import State, all_active
@@ -117,6 +117,11 @@ class SpeechTokenizer(nn.Module):
     def codebook(self) -> tuple[int, ...]:
         """Factor sizes of the codebook."""
         return self.config.levels
+
+    @property
+    def rate(self) -> float:
+        """Codes a second."""
+        return FRAME_RATE
 
     def hidden(self, mel: Tensor, state: EncoderState | None = None) -> Tensor:
         """Log-mel [B, M, n_mels] → what the encoder makes of it, [B, 2 T, dim] at 25 Hz."""
