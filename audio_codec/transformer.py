@@ -236,18 +236,24 @@ class Transformer(nn.Module):
             state.offset.add_(state.active * x.shape[1])
         return self.norm(x)
 
-    def new_state(self, batch: int, max_chunk: int = 1) -> TransformerState:
+    def new_state(
+        self, batch: int, max_chunk: int = 1, length: int | None = None
+    ) -> TransformerState:
         """State for chunks of up to `max_chunk` positions.
 
         A ring of exactly `window` entries would be wrong once it has wrapped: the last key of a
         chunk overwrites one that the chunk's first query still sees. Hence window + max_chunk − 1.
         Without a window a stream has no end and the ring no size, so a window is required.
+
+        `length`, less than the window: the stream ends after so many positions. A ring of that size
+        never wraps and costs as little as what it holds; its chunks may be of any size.
         """
         assert self.config.window is not None, "streaming needs a transformer with a window"
         assert self.config.causal, "a transformer that is not causal cannot stream"
+        assert length is None or length < self.config.window, (length, self.config.window)
         blocks = cast("Sequence[Block]", self.blocks)
         like = blocks[0].attention.out.weight
-        ring = self.config.window + max_chunk - 1
+        ring = self.config.window + max_chunk - 1 if length is None else length
         layers = [block.attention.new_state(batch, ring, like) for block in blocks]
         offset = torch.zeros(batch, dtype=torch.int64, device=like.device)
         return TransformerState(all_active(batch, like.device), layers, offset)
@@ -284,7 +290,8 @@ class Transformer(nn.Module):
     def _streaming(self, x: Tensor, state: TransformerState) -> _Positions:
         time, ring = x.shape[1], state.layers[0].key.shape[2]
         assert self.config.window is not None
-        limit = ring - self.config.window + 1
+        # A ring smaller than the window holds its whole stream.
+        limit = ring if ring < self.config.window else ring - self.config.window + 1
         assert time <= limit, f"a chunk of {time} positions, but the state was made for {limit}"
         now = state.offset[:, None] + torch.arange(time, device=x.device)  # [B, T] query positions
         last = now[:, -1:]

@@ -255,6 +255,32 @@ def bench_codec(
     _report("bench codec", metrics, json)
 
 
+@bench_app.command("synth")
+def bench_synth(
+    text_to_token: Annotated[
+        str, typer.Option("--text-to-token", metavar="FOLDER", help="Its checkpoint.")
+    ],
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", help="Whose codes it speaks: a model, codec or tokenizer.")
+    ],
+    texts: Annotated[int, typer.Option(min=16, help="Held-out sentences.")] = 1024,
+    json: Json = None,
+) -> None:
+    """Text into codes: a text-to-token model against TTS and tokenizer."""
+    _check(json)
+    from speechlm import convert
+    from speechlm.evaluation.report import Metric
+    from synth_data import bench as room
+    from synth_data import quiz
+
+    listener = str(convert.tokenizer_folder(tokenizer))
+    said = quiz.sentences("heldout", texts, 0)
+    measured = room.errors(text_to_token, listener, said[:300])
+    measured |= room.speed(text_to_token, listener, said)
+    metrics = {name: Metric(**vars(figure)) for name, figure in measured.items()}
+    _report("bench synth", metrics, json)
+
+
 def _train(trainee: str, config: Path, overrides: list[str] | None, resume: bool) -> None:
     # Each trainee is a module of speechlm.training with a `TrainConfig` and a `train`.
     from speechlm.config import load_config
@@ -273,6 +299,12 @@ def train_tokenizer(config: Recipe, overrides: Overrides = None, resume: Resume 
 def train_codec(config: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
     """The codec, on top of a frozen tokenizer."""
     _train("codec", config, overrides, resume)
+
+
+@train_app.command("text-to-token")
+def train_text_to_token(config: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
+    """The model that turns text into semantic codes without any sound."""
+    _train("text_to_token", config, overrides, resume)
 
 
 @train_app.command("lm")
@@ -299,6 +331,26 @@ def synth_dialogues(config: Recipe, overrides: Overrides = None) -> None:
 
     recipe = load_config(config, overrides or [], build.DialoguesConfig)
     _shards(recipe.output, build.build_dialogues(recipe))
+
+
+@synth_app.command("pairs")
+def synth_pairs(config: Recipe, overrides: Overrides = None) -> None:
+    """Texts with the semantic codes of their sound, for the text-to-token model."""
+    from speechlm.config import load_config
+    from synth_data.recipes import pairs
+
+    recipe = load_config(config, overrides or [], pairs.PairsConfig)
+    _shards(recipe.output, pairs.build_pairs(recipe))
+
+
+@synth_app.command("interleave")
+def synth_interleave(config: Recipe, overrides: Overrides = None) -> None:
+    """Documents of text and speech in turns, spoken by a text-to-token model."""
+    from speechlm.config import load_config
+    from synth_data.recipes import interleave
+
+    recipe = load_config(config, overrides or [], interleave.InterleaveRecipe)
+    _shards(recipe.output, interleave.build_interleaved(recipe))
 
 
 def _shards(output: Path, made: BuildReport) -> None:

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
 from audio_codec.audio import FRAME_RATE
 from audio_codec.errors import UserError
@@ -36,7 +36,13 @@ from speechlm.model import Batch
 from speechlm.streams import ABSENT, BOS, EOS, EPAD, PAD, SPEECH, TEXT, Streams
 from synth_data import quiz, shards
 from synth_data.dialogue import ASSISTANT, USER
-from synth_data.interleave import InterleaveConfig, frame_range, interleave
+from synth_data.interleave import (
+    QUESTION_RULES,
+    InterleaveConfig,
+    frame_range,
+    interleave,
+    read_segments,
+)
 from synth_data.text import normalize, sentences_from, spell_out
 from synth_data.tts import Word
 
@@ -334,17 +340,24 @@ def sentence_document(sentence: str, streams: Streams, tokenizer: TextTokenizer)
     return Document(_silent(streams, frames), weights, whole=True)
 
 
+Role = Literal["own", "user"]
+"""Who speaks in a span of speech."""
+
+
 def interleaved_document(
     spans: Sequence[Sequence[int] | Codes],
     streams: Streams,
     config: WeightConfig,
-    role: Literal["own", "user"] = "own",
+    role: Role | Sequence[Role] = "own",
 ) -> Document:
-    """Text and speech in turn: a span is a list of pieces or codes [K, T].
+    """Text and speech in turn: a span is a list of pieces or codes [K', T], the first K' ≤ K books.
 
     `<speech>` opens a span of frames whose text is PAD; delays apply within it and its trailing
-    columns come before the `<text>` that closes it. Codes are learned in the role `own` alone.
+    columns come before the `<text>` that closes it. Codes are learned in the role `own` alone; a
+    span without acoustic codes (those of a text-to-token model) leaves them absent. `role` is one
+    for all, or one a span.
     """
+    roles = [role] * len(spans) if isinstance(role, str) else role
     parts: list[Ids] = []
 
     def text(pieces: Sequence[int]) -> None:
@@ -353,16 +366,18 @@ def interleaved_document(
         parts.append(part)
 
     text([BOS])
-    for span in spans:
+    for span, speaker in zip(spans, roles, strict=True):
         if not isinstance(span, np.ndarray):
             text(span)
             continue
-        side = streams.own if role == "own" else streams.user
-        frames = np.full((streams.count, span.shape[1]), ABSENT, np.int32)
-        frames[side] = span
+        books, time = span.shape
+        first = (streams.own if speaker == "own" else streams.user).start
+        frames = np.full((streams.count, time), ABSENT, np.int32)
+        frames[first : first + books] = span
         columns = streams.delay(torch.from_numpy(frames)).numpy()
+        columns = columns[:, : time + max(streams.code_delays[:books])]
         absent = np.ones(streams.count, bool)
-        absent[side] = False
+        absent[first : first + books] = False
         columns[absent] = ABSENT  # the other speaker has no start id here either
         columns[streams.text_index] = PAD
         text([SPEECH])
@@ -372,8 +387,7 @@ def interleaved_document(
     columns = np.concatenate(parts, axis=1)
     weights = np.zeros(columns.shape, np.float32)
     weights[streams.text_index] = _text_weights(columns[streams.text_index], 1.0, config.pad)
-    if role == "own":
-        weights[streams.own] = _code_weights(columns[streams.own], streams, config)
+    weights[streams.own] = _code_weights(columns[streams.own], streams, config)
     return Document(_silent(streams, columns), weights, whole=True)
 
 
@@ -419,18 +433,29 @@ class SentenceSource(BaseModel):
 
 
 class InterleavedSource(BaseModel):
-    """Utterances of which some words stay text and the others become speech."""
+    """Text and speech in one document: laid out by `speechlm synth interleave`, or only now.
+
+    Of an utterance with codes and word times some words stay text and the others become speech.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["interleaved"]
     path: Path
-    """Shard folder with codes and word times; each channel is a speaker of its own."""
+    """Shard folder of interleaved documents, or of codes with word times, where each channel is a
+    speaker of its own."""
     rows: PositiveInt
     layout: InterleaveConfig = InterleaveConfig()
-    """How much of it is speech."""
+    """How much of an utterance is speech; its unit must be the word."""
     max_words: PositiveInt = 60
-    """Words in a document."""
+    """Words of an utterance in a document."""
+
+    @field_validator("layout")
+    @classmethod
+    def _words(cls, layout: InterleaveConfig) -> InterleaveConfig:
+        if layout.unit != "word":
+            raise ValueError("utterances with word times name no sentences; layout.unit is 'word'")
+        return layout
 
 
 Source = Annotated[
@@ -585,6 +610,45 @@ class _Utterance:
     words: tuple[Word, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _LaidOut:
+    """A document of which somebody has decided what is speech."""
+
+    spans: list[list[int] | Codes]
+    roles: list[Role] | None
+    """Of each span; None where any role will do, the same for all."""
+
+
+def lay_out(sample: shards.Sample, streams: Streams, tokenizer: TextTokenizer) -> _LaidOut:
+    """Give ids to an interleaved sample. Raises UserError when its codes are not for this model."""
+    if sample.codes is None or sample.codes.shape[1] > streams.k:
+        raise UserError(
+            f"interleaved sample '{sample.id}' has no codes, or more than the {streams.k} codebooks "
+            "of this model."
+        )
+    books = sample.codes.shape[1]
+    if (sample.codes[0] >= np.array(streams.code_sizes[:books])[:, None]).any():
+        raise UserError(
+            f"interleaved sample '{sample.id}' has codes beyond the codebooks of this model."
+        )
+    segments = read_segments(sample.meta)
+    spans = [
+        tokenizer.encode(segment.text)
+        if segment.modality == "text"
+        else sample.codes[0][:, segment.first : segment.last]
+        for segment in segments
+    ]
+    rule, roles = sample.meta["rule"], None
+    if rule in QUESTION_RULES:  # the user asks, the model answers
+        roles = [_ROLES[segment.utterance] for segment in segments]
+    elif rule in ("asr", "tts"):
+        roles = [_ROLES[rule == "tts"]] * len(segments)
+    return _LaidOut(spans, roles)
+
+
+_ROLES: tuple[Role, Role] = ("user", "own")
+
+
 class _Interleaved:
     def __init__(
         self,
@@ -596,20 +660,33 @@ class _Interleaved:
     ) -> None:
         self.config, self.streams, self.tokenizer = config, streams, tokenizer
         self.weights, self.seed = weights, seed
-        self.utterances = [
-            _Utterance(sample.codes[channel], words)
-            for sample in shards.read(config.path, audio=False)
-            if sample.codes is not None
-            for channel, words in enumerate(sample.words)
-            if words and sample.codes.shape[1] == streams.k
-        ]
-        if not self.utterances:
+        self.found: list[_Utterance | _LaidOut] = []
+        for sample in shards.read(config.path, audio=False):
+            if "segments" in sample.meta:
+                self.found.append(lay_out(sample, streams, tokenizer))
+            elif sample.codes is not None and sample.codes.shape[1] == streams.k:
+                self.found += [
+                    _Utterance(sample.codes[channel], words)
+                    for channel, words in enumerate(sample.words)
+                    if words
+                ]
+        if not self.found:
             raise UserError(f"data: no utterance with {streams.k} codebooks in '{config.path}'.")
 
     def document(self, lane: int, number: int) -> Document:
-        index = _shuffled(self.seed, lane, number, len(self.utterances))
+        found = self.found[_shuffled(self.seed, lane, number, len(self.found))]
         rng = np.random.default_rng((self.seed, lane, number, 1))
-        words, codes = self.utterances[index].words, self.utterances[index].codes
+        spans: list[list[int] | Codes]
+        roles: list[Role] | None
+        if isinstance(found, _LaidOut):
+            spans, roles = found.spans, found.roles
+        else:
+            spans, roles = self._spans(found, rng), None
+        role = _ROLES[int(rng.random() < 0.5)]
+        return interleaved_document(spans, self.streams, self.weights, roles or role)
+
+    def _spans(self, found: _Utterance, rng: np.random.Generator) -> list[list[int] | Codes]:
+        words, codes = found.words, found.codes
         count = min(len(words), self.config.max_words)
         first = int(rng.integers(len(words) - count + 1))
         spans: list[list[int] | Codes] = []
@@ -621,8 +698,7 @@ class _Interleaved:
             else:
                 said = words[here.start : here.end]
                 spans.append([piece for word in said for piece in self.tokenizer.word(word.text)])
-        role: Literal["own", "user"] = "own" if rng.random() < 0.5 else "user"
-        return interleaved_document(spans, self.streams, self.weights, role)
+        return spans
 
 
 def open_source(

@@ -394,6 +394,8 @@ class SpeechLM(nn.Module):
                     output[:, codebook], code_head, target, weights[:, codebook]
                 )
                 total = total + config.audio * loss
+                if not bool(learned.any()):  # speech of which only the semantic codes are known
+                    continue
                 mean = nll[learned].mean()
                 if codebook == 0:
                     parts["semantic"] = mean

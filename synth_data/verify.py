@@ -14,7 +14,7 @@ import logging
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +94,18 @@ def word_errors(reference: str, hypothesis: str) -> WordErrors:
 def wer(reference: str, hypothesis: str) -> float:
     """Word error rate of one utterance (may exceed 1); see ``WordErrors.rate``."""
     return word_errors(reference, hypothesis).rate
+
+
+def pooled_rate(errors: Sequence[WordErrors]) -> tuple[float, float, float]:
+    """Error rate of a corpus, with its 95% percentile bootstrap over utterances: rate, low, high.
+
+    2000 seeded resamples.
+    """
+    wrong = np.array([e.errors for e in errors])
+    words = np.array([e.words for e in errors])
+    picks = np.random.default_rng(0).integers(len(errors), size=(2000, len(errors)))
+    low, high = np.percentile(wrong[picks].sum(1) / words[picks].sum(1).clip(min=1), [2.5, 97.5])
+    return float(wrong.sum() / max(1, words.sum())), float(low), float(high)
 
 
 # --- A language model over possible answers -------------------------------------------------------

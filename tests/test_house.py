@@ -24,7 +24,10 @@ PACKAGES = ["audio_codec", "synth_data", "speechlm", "streaming", "demo"]
 RECIPES = {
     "speech": "synth_data.build:SpeechConfig",
     "dialogues": "synth_data.build:DialoguesConfig",
+    "pairs": "synth_data.recipes.pairs:PairsConfig",
+    "interleave": "synth_data.recipes.interleave:InterleaveRecipe",
     "tokenizer": "speechlm.training.tokenizer:TrainConfig",
+    "text_to_token": "speechlm.training.text_to_token:TrainConfig",
     "codec": "speechlm.training.codec:TrainConfig",
     "lm": "speechlm.training.lm:TrainConfig",
 }

@@ -22,7 +22,7 @@ from speechlm.evaluation.report import Metric
 from speechlm.training.tokenizer import Utterance, collate, log_mel, transcribe
 from synth_data import quiz
 from synth_data.tts import Voice, speak, user_voices
-from synth_data.verify import WordErrors, word_errors
+from synth_data.verify import WordErrors, pooled_rate, word_errors
 
 
 def heldout_speech(count: int, seed: int) -> list[tuple[Pcm, str, Voice]]:
@@ -38,12 +38,8 @@ def heldout_speech(count: int, seed: int) -> list[tuple[Pcm, str, Voice]]:
 
 def pooled_wer(errors: Sequence[WordErrors]) -> Metric:
     """Corpus word error rate with a percentile bootstrap over utterances."""
-    wrong = np.array([e.errors for e in errors])
-    words = np.array([e.words for e in errors])
-    picks = np.random.default_rng(0).integers(len(errors), size=(2000, len(errors)))
-    low, high = np.percentile(wrong[picks].sum(1) / words[picks].sum(1).clip(min=1), [2.5, 97.5])
-    value = wrong.sum() / max(1, words.sum())
-    return Metric(float(value), float(low), float(high), len(errors))
+    value, low, high = pooled_rate(errors)
+    return Metric(value, low, high, len(errors))
 
 
 @torch.inference_mode()
