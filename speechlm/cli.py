@@ -302,7 +302,9 @@ def train_codec(config: Recipe, overrides: Overrides = None, resume: Resume = Fa
 
 
 @train_app.command("text-to-token")
-def train_text_to_token(config: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
+def train_text_to_token(
+    config: Recipe, overrides: Overrides = None, resume: Resume = False
+) -> None:
     """The model that turns text into semantic codes without any sound."""
     _train("text_to_token", config, overrides, resume)
 

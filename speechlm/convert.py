@@ -74,7 +74,8 @@ def load_codec_of(name_or_path: str | Path) -> AnyCodec:
 
 def tokenizer_folder(name_or_path: str | Path) -> str | Path:
     """The checkpoint with a model's speech tokenizer: the model's codec, or `name_or_path` itself
-    when it is a codec's or a tokenizer's."""
+    when it is a codec's or a tokenizer's.
+    """
     alone = "levels" in checkpoints.load(name_or_path).config
     return name_or_path if alone else codec_folder(name_or_path)
 

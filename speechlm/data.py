@@ -623,8 +623,8 @@ def lay_out(sample: shards.Sample, streams: Streams, tokenizer: TextTokenizer) -
     """Give ids to an interleaved sample. Raises UserError when its codes are not for this model."""
     if sample.codes is None or sample.codes.shape[1] > streams.k:
         raise UserError(
-            f"interleaved sample '{sample.id}' has no codes, or more than the {streams.k} codebooks "
-            "of this model."
+            f"interleaved sample '{sample.id}' has no codes, or of more than the {streams.k} "
+            "codebooks of this model."
         )
     books = sample.codes.shape[1]
     if (sample.codes[0] >= np.array(streams.code_sizes[:books])[:, None]).any():

@@ -1,14 +1,14 @@
-"""How fast text becomes codes, and how well: a text-to-token model against the path it replaces.
+"""How fast text becomes codes, and how well: a text-to-token model against what it replaces.
 
     round 1   text-to-token │ TTS → tokenizer       the same texts, in the same processes,
     round 2   TTS → tokenizer │ text-to-token       all of them at once, nothing on disk
 
 Each process has one thread and its share of the texts, so that all cores are busy either way; what
-else the machine does slows both alike, and the speedup is taken within a round. Of the path through
-sound the best setting counts (engine, batch and precision, tried out before the first round).
+else the machine does slows both alike, and the speedup is taken within a round. Of the route
+through sound the best setting counts (engine, batch, precision; tried out before the first round).
 
-Word error rates are those of the tokenizer's own CTC head, reading codes of either path: the model
-has learned from many voices, so the path through sound is read in the same voices.
+Word error rates are those of the tokenizer's own CTC head, reading codes of either route: the model
+has learned from many voices, so the route through sound is read in the same voices.
 
     speechlm bench synth --text-to-token runs/shipped/text_to_token/text_to_token
 """
@@ -57,7 +57,7 @@ BATCHES: Final = (1, 4, 16, 64)
 
 
 @dataclass(frozen=True)
-class Path:
+class Route:
     """One way from texts to codes, as its processes load it."""
 
     tokenizer: str
@@ -79,51 +79,51 @@ def _tokenizer(name: str) -> SpeechTokenizer:
     return load_tokenizer_of(name)
 
 
-def codes_of(path: Path, texts: Sequence[str]) -> list[Codes]:
-    """Take a path in this process; a text that the model could not say has no codes."""
-    if path.model is not None:
+def codes_of(route: Route, texts: Sequence[str]) -> list[Codes]:
+    """Take a route in this process; a text that the model could not say has no codes."""
+    if route.model is not None:
         lines = [Line(text, seed) for seed, text in enumerate(texts)]
-        config = GenerationConfig(batch=path.batch)
-        spoken = generate(_model(path.model, path.precision), lines, config)
+        config = GenerationConfig(batch=route.batch)
+        spoken = generate(_model(route.model, route.precision), lines, config)
         return [said.codes if said.fault is None else said.codes[:0] for said in spoken]
-    voice = Voice.parse(path.voice)
+    voice = Voice.parse(route.voice)
     sounds = [speak(text, voice).pcm for text in texts]
-    return tokenize(_tokenizer(path.tokenizer), sounds, path.batch, path.precision)
+    return tokenize(_tokenizer(route.tokenizer), sounds, route.batch, route.precision)
 
 
-def _count(path: Path, texts: Sequence[str]) -> int:
-    return sum(len(codes) for codes in codes_of(path, texts))
+def _count(route: Route, texts: Sequence[str]) -> int:
+    return sum(len(codes) for codes in codes_of(route, texts))
 
 
-Take = Callable[[Path, Sequence[str]], tuple[int, float]]
-"""A path and texts → how many codes there were, and seconds of wall clock."""
+Take = Callable[[Route, Sequence[str]], tuple[int, float]]
+"""A route and texts → how many codes there were, and seconds of wall clock."""
 
 
-def in_turns(paths: Mapping[str, Path], texts: Sequence[str], take: Take, rounds: int) -> Rates:
-    """Codes a second of each path, round by round; who goes first changes from round to round."""
-    rates: Rates = {name: [] for name in paths}
+def in_turns(routes: Mapping[str, Route], texts: Sequence[str], take: Take, rounds: int) -> Rates:
+    """Codes a second of each route, round by round; who goes first changes from round to round."""
+    rates: Rates = {name: [] for name in routes}
     for number in range(rounds):
-        names = list(paths)
+        names = list(routes)
         for name in names if number % 2 else names[::-1]:
-            codes, seconds = take(paths[name], texts)
+            codes, seconds = take(routes[name], texts)
             rates[name].append(codes / seconds)
     return rates
 
 
 Rates = dict[str, list[float]]
-"""Path → codes a second, round by round."""
+"""Route → codes a second, round by round."""
 
 
-def best_path(tokenizer: str, voices: Sequence[str], texts: Sequence[str], take: Take) -> Path:
-    """The fastest setting of the path through sound."""
-    start = Path(tokenizer, batch=16, precision="bf16")
+def best_route(tokenizer: str, voices: Sequence[str], texts: Sequence[str], take: Take) -> Route:
+    """The fastest setting of the route through sound."""
+    start = Route(tokenizer, batch=16, precision="bf16")
     candidates = [replace(start, voice=voice) for voice in voices]
 
-    def fastest(paths: Sequence[Path]) -> Path:
-        for path in paths:  # models are loaded, kernels are compiled
-            take(path, texts)
-        found = in_turns({repr(path): path for path in paths}, texts, take, 2)
-        return max(paths, key=lambda path: max(found[repr(path)]))
+    def fastest(routes: Sequence[Route]) -> Route:
+        for route in routes:  # models are loaded, kernels are compiled
+            take(route, texts)
+        found = in_turns({repr(route): route for route in routes}, texts, take, 2)
+        return max(routes, key=lambda route: max(found[repr(route)]))
 
     voice = fastest(candidates).voice
     settings = itertools.product(BATCHES, ("fp32", "bf16"))
@@ -141,7 +141,7 @@ def speed(
     rounds: int = 5,
     voices: Sequence[str] = FAST_VOICES,
 ) -> dict[str, Figure]:
-    """Seconds of speech a second of wall clock, by the model and by the best path through sound.
+    """Seconds of speech a second of wall clock, by the model and by the best route through sound.
 
     `text_to_token_speedup` is the median of the rounds' ratios; `text_to_token_rate` and
     `tts_path_rate` are the medians that it is made of, `tokens_per_second` the model's codes.
@@ -151,8 +151,8 @@ def speed(
         tokenizer: checkpoint of its tokenizer, or of a codec around it.
         texts: in spoken form.
         workers: processes, one thread each.
-        rounds: how often each path is taken.
-        voices: who may speak on the path through sound.
+        rounds: how often each route is taken.
+        voices: who may speak on the route through sound.
 
     Raises:
         UserError: a checkpoint is missing or broken, or a voice is unknown or not installed.
@@ -168,16 +168,16 @@ def speed(
         initargs=(1,),
     ) as pool:
 
-        def take(path: Path, texts: Sequence[str]) -> tuple[int, float]:
+        def take(route: Route, texts: Sequence[str]) -> tuple[int, float]:
             began = time.perf_counter()
-            waiting = [pool.submit(_count, path, texts[at::workers]) for at in range(workers)]
+            waiting = [pool.submit(_count, route, texts[at::workers]) for at in range(workers)]
             return sum(future.result() for future in waiting), time.perf_counter() - began
 
-        through_sound = best_path(tokenizer, voices, ordered[:: max(1, len(ordered) // 128)], take)
-        paths = {"text_to_token": Path(tokenizer, model), "tts_path": through_sound}
-        for path in paths.values():
-            take(path, ordered)
-        rates = in_turns(paths, ordered, take, rounds)
+        through_sound = best_route(tokenizer, voices, ordered[:: max(1, len(ordered) // 128)], take)
+        routes = {"text_to_token": Route(tokenizer, model), "tts_path": through_sound}
+        for route in routes.values():
+            take(route, ordered)
+        rates = in_turns(routes, ordered, take, rounds)
     return figures(rates, rate)
 
 
@@ -210,7 +210,7 @@ def errors(
     voices: Sequence[Voice] | None = None,
     decode: Decode | None = None,
 ) -> dict[str, Figure]:
-    """Word error rates of codes of either path, read by the tokenizer, and heard where decoded.
+    """Word error rates of codes of either route, read by the tokenizer, and heard where decoded.
 
     `text_to_token_wer` and `tts_path_wer`: read off the codes by the tokenizer's CTC head.
     `text_to_token_decoded_wer` and `tts_path_decoded_wer`, with a `decode`: heard by an independent
@@ -221,7 +221,7 @@ def errors(
         model: checkpoint of a text-to-token model.
         tokenizer: checkpoint of its tokenizer, or of a codec around it.
         texts: in spoken form.
-        voices: who speaks them on the path through sound, in turns; None: all training voices.
+        voices: who speaks them on the route through sound, in turns; None: all training voices.
         decode: a token decoder.
 
     Raises:
@@ -229,15 +229,17 @@ def errors(
     """
     listener = load_tokenizer_of(tokenizer)
     speakers = voices or user_voices("train")
-    ours = codes_of(Path(tokenizer, model), texts)
+    ours = codes_of(Route(tokenizer, model), texts)
     sounds = [speak(text, voice).pcm for text, voice in zip(texts, itertools.cycle(speakers))]
-    paths = {"text_to_token": ours, "tts_path": tokenize(listener, sounds)}
+    routes = {"text_to_token": ours, "tts_path": tokenize(listener, sounds)}
     found = {
-        f"{name}_wer": _wer(texts, transcribe(listener, codes)) for name, codes in paths.items()
+        f"{name}_wer": _wer(texts, transcribe(listener, codes)) for name, codes in routes.items()
     }
     if decode is not None:
-        for name, codes in paths.items():
-            heard = [default_recognizer().transcribe(decode(row)) if len(row) else "" for row in codes]
+        for name, codes in routes.items():
+            heard = [
+                default_recognizer().transcribe(decode(row)) if len(row) else "" for row in codes
+            ]
             found[f"{name}_decoded_wer"] = _wer(texts, heard)
     faults = sum(len(codes) == 0 for codes in ours)
     return found | {"text_to_token_faults": Figure(faults / len(ours), n=len(ours))}

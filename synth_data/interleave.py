@@ -235,7 +235,8 @@ def alternating_spans(
         return []
     if ratio == 1:
         return [(0, units)]
-    gap_mean = (1 if mean is None else mean) * (1 - ratio) / ratio
+    # Beyond the end is beyond the end: a share of nearly nothing must not overflow.
+    gap_mean = min((1 if mean is None else mean) * (1 - ratio) / ratio, 1000.0 * units)
     spans: list[tuple[int, int]] = []
 
     def gap() -> int:

@@ -530,7 +530,9 @@ def transcribe(
     """What the tokenizer's own CTC head reads off codes [T] of any lengths; "" where T is 0."""
     device = tokenizer.head.weight.device
     texts = [""] * len(spoken)
-    order = sorted((at for at in range(len(spoken)) if len(spoken[at])), key=lambda i: len(spoken[i]))
+    order = sorted(
+        (at for at in range(len(spoken)) if len(spoken[at])), key=lambda i: len(spoken[i])
+    )
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         frames = max(len(spoken[at]) for at in chosen)

@@ -227,9 +227,7 @@ class _Order:
             chosen = cut_some(self.pairs, data, self.model.config.rate, rng)
             self.batches = grouped(chosen, self.model.config, data.batch_positions, rng)
         rng = np.random.default_rng((self.config.run.seed, 2, step))
-        return collate(
-            self.batches[step - self.first], self.model, self.config.data.hide, rng
-        )
+        return collate(self.batches[step - self.first], self.model, self.config.data.hide, rng)
 
 
 def grouped(

@@ -107,9 +107,7 @@ class QuestionsSource(BaseModel):
     split: Literal["train", "heldout"] = "train"
 
 
-Source = Annotated[
-    DocumentsSource | SentencesSource | QuestionsSource, Field(discriminator="kind")
-]
+Source = Annotated[DocumentsSource | SentencesSource | QuestionsSource, Field(discriminator="kind")]
 
 
 class CheckConfig(BaseModel):
@@ -326,11 +324,12 @@ def _parsed(name: str, line: bytes | None, source: DocumentsSource) -> Document 
         return Dropped(name, f"no JSON: {error}")
     keys = ("question", "answer") if isinstance(found, dict) and "question" in found else ("text",)
     texts = [found.get(key) for key in keys] if isinstance(found, dict) else []
-    if not texts or not all(isinstance(text, str) for text in texts):
+    spoken = tuple(spell_out(text) for text in texts if isinstance(text, str))
+    if len(spoken) < len(keys):
         return Dropped(name, "neither a text nor a question and an answer in it")
     return Document(
         name,
-        tuple(spell_out(text) for text in texts),
+        spoken,
         str(found.get("source", source.path.name)),
         str(found.get("licence", source.licence)),
     )
@@ -420,9 +419,7 @@ def _layout(
         return repetition(words, rule)
     if rule == "continuation" and words > 1:
         return continuation(rng, words)
-    return interleave(
-        rng, words, spans, ends, first="speech" if rule == "speech_first" else "text"
-    )
+    return interleave(rng, words, spans, ends, first="speech" if rule == "speech_first" else "text")
 
 
 def _with_lines(
