@@ -62,6 +62,8 @@ _ABSENT, _START, _SPECIAL = 0, 1, 2
 NO_DIGIT = -1
 # Positions of text that are read at once: what they leave behind still lies in the cache.
 _PREFILL = 2048
+# Steps that the cache is lengthened by at a time.
+_GROWTH = 8
 # Loops of up to so many frames are looked for.
 _PERIODS = 4
 # Added to a line's seed when it is drawn again.
@@ -78,9 +80,10 @@ class ShapeConfig(BaseModel):
     step: PositiveInt = 2
     """Frames N a position of speech."""
     transformer: TransformerConfig = TransformerConfig(
-        dim=256, layers=6, heads=4, kv_heads=1, window=1024
+        dim=320, layers=4, heads=5, kv_heads=1, gated=False, norm="layer", window=1024
     )
-    """One key/value head: keys and values are what a step has to read from memory."""
+    """One key/value head: keys and values are what a step has to read from memory. Wide rather than
+    deep, and without a gate: all that is not a matrix product costs as much as one."""
     head: PositiveInt = 256
     """Width H of the layer that draws the digits."""
 
@@ -387,12 +390,13 @@ def _generate(
     limits = torch.tensor([plan.limit for plan in plans], device=device)
     steps = -(-int(limits.max()) // step)
     texts = torch.tensor([len(plan.rows) for plan in plans], device=device)
-    state = model.transformer.new_state(len(plans), length=int(texts.max()) + 1 + steps)
+    longest = int(texts.max())
+    state = model.transformer.new_state(len(plans), length=longest + 1)
     pace = torch.tensor([math.log(plan.line.pace) for plan in plans], device=device).to(model.table)
     seeds = _seeds(plans, attempt).to(device)
     _read(model, plans, pace, state)
     # A shorter text was read past its end, into entries that come into sight only once they are
-    # written anew: the ring is longer than any line and never wraps.
+    # written anew.
     state.offset.copy_(texts)
 
     codes = torch.zeros(len(plans), steps * step, dtype=torch.int64, device=device)
@@ -401,6 +405,8 @@ def _generate(
     open_ = torch.ones(len(plans), dtype=torch.bool, device=device)
     rows = torch.from_numpy(model.start_row()).to(device).expand(len(plans), 1, -1)
     for number in range(steps):
+        if longest + 1 + number > state.layers[0].key.shape[2]:
+            _lengthen(state, _GROWTH)
         hidden = model(rows, pace, state)[:, 0]
         first = number * step * model.factors
         drawn = model.draw(hidden, seeds, first, config.sampling)
@@ -423,6 +429,14 @@ def _generate(
             state, rows, pace, seeds = taken, rows[kept], pace[kept], seeds[kept]
             origin, open_ = origin[kept], open_[kept]
     return _judge(codes.cpu().numpy(), lengths.cpu().numpy(), plans, config)
+
+
+def _lengthen(state: TransformerState, entries: int) -> None:
+    """Make room for more positions. The rings have not wrapped and never will, so that an entry is
+    a position; attention costs as much as a ring is long, whether or not it is full."""
+    for layer in state.layers:
+        layer.key = F.pad(layer.key, (0, 0, 0, entries))
+        layer.value = F.pad(layer.value, (0, 0, 0, entries))
 
 
 def _seeds(plans: Sequence[_Plan], attempt: int) -> Tensor:
