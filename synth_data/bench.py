@@ -30,6 +30,7 @@ import torch
 
 from audio_codec.bench import Figure
 from audio_codec.codec import load_tokenizer_of
+from audio_codec.memory import tune_allocator
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from synth_data.recipes.pairs import tokenize
 from synth_data.text_to_token import (
@@ -48,8 +49,9 @@ Codes = npt.NDArray[np.uint16]
 Decode = Callable[[Codes], npt.NDArray[np.float32]]
 """Codes [T] → sound [S] at 24 kHz."""
 
-FAST_VOICES: Final = ("espeak:en-us", "flite:kal16")
-"""The fastest voice of each engine."""
+FAST_VOICES: Final = ("espeak:en-us+m3", "flite:slt")
+"""Of each engine the fastest voice that data is made with (flite's faster diphone voices are held
+out from all training)."""
 BATCHES: Final = (1, 4, 16, 64)
 
 
@@ -71,11 +73,13 @@ class Route:
 
 @functools.cache
 def _model(name: str, precision: Precision) -> TextToToken:
+    tune_allocator()
     return load_text_to_token(name, precision)
 
 
 @functools.cache
 def _tokenizer(name: str) -> SpeechTokenizer:
+    tune_allocator()
     return load_tokenizer_of(name)
 
 

@@ -12,7 +12,8 @@ interleaved data", arXiv 2411.17607). One decoder reads the text, then writes th
                                     f0  f1    f2  f3   f4  f5   f6  end      predictions
 
 What makes it fast on a processor is that it has few positions: a word begins a cell, so that it
-looks the same wherever it stands, and the transformer runs once a step. Within a step a head draws
+looks the same wherever it stands, and the transformer runs once a step (three characters and three
+frames are the default). Within a step a head draws
 digit after digit of the codes (NADE, Larochelle and Murray, 2011): one hidden layer that adds up
 what the transformer said and the digits before. Of a code of (7, 5, 5, 5, 5) levels these are five
 draws among seven or five instead of one among 4375, whose softmax and candidates alone cost more
@@ -60,8 +61,13 @@ CHARACTERS = ALPHABET + ".,;:?!"
 _ABSENT, _START, _SPECIAL = 0, 1, 2
 # Digits of codes that are not there, as targets and as what stands before them.
 NO_DIGIT = -1
-# Positions of text that are read at once: what they leave behind still lies in the cache.
+# Positions of text that are read at once: what a layer leaves behind, the next one still finds in
+# the processor's cache.
 _PREFILL = 2048
+# Texts are padded to so many positions, for the reason of _ROWS.
+_POSITIONS = 4
+# Rows leave in such numbers: a CPU's kernels are compiled for each size of a batch anew.
+_ROWS = 32
 # Steps that the cache is lengthened by at a time.
 _GROWTH = 8
 # Loops of up to so many frames are looked for.
@@ -71,13 +77,13 @@ _AGAIN = 0x5851F42D4C957F2D
 
 
 class ShapeConfig(BaseModel):
-    """Shape of the model, apart from what the tokenizer decides; by default 4.5 M parameters."""
+    """Shape of the model, apart from what the tokenizer decides; by default 4.6 M parameters."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    cell: PositiveInt = 2
+    cell: PositiveInt = 3
     """Characters a position of text."""
-    step: PositiveInt = 2
+    step: PositiveInt = 3
     """Frames N a position of speech."""
     transformer: TransformerConfig = TransformerConfig(
         dim=320, layers=4, heads=5, kv_heads=1, gated=False, norm="layer", window=1024
@@ -390,14 +396,15 @@ def _generate(
     limits = torch.tensor([plan.limit for plan in plans], device=device)
     steps = -(-int(limits.max()) // step)
     texts = torch.tensor([len(plan.rows) for plan in plans], device=device)
-    longest = int(texts.max())
-    state = model.transformer.new_state(len(plans), length=longest + 1)
+    room = _padded(plans) + _GROWTH
+    state = model.transformer.new_state(len(plans), length=room)
     pace = torch.tensor([math.log(plan.line.pace) for plan in plans], device=device).to(model.table)
     seeds = _seeds(plans, attempt).to(device)
     _read(model, plans, pace, state)
     # A shorter text was read past its end, into entries that come into sight only once they are
     # written anew.
     state.offset.copy_(texts)
+    longest = int(texts.max())
 
     codes = torch.zeros(len(plans), steps * step, dtype=torch.int64, device=device)
     lengths = limits.clone()
@@ -405,8 +412,9 @@ def _generate(
     open_ = torch.ones(len(plans), dtype=torch.bool, device=device)
     rows = torch.from_numpy(model.start_row()).to(device).expand(len(plans), 1, -1)
     for number in range(steps):
-        if longest + 1 + number > state.layers[0].key.shape[2]:
+        if longest + number == room:
             _lengthen(state, _GROWTH)
+            room += _GROWTH
         hidden = model(rows, pace, state)[:, 0]
         first = number * step * model.factors
         drawn = model.draw(hidden, seeds, first, config.sampling)
@@ -422,8 +430,10 @@ def _generate(
         if left == 0:
             break
         rows = model.speech_rows(drawn)[:, None]
-        if left <= 0.75 * len(open_):
-            kept = open_.nonzero().squeeze(1)
+        size = -(-left // _ROWS) * _ROWS
+        if size <= 0.75 * len(open_):
+            # Those that go on, and as many that are done as make up the number.
+            kept = torch.argsort(open_, descending=True, stable=True)[:size]
             taken = state.take(kept)
             assert isinstance(taken, TransformerState)
             state, rows, pace, seeds = taken, rows[kept], pace[kept], seeds[kept]
@@ -433,7 +443,8 @@ def _generate(
 
 def _lengthen(state: TransformerState, entries: int) -> None:
     """Make room for more positions. The rings have not wrapped and never will, so that an entry is
-    a position; attention costs as much as a ring is long, whether or not it is full."""
+    a position; attention costs as much as a ring is long, whether or not it is full.
+    """
     for layer in state.layers:
         layer.key = F.pad(layer.key, (0, 0, 0, entries))
         layer.value = F.pad(layer.value, (0, 0, 0, entries))
@@ -448,14 +459,24 @@ def _seeds(plans: Sequence[_Plan], attempt: int) -> Tensor:
 def _read(
     model: TextToToken, plans: Sequence[_Plan], pace: Tensor, state: TransformerState
 ) -> None:
-    """Let the texts into the state, padded to the longest."""
-    longest = max(len(plan.rows) for plan in plans)
-    rows = np.full((len(plans), longest, model.width), _ABSENT, np.int64)
+    """Let the texts into the state: a few rows at a time, each whole, padded to the longest."""
+    rows = np.full((len(plans), _padded(plans), model.width), _ABSENT, np.int64)
     for row, plan in zip(rows, plans, strict=True):
         row[: len(plan.rows)] = plan.rows
-    chunk = max(1, _PREFILL // len(plans))
-    for part in torch.from_numpy(rows).to(pace.device).split(chunk, 1):
-        model(part, pace, state)
+    count = max(1, _PREFILL // rows.shape[1])
+    for begin in range(0, len(plans), count):
+        end = min(begin + count, len(plans))
+        size = _padded(plans[begin:end])
+        part = model.transformer.new_state(end - begin, length=size)
+        model(torch.from_numpy(rows[begin:end, :size]).to(pace.device), pace[begin:end], part)
+        for whole, piece in zip(state.layers, part.layers, strict=True):
+            whole.key[begin:end, :, :size] = piece.key
+            whole.value[begin:end, :, :size] = piece.value
+
+
+def _padded(plans: Sequence[_Plan]) -> int:
+    """Positions of the longest text, rounded up: few sizes, as of rows."""
+    return -(-max(len(plan.rows) for plan in plans) // _POSITIONS) * _POSITIONS
 
 
 def _judge(

@@ -65,6 +65,8 @@ def small_text_to_token(**changes: Any) -> TextToToken:
     layout = {
         "codebook": (3, 2, 2),
         "rate": 12.5,
+        "cell": 2,
+        "step": 2,
         "length": (0.3, 0.5, 0.5, 2.0),
         "transformer": {"dim": 16, "layers": 2, "heads": 2, "kv_heads": 1, "window": 120},
         "head": 8,

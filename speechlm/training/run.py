@@ -13,11 +13,9 @@ the generators kept in the checkpoint or from `Run.rng(step)`, which needs but s
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +39,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from audio_codec.errors import UserError
+from audio_codec.memory import tune_allocator
 
 
 class RunConfig(BaseModel):
@@ -96,23 +95,6 @@ class OptimizerConfig(BaseModel):
             {"params": [p for p in named if p.dim() <= 1], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
-
-
-def tune_allocator() -> None:
-    """Keep freed memory in the process (glibc only, elsewhere nothing happens).
-
-    By default glibc hands every large buffer back to the kernel at once and faults it in again a
-    moment later; on the CPU, where each activation is such a buffer, that costs a third of the time
-    of a training step.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_top_pad, 64 * 2**20)
 
 
 class Run:

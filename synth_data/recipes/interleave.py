@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from audio_codec import checkpoint
 from audio_codec.codec import load_tokenizer_of
 from audio_codec.errors import UserError
+from audio_codec.memory import tune_allocator
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from synth_data import quiz
 from synth_data.build import BuildReport, Dropped, run_shards
@@ -458,11 +459,13 @@ def _with_lines(
 
 @functools.cache
 def _model(name: str, precision: Literal["fp32", "bf16"], device: str) -> TextToToken:
+    tune_allocator()
     return load_text_to_token(name, precision).to(device)
 
 
 @functools.cache
 def _tokenizer(name: str, device: str) -> SpeechTokenizer:
+    tune_allocator()
     return load_tokenizer_of(name).to(device)
 
 

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from audio_codec import checkpoint
 from audio_codec.codec import load_tokenizer_of
+from audio_codec.memory import tune_allocator
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from synth_data.build import (
     BuildReport,
@@ -100,6 +101,7 @@ def tokenize(
 
 @functools.cache
 def _tokenizer(name: str, device: str) -> SpeechTokenizer:
+    tune_allocator()
     return load_tokenizer_of(name).to(device)
 
 

@@ -102,6 +102,7 @@ def config_of(made: Path, run_dir: Path, **changes: object) -> TrainConfig:
             "batch_positions": 64,
         },
         "model": {
+            "cell": 2, "step": 2,
             "transformer": {"dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "window": 100},
             "head": 32,
         },
