@@ -1,10 +1,11 @@
 """The one transformer everybody uses: tokenizer, codec, text-to-token and language model.
 
 Pre-norm blocks with rotary positions (RoFormer, arXiv 2104.09864), grouped-query heads
-(arXiv 2305.13245), a gated or plain MLP, and an optional sliding window.
+(arXiv 2305.13245), a gated or plain MLP, an optional sliding window, and, for a decoder, attention
+to a second sequence, its memory.
 
 Shapes: B batch (slots), T positions, C width, H query heads, G key/value heads, D head size,
-R ring entries.
+R ring entries, N positions of the memory, E its width.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ class TransformerConfig(BaseModel):
     final_norm: bool = True
     """Normalize what leaves the stack; Mimi does not."""
     dropout: float = 0.0
+    bias: bool = False
+    """On every projection, as in Whisper (its keys have none, but no softmax hears one)."""
+    memory: PositiveInt | None = None
+    """Width E of a second sequence that each block attends to as well; None: there is none."""
 
     @model_validator(mode="after")
     def _divisible(self) -> TransformerConfig:
@@ -120,6 +125,8 @@ class _Positions:
     mask: Tensor | None  # True may be seen
     causal: bool
     slots: Tensor | None  # [B, T] ring entry each new key goes to
+    memory: Tensor | None = None  # [B, N, E]
+    memory_mask: Tensor | None = None  # [B, 1, 1, N] True may be seen
 
 
 class Attention(nn.Module):
@@ -131,9 +138,9 @@ class Attention(nn.Module):
         self.kv_heads = config.kv_heads or config.heads
         self.head_dim = config.dim // config.heads
         self.qkv = nn.Linear(
-            config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False
+            config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=config.bias
         )
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor, where: _Positions, state: AttentionState | None) -> Tensor:
         """[B, T, C] → [B, T, C]."""
@@ -165,14 +172,35 @@ class Attention(nn.Module):
         )
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention to the memory."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        assert config.memory is not None, "there is no memory to attend to"
+        self.heads = config.heads
+        self.query = nn.Linear(config.dim, config.dim, bias=config.bias)
+        self.kv = nn.Linear(config.memory, 2 * config.dim, bias=config.bias)
+        self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, T, C], [B, N, E], bool [B, 1, 1, N] → [B, T, C]."""
+        query, key, value = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for y in (self.query(x), *self.kv(memory).chunk(2, dim=-1))
+        )
+        return self.out(attend(query, key, value, mask).transpose(1, 2).flatten(2))
+
+
 class MLP(nn.Module):
     """SwiGLU or plain GELU."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.gated = config.gated
-        self.up = nn.Linear(config.dim, config.mlp_hidden * (2 if config.gated else 1), bias=False)
-        self.down = nn.Linear(config.mlp_hidden, config.dim, bias=False)
+        up = config.mlp_hidden * (2 if config.gated else 1)
+        self.up = nn.Linear(config.dim, up, bias=config.bias)
+        self.down = nn.Linear(config.mlp_hidden, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] → [..., C]."""
@@ -189,6 +217,10 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = make_norm(config.norm, config.dim)
         self.attention = Attention(config)
+        self.cross: CrossAttention | None = None
+        if config.memory is not None:
+            self.cross_norm = make_norm(config.norm, config.dim)
+            self.cross = CrossAttention(config)
         self.mlp_norm = make_norm(config.norm, config.dim)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
@@ -202,6 +234,9 @@ class Block(nn.Module):
         """[B, T, C] → [B, T, C]."""
         y = self.attention(self.attention_norm(x), where, state)
         x = x + self.dropout(y if self.scales is None else y * self.scales[0])
+        if self.cross is not None:
+            assert where.memory is not None, "a decoder needs its memory"
+            x = x + self.dropout(self.cross(self.cross_norm(x), where.memory, where.memory_mask))
         y = self.mlp(self.mlp_norm(x))
         return x + self.dropout(y if self.scales is None else y * self.scales[1])
 
@@ -220,12 +255,21 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / (2 * config.layers) ** 0.5)
             elif name.endswith(("qkv.weight", "up.weight")):
                 nn.init.normal_(parameter, std=config.dim**-0.5 * 0.7)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
 
     def forward(
-        self, x: Tensor, state: TransformerState | None = None, segments: Tensor | None = None
+        self,
+        x: Tensor,
+        state: TransformerState | None = None,
+        segments: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
     ) -> Tensor:
         """[B, T, C] → [B, T, C].
 
+        `memory` ([B, N, E]) is what a decoder also attends to, `memory_mask` ([B, N] bool) which of
+        it may be seen; all when None.
         `segments` ([B, T] int, offline only) packs several documents into a row: attention never
         crosses from one number to another and positions start anew with each document.
         With a `state`, T may be any number up to the `max_chunk` it was made for.
@@ -235,6 +279,8 @@ class Transformer(nn.Module):
             # and a mask keeps no NaN out (0 · NaN is NaN).
             x = x.masked_fill(~state.active.view(-1, 1, 1), 0)
         where = self._offline(x, segments) if state is None else self._streaming(x, state)
+        where.memory = memory
+        where.memory_mask = None if memory_mask is None else memory_mask[:, None, None]
         for index, block in enumerate(self.blocks):
             x = block(x, where, None if state is None else state.layers[index])
         if state is not None:

@@ -24,6 +24,7 @@ from audio_codec.codec import AnyCodec, kind_of, load_codec
 from audio_codec.errors import UserError
 from audio_codec.spectral import SpectralCodec
 from audio_codec.speech_tokenizer import SpeechTokenizer
+from audio_codec.speech_tokenizer import kind_of as kind_of_tokenizer
 from audio_codec.speech_tokenizer import load_tokenizer as load_speech_tokenizer
 from speechlm.data import TextTokenizer
 from speechlm.duplex import Duplex
@@ -79,7 +80,7 @@ def load_speech_tokenizer_of(name_or_path: str | Path) -> SpeechTokenizer:
 
     Raises UserError when there is none or it is broken.
     """
-    if "levels" in checkpoints.load(name_or_path).config:
+    if kind_of_tokenizer(checkpoints.load(name_or_path).config) is not None:
         return load_speech_tokenizer(name_or_path)
     codec = load_codec_of(name_or_path)
     if not isinstance(codec, SpectralCodec) or codec.tokenizer is None:
