@@ -208,7 +208,8 @@ class EMAVQ(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[..., D] → (nearest codes' vectors [..., D], codes [...], commitment loss).
 
-        In training, `valid` ([...] bool) picks what the codes and the loss are made of. The vectors carry no gradient; put the straight-through estimator where it belongs (once
+        In training, `valid` ([...] bool) picks what the codes learn from and the loss is taken of.
+        The vectors carry no gradient; put the straight-through estimator where it belongs (once
         around a whole residual stack).
         """
         if not self.training:

@@ -17,19 +17,19 @@ What the config chooses:
 
       causal          |··············▪|          nothing
       lookahead_ms    |··············▪▫▫|        so much: code t comes out that much later (`delay`)
-      block_ms        |·······|▪▪▪▪▪▪▪|          to the end of its block; codes come a block at a time
+      block_ms        |·······|▪▪▪▪▪▪▪|          to the end of its block; a block comes at a time
 
 * the rate of the codes, and how many of the layers before the bottleneck run at it already;
 * the bottleneck: finite scalars (FSQ) or the nearest of learned vectors (EMA-VQ).
 
-A causal encoder may use any of its past, so look-ahead is time to answer: the code of frame t is the
-one that comes out `lookahead_ms` after it, and training reads the characters off these.
+A causal encoder may use any of its past, so look-ahead is time to answer: the code of frame t is
+the one that comes out `lookahead_ms` after it, and training reads the characters off these.
 
 Stride of both halves: `frame_size`, one frame of 1920 samples (80 ms), more where codes or blocks
 are longer. Algorithmic delay: none beyond it but `delay`.
 
-Shapes: B batch, S samples, M mel frames (100 Hz), T codes, H positions of the encoder (25 or 50 Hz),
-N positions of the CTC head, Q numbers of the bottleneck, V characters, U text pieces, L of the
+Shapes: B batch, S samples, M mel frames (100 Hz), T codes, H positions of the encoder (25 or 50
+Hz), N positions of the CTC head, Q numbers of the bottleneck, V characters, U text pieces, L of the
 vocabulary.
 """
 
@@ -48,13 +48,26 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
-from audio_codec import whisper
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, LogMel, LogMelState
 from audio_codec.errors import UserError
 from audio_codec.layers import ConvNeXtStack, StackState
 from audio_codec.quantize import EMAVQ, FSQ
 from audio_codec.state import State, all_active
 from audio_codec.transformer import Transformer, TransformerConfig, TransformerState
+from audio_codec.whisper import SAMPLE_RATE as PUBLIC_RATE
+from audio_codec.whisper import (
+    DecoderConfig,
+    Public,
+    PublicConfig,
+    PublicMel,
+    Stem,
+    StemConfig,
+    StemState,
+    TextDecoder,
+    from_public,
+    sinusoids,
+    with_positions,
+)
 
 ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"
 """What the CTC head writes; its class 0 is the blank, class i+1 is ALPHABET[i]."""
@@ -86,7 +99,7 @@ class TokenizerConfig(BaseModel):
     """How far any of the transformers looks back."""
     mels: PositiveInt = 80
     """Bands of the features."""
-    whisper: whisper.StemConfig | None = None
+    whisper: StemConfig | None = None
     """The encoder is Whisper's; None: the one drawn above, to which the `front_` fields belong."""
     rate: float = FRAME_RATE
     """Codes a second: 50, 25, 12.5 or 6.25."""
@@ -108,7 +121,7 @@ class TokenizerConfig(BaseModel):
     """VQ: width of a code; None quantizes the encoder's own numbers, unprojected."""
     ctc: bool = True
     """A CTC head reads characters."""
-    decoder: whisper.DecoderConfig | None = None
+    decoder: DecoderConfig | None = None
     """An attention decoder reads characters, or the pieces of a Whisper."""
     dropout: float = Field(0.0, ge=0, lt=1)
 
@@ -162,7 +175,7 @@ class TokenizerConfig(BaseModel):
     def sample_rate(self) -> int:
         """Of the sound that it hears, in Hz."""
         public = self.whisper is not None and self.whisper.public_features
-        return whisper.SAMPLE_RATE if public else SAMPLE_RATE
+        return PUBLIC_RATE if public else SAMPLE_RATE
 
     @property
     def code_size(self) -> int:
@@ -181,7 +194,7 @@ class EncoderState(State):
     """What the tokenizer has heard."""
 
     mel: LogMelState | None  # None where a stream begins at the features
-    front: StackState | whisper.StemState
+    front: StackState | StemState
     before: TransformerState
     pooled: TransformerState | None
 
@@ -192,6 +205,7 @@ class TokenizerOutput:
 
     logits: Tensor | None  # [B, N, V + 1] characters of the CTC head
     pieces: Tensor | None  # [B, U, L] of the attention decoder, if it was asked
+    last: Tensor | None  # [B, T, dim] what both heads read
     codes: Tensor  # [B, T]
     hidden: Tensor  # [B, H, dim] the encoder's last layer before the pooling
     commitment: Tensor  # [] how far the encoder is from the codes; 0 for FSQ
@@ -217,7 +231,7 @@ class SpeechTokenizer(nn.Module):
         """Characters a code: 25 a second, or one each."""
         self._late = round(config.lookahead_ms * config.rate / 1000)
         """Codes that come before those of the first frame."""
-        self.mel: LogMel | whisper.PublicMel
+        self.mel: LogMel | PublicMel
         if config.whisper is None:
             self.mel = LogMel(n_mels=config.mels)
             self.front_in = nn.Linear(config.mels, config.front_dim)
@@ -226,8 +240,8 @@ class SpeechTokenizer(nn.Module):
             self.stack = nn.Linear(self._stacked * config.front_dim, config.dim)
         else:
             public = config.whisper.public_features
-            self.mel = whisper.PublicMel(config.mels) if public else LogMel(n_mels=config.mels)
-            self.stem = whisper.Stem(config.whisper, config.mels, config.dim)
+            self.mel = PublicMel(config.mels) if public else LogMel(n_mels=config.mels)
+            self.stem = Stem(config.whisper, config.mels, config.dim)
         self.before = Transformer(self._transformer(config.layers_before, config.encoder_rate))
         width = config.dim * (self._pool if config.pooling == "linear" else 1)
         self.pooled: Transformer | None = None
@@ -249,15 +263,15 @@ class SpeechTokenizer(nn.Module):
             )
             if config.whisper is not None:
                 places = math.ceil(config.whisper.positions / self._pool)
-                self.after_positions = nn.Parameter(whisper.sinusoids(places, config.dim))
+                self.after_positions = nn.Parameter(sinusoids(places, config.dim))
             self.after = Transformer(self._transformer(config.layers_after, config.rate, last=True))
         self.head: nn.Linear | None = None
         if config.ctc:
             self.head = nn.Linear(config.dim, self._per_code * (len(ALPHABET) + 1))
-        self.decoder: whisper.TextDecoder | None = None
+        self.decoder: TextDecoder | None = None
         if config.decoder is not None:
             pieces = config.decoder.vocabulary or len(ALPHABET) + 1
-            self.decoder = whisper.TextDecoder(config.decoder, config.dim, pieces, config.dropout)
+            self.decoder = TextDecoder(config.decoder, config.dim, pieces, config.dropout)
 
     def _transformer(self, layers: int, rate: float, last: bool = False) -> TransformerConfig:
         config = self.config
@@ -310,7 +324,7 @@ class SpeechTokenizer(nn.Module):
     def hidden(self, mel: Tensor, state: EncoderState | None = None) -> Tensor:
         """Features [B, M, mels] → what the encoder makes of them before pooling, [B, H, dim]."""
         if self.config.whisper is not None:
-            assert state is None or isinstance(state.front, whisper.StemState)
+            assert state is None or isinstance(state.front, StemState)
             x = self.stem(mel, None if state is None else state.front)
         else:
             x = self.front(self.front_in(mel), None if state is None else state.front)
@@ -377,7 +391,7 @@ class SpeechTokenizer(nn.Module):
         x = self.from_bottleneck(numbers)
         if self.config.whisper is not None:
             offset = None if state is None else state.offset
-            x = whisper.with_positions(x, self.after_positions, offset)
+            x = with_positions(x, self.after_positions, offset)
         return self.after(x, state)
 
     def characters(self, numbers: Tensor, state: TransformerState | None = None) -> Tensor:
@@ -421,7 +435,7 @@ class SpeechTokenizer(nn.Module):
             at = torch.arange(numbers.shape[1], device=mel.device) - late
             valid = (at >= 0) & (at < self.of_frames(frames, self.rate).unsqueeze(1))
         values, codes, commitment = self._quantize(numbers, valid, quantized)
-        logits = scores = None
+        logits = scores = last = None
         if self.after is not None:
             last = self.read(values)[:, late:]
             if self.head is not None:
@@ -430,7 +444,7 @@ class SpeechTokenizer(nn.Module):
                 sound = None if valid is None else valid[:, late:]
                 scores = self.decoder(pieces, last, sound)
         return TokenizerOutput(
-            logits, scores, codes[:, late:], hidden[:, late * self._pool :], commitment
+            logits, scores, last, codes[:, late:], hidden[:, late * self._pool :], commitment
         )
 
     def _quantize(
@@ -556,8 +570,8 @@ def _public_tensors(found: checkpoints.Checkpoint, config: TokenizerConfig) -> d
         "after": config.layers_after,
     }
     decoder = config.decoder
-    return whisper.from_public(
-        whisper.Public(found.path, found.tensors),
+    return from_public(
+        Public(found.path, found.tensors),
         config.whisper,
         stacks,
         decoder_layers=decoder.layers if decoder and decoder.vocabulary is not None else 0,
@@ -567,7 +581,7 @@ def _public_tensors(found: checkpoints.Checkpoint, config: TokenizerConfig) -> d
 
 def _of_public(found: checkpoints.Checkpoint, streaming: bool) -> TokenizerConfig:
     """The shape of GLM-4-Voice's tokenizer, up to its codes."""
-    public = checkpoints.parse_config(whisper.PublicConfig, found)
+    public = checkpoints.parse_config(PublicConfig, found)
     pooled = public.pooling_kernel_size is not None and bool(public.pooling_position)
     before = public.pooling_position if pooled else public.quantize_position
     causal = public.encoder_causal_attention or public.quantize_causal_encoder
@@ -581,7 +595,7 @@ def _of_public(found: checkpoints.Checkpoint, streaming: bool) -> TokenizerConfi
         "layers_after": 0,
         "window_seconds": public.max_source_positions / 50,
         "mels": public.num_mel_bins,
-        "whisper": whisper.StemConfig(
+        "whisper": StemConfig(
             positions=public.max_source_positions,
             causal=public.encoder_causal_convolution,
             public_features=not streaming,
@@ -595,6 +609,4 @@ def _of_public(found: checkpoints.Checkpoint, streaming: bool) -> TokenizerConfi
         "code_dim": None,
         "ctc": False,
     }
-    return checkpoints.parse_config(
-        TokenizerConfig, dataclasses.replace(found, config=fields)
-    )
+    return checkpoints.parse_config(TokenizerConfig, dataclasses.replace(found, config=fields))

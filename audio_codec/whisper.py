@@ -160,7 +160,11 @@ class PublicMel(nn.Module):
         """On whatever device `pcm` is; made on the CPU."""
         rows = list(pcm[:, 0].float().cpu().numpy())
         made = self.extract(
-            rows, sampling_rate=SAMPLE_RATE, padding="longest", truncation=False, return_tensors="pt"
+            rows,
+            sampling_rate=SAMPLE_RATE,
+            padding="longest",
+            truncation=False,
+            return_tensors="pt",
         )
         return made["input_features"].transpose(1, 2).to(pcm.device)
 
@@ -371,12 +375,13 @@ def from_public(
 def _log_mel_to_public() -> tuple[float, float]:
     """How `LogMel`, u = (ln p − mean) / deviation, becomes Whisper's (log10 q + 4) / 4.
 
-    p is the mean power in a band of a spectrum in which white noise has its own power. Whisper's
-    window of 400 samples has the energy 150, and the weights of its filters sum to 1 / 40 Hz, the
-    distance of its bins: q = 150 / 40 · p. Both share the 10 ms hop, the 25 ms window and the bands.
+    p is the mean power in a band of a spectrum in which white noise has its own power, of which
+    16 kHz leave 16 parts in 24. Whisper's window of 400 samples has the energy 150, and the weights
+    of its filters sum to 1 / 40 Hz, the distance of its bins: q = 150 / 40 · 16 / 24 · p. Hop
+    (10 ms), window (25 ms) and bands are the same.
     """
     scale = 1 / (4 * math.log(10))
-    return LogMel.DEVIATION * scale, (LogMel.MEAN + math.log(150 / 40)) * scale + 1
+    return LogMel.DEVIATION * scale, (LogMel.MEAN + math.log(150 / 40 * 16 / 24)) * scale + 1
 
 
 _LOG_MEL_TO_PUBLIC = _log_mel_to_public()
