@@ -208,30 +208,27 @@ class WhisperPieces:
 
     def __init__(self, folder: Path, size: int) -> None:
         """Raises UserError when `folder` has none, or more than the decoder's `size`."""
+        # They go with the finished checkpoint, which may be trained on.
+        self.files = {
+            name: (folder / name).read_bytes() for name in _PIECE_FILES if (folder / name).exists()
+        }
+        if not self.files.keys() & {"tokenizer.json", "vocab.json"}:
+            raise UserError(
+                f"init_from '{folder}' has no text pieces of Whisper (tokenizer.json) for "
+                "model.decoder.vocabulary; without that field the decoder reads characters."
+            )
         from transformers import WhisperTokenizer  # seconds, for those who use it
 
         spoken = {"language": "english", "task": "transcribe"} if size >= _MULTILINGUAL else {}
-        try:
-            self.pieces: Any = WhisperTokenizer.from_pretrained(
-                folder, local_files_only=True, **spoken
-            )
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"init_from '{folder}' has no text pieces of Whisper (tokenizer.json) for "
-                "model.decoder.vocabulary; without that field it reads characters."
-            ) from error
+        self.pieces: Any = WhisperTokenizer.from_pretrained(
+            folder, local_files_only=True, **spoken
+        )
         if len(self.pieces) > size:
             raise UserError(
                 f"model.decoder.vocabulary={size}, but '{folder}' has {len(self.pieces)} pieces."
             )
         self.prompt = list(self.pieces.prefix_tokens)
         self.end = int(self.pieces.eos_token_id)
-        # They go with the finished checkpoint, which may be trained on.
-        self.files = {
-            file.name: file.read_bytes()
-            for file in sorted(folder.iterdir())
-            if file.name in _PIECE_FILES
-        }
 
     def encode(self, text: str) -> list[int]:
         """See `Vocabulary`."""

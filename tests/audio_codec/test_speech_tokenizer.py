@@ -221,7 +221,9 @@ def test_a_code_sees_as_far_ahead_as_it_says(name: str) -> None:
         if bool(heard.any()):  # the last of it may come too late for the last code
             end = (1 + int(heard.nonzero()[0])) * 1000 / model.rate
             furthest = max(furthest, 10 * (row + 1) - end)
-    assert furthest == model.lookahead_ms
+    # Whisper's convolution to 50 Hz, made causal as published, ends 10 ms before its position does.
+    unheard = 10 if model.config.whisper else 0
+    assert furthest == model.lookahead_ms - unheard
 
 
 def test_a_code_that_comes_late_is_that_of_an_earlier_frame() -> None:
