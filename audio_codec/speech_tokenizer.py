@@ -77,7 +77,8 @@ class TokenizerOutput:
 
     logits: Tensor  # [B, 2 T, V + 1] characters at 25 Hz
     codes: Tensor  # [B, T]
-    hidden: Tensor  # [B, 2 T, dim] the encoder's last layer, at 25 Hz
+    before: Tensor  # [B, 2 T, dim] last layer before the bottleneck, at 25 Hz
+    after: Tensor  # [B, T, dim] last layer after it
 
 
 class SpeechTokenizer(nn.Module):
@@ -163,8 +164,10 @@ class SpeechTokenizer(nn.Module):
 
     def characters(self, numbers: Tensor, state: TransformerState | None = None) -> Tensor:
         """Bottleneck numbers [B, T, Q] → CTC logits [B, 2 T, V + 1], two a frame."""
-        x = self.head(self.after(self.from_bottleneck(numbers), state))
-        return x.view(x.shape[0], 2 * x.shape[1], -1)
+        return self._spell(self.after(self.from_bottleneck(numbers), state))
+
+    def _spell(self, after: Tensor) -> Tensor:
+        return self.head(after).view(len(after), 2 * after.shape[1], -1)
 
     def new_character_state(self, batch: int, max_chunk: int = 1) -> TransformerState:
         """State of `characters`, for a live transcript."""
@@ -187,7 +190,8 @@ class SpeechTokenizer(nn.Module):
         if frames is not None:
             valid = torch.arange(numbers.shape[1], device=mel.device) < frames.unsqueeze(1)
         values, codes = self.quantizer(numbers, valid, quantized)
-        return TokenizerOutput(self.characters(values), codes, hidden)
+        after = self.after(self.from_bottleneck(values))
+        return TokenizerOutput(self._spell(after), codes, hidden, after)
 
     def transcribe(self, codes: Tensor) -> list[str]:
         """Greedy CTC transcript of codes [B, T], one string a row."""

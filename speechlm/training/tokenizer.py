@@ -3,8 +3,9 @@
 Utterances with transcripts (shards of `speechlm synth speech`) are held in memory as log-mel
 features, grouped by length into batches of a fixed amount of sound, disturbed (speed, gain, noise,
 band limits, SpecAugment), and recognized by CTC. The bottleneck warms up: at first every row
-bypasses the rounding, then a growing share of rows passes through it, then all. A second CTC head
-before the bottleneck (Lee and Watanabe, 2021, arXiv 2102.03216) teaches the encoder directly.
+bypasses the rounding, then a growing share of rows passes through it, then all. Two more CTC heads,
+before the bottleneck and after it, recognize phones: English spelling is a harder lesson than what
+was heard, and hides it (hierarchical CTC, Sanabria and Metze, 2018, arXiv 1807.06234).
 
 What disturbs is applied to the mel powers, where a gain is a product, a band limit a cut and noise
 a sum: less work than the same on the waveform.
@@ -33,7 +34,6 @@ from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, LogMel, Pcm
 from audio_codec.errors import UserError
 from audio_codec.speech_tokenizer import (
-    ALPHABET,
     SpeechTokenizer,
     TokenizerConfig,
     ctc_loss,
@@ -43,6 +43,7 @@ from audio_codec.speech_tokenizer import (
 from speechlm.convert import load_speech_tokenizer_of
 from speechlm.training.run import OptimizerConfig, Run, RunConfig, clip_gradients
 from synth_data import shards
+from synth_data.phones import PHONES, phones_of
 from synth_data.text import normalize
 from synth_data.verify import word_errors
 
@@ -114,8 +115,8 @@ class TrainConfig(BaseModel):
     """Share of the steps in which every row bypasses the rounding."""
     quantize_full: float = 0.3
     """Share of the steps after which every row is quantized."""
-    early_weight: float = Field(0.0, ge=0, lt=1)
-    """Share of the CTC loss that the head before the bottleneck gets."""
+    phones: float = Field(0.0, ge=0, lt=1)
+    """Share of the loss that the two heads for phones have; the finished model is without them."""
     unquantized: bool = False
     """Never quantize: the twin that says what the bottleneck costs."""
     init_from: str | None = None
@@ -133,6 +134,8 @@ class Utterance:
     mel: Mel  # [M, n_mels] log-mel at 100 Hz
     text: str
     voice: str
+    phones: tuple[int, ...] = ()
+    """CTC classes of its phones; none when a word's are not known."""
 
     @property
     def frames(self) -> int:
@@ -146,6 +149,11 @@ def log_mel(pcm: Pcm) -> Mel:
     padded = np.pad(pcm.astype(np.float32), (0, -len(pcm) % _EXTRACT.stride + 2 * _EXTRACT.stride))
     features: Tensor = _EXTRACT(torch.from_numpy(padded)[None, None])
     return features[0].to(torch.float16).numpy()
+
+
+def phones(text: str) -> tuple[int, ...]:
+    """CTC classes of a sentence's phones; none when a word's are not known."""
+    return tuple(PHONES.index(phone) + 1 for phone in phones_of(text) or ())
 
 
 def mel_power(mel: Mel) -> Power:
@@ -165,7 +173,12 @@ def load_utterances(folders: Sequence[Path], max_seconds: float) -> list[Utteran
 
     def load(folder: Path) -> list[Utterance]:
         return [
-            Utterance(log_mel(sample.pcm[0]), normalize(sample.text), sample.voices[0])
+            Utterance(
+                log_mel(sample.pcm[0]),
+                normalize(sample.text),
+                sample.voices[0],
+                phones(sample.text),
+            )
             for sample in shards.read(folder)
             if sample.pcm is not None and sample.text and sample.seconds <= max_seconds
         ]
@@ -270,17 +283,42 @@ def disturb(
 
 
 @dataclass
+class Classes:
+    """What CTC heads are to write, one sequence a row."""
+
+    classes: Tensor  # [B, U] padded
+    lengths: Tensor  # [B]
+
+    @staticmethod
+    def of(rows: Sequence[Sequence[int]]) -> Classes:
+        """Pad the rows."""
+        padded = np.zeros((len(rows), max(1, *map(len, rows))), np.int64)
+        for index, row in enumerate(rows):
+            padded[index, : len(row)] = row
+        return Classes(torch.from_numpy(padded), torch.tensor([len(row) for row in rows]))
+
+    def to(self, device: torch.device) -> Classes:
+        """The same there."""
+        return Classes(self.classes.to(device), self.lengths.to(device))
+
+
+@dataclass
 class Batch:
     """Padded utterances."""
 
     mel: Tensor  # [B, M, n_mels], M in whole frames
     frames: Tensor  # [B] frames that are sound
-    targets: Tensor  # [B, U] CTC classes
-    lengths: Tensor  # [B]
+    characters: Classes
+    phones: Classes
 
     def to(self, device: torch.device) -> Batch:
         """The same batch there."""
-        return Batch(*(x.to(device) for x in (self.mel, self.frames, self.targets, self.lengths)))
+        return Batch(
+            self.mel.to(device),
+            self.frames.to(device),
+            self.characters.to(device),
+            self.phones.to(device),
+        )
 
 
 def collate(
@@ -304,15 +342,11 @@ def collate(
     padded = np.full(size, _SILENCE, np.float32)
     for index, mel in enumerate(features):
         padded[index, : len(mel)] = mel
-    spelled = [spell(utterance.text) for utterance in utterances]
-    targets = np.zeros((len(features), max(map(len, spelled))), np.int64)
-    for index, classes in enumerate(spelled):
-        targets[index, : len(classes)] = classes
     return Batch(
         torch.from_numpy(padded),
         torch.tensor(frames),
-        torch.from_numpy(targets),
-        torch.tensor([len(s) for s in spelled]),
+        Classes.of([spell(utterance.text) for utterance in utterances]),
+        Classes.of([utterance.phones for utterance in utterances]),
     )
 
 
@@ -361,21 +395,33 @@ def transcribe(
 
 
 class Trainee(nn.Module):
-    """A tokenizer with the early head that only its training needs."""
+    """A tokenizer with the heads for phones that only its training needs."""
 
-    def __init__(self, tokenizer: SpeechTokenizer, early_weight: float) -> None:
+    def __init__(self, tokenizer: SpeechTokenizer, share: float) -> None:
         super().__init__()
-        self.tokenizer, self.early_weight = tokenizer, early_weight
-        self.early = nn.Linear(tokenizer.config.dim, len(ALPHABET) + 1) if early_weight else None
+        self.tokenizer, self.share = tokenizer, share
+        if share > 0:
+            dim, classes = tokenizer.config.dim, len(PHONES) + 1
+            self.before, self.after = nn.Linear(dim, classes), nn.Linear(dim, 2 * classes)
 
-    def forward(self, batch: Batch, quantized: Tensor) -> tuple[Tensor, Tensor]:
-        """CTC loss a character, and codes [B, T]; `quantized` [B]: rows that pass the rounding."""
+    def forward(self, batch: Batch, quantized: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses, `loss` their weighted mean, and codes [B, T].
+
+        `quantized` [B] bool: rows that pass the rounding.
+        """
         output = self.tokenizer(batch.mel, batch.frames, quantized)
-        loss = ctc_loss(output.logits, batch.frames, batch.targets, batch.lengths)
-        if self.early is not None:
-            early = ctc_loss(self.early(output.hidden), batch.frames, batch.targets, batch.lengths)
-            loss = torch.lerp(loss, early, self.early_weight)
-        return loss, output.codes
+        spelled = batch.characters
+        losses = {"loss": ctc_loss(output.logits, batch.frames, spelled.classes, spelled.lengths)}
+        known = (batch.phones.lengths > 0).nonzero()[:, 0]
+        if self.share > 0 and len(known):
+            rows, frames = batch.phones, batch.frames[known]
+            target = rows.classes[known], rows.lengths[known]
+            early = ctc_loss(self.before(output.before[known]), frames, *target)
+            two = self.after(output.after[known])  # [B, T, 2 classes]: two a frame
+            late = ctc_loss(two.view(len(two), 2 * two.shape[1], -1), frames, *target)
+            losses |= {"characters": losses["loss"], "phones_before": early, "phones_after": late}
+            losses["loss"] = torch.lerp(losses["loss"], (early + late) / 2, self.share)
+        return losses, output.codes
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
@@ -392,7 +438,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if config.init_from is not None:
         start = load_speech_tokenizer_of(config.init_from).state_dict()
         checkpoints.restore(tokenizer, checkpoints.Checkpoint(Path(config.init_from), {}, start))
-    model = Trainee(tokenizer, config.early_weight)
+    model = Trainee(tokenizer, config.phones)
     optimizer = config.optimizer.build(model)
     run.restore(model, optimizer)
     model, optimizer = run.accelerator.prepare(model, optimizer)
@@ -421,17 +467,15 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             rng = run.rng(step)
             mask_mel(batch.mel, config.augment, rng)
             quantized = torch.from_numpy(rng.random(len(batch.mel)) < _share(config, step))
-            loss, codes = model(batch.to(run.device), quantized.to(run.device))
-            run.accelerator.backward(loss)
+            losses, codes = model(batch.to(run.device), quantized.to(run.device))
+            run.accelerator.backward(losses["loss"])
             norm = clip_gradients(model, config.optimizer.clip)
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % config.run.log_every == 0:
                 used = codes.unique().numel() / tokenizer.quantizer.size
-                run.log(
-                    step,
-                    {"loss": loss.item(), "norm": norm.item(), "lr": rate, "batch_usage": used},
-                )
+                numbers = {name: loss.item() for name, loss in losses.items()}
+                run.log(step, {**numbers, "norm": norm.item(), "lr": rate, "batch_usage": used})
     card = {"trainee": "tokenizer", "steps": run.done, "utterances": len(utterances)}
     return checkpoints.save(
         output_dir, config.model, tokenizer.state_dict(), dtype=config.dtype, card=card
