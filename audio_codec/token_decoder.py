@@ -290,9 +290,7 @@ class TokenDecoder(nn.Module):
     def voice(self, name: str) -> Tensor:
         """A voice of the table: [C]. Raises UserError when there is none of that name."""
         if name not in self.config.voices:
-            raise UserError(
-                f"voice '{name}' is unknown; choices: {', '.join(self.config.voices)}."
-            )
+            raise UserError(f"voice '{name}' is unknown; choices: {', '.join(self.config.voices)}.")
         return self.table.weight[self.config.voices.index(name)]
 
     def imitate(self, pcm: Tensor, codes: Tensor) -> Tensor:

@@ -496,9 +496,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         depth, bypass = (row.to(run.device) for row in rows)
         output, distance = objective(pcm, depth, bypass, taught)
         decoded = output.pcm[:, 0]
-        sound, told = judge_sound(
-            step, decoded, pcm[:, 0], criterion, config.mel_weight, adversary
-        )
+        sound, told = judge_sound(step, decoded, pcm[:, 0], criterion, config.mel_weight, adversary)
         told["commitment"] = output.commitment.detach()
         loss = sound + config.commitment_weight * output.commitment
         if config.teacher is not None:
