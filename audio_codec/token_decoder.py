@@ -88,7 +88,7 @@ class TokenDecoderConfig(BaseModel):
     heads: PositiveInt = 4
     encoder_layers: PositiveInt = 2
     """Transformer layers over the tokens."""
-    voice_blocks: int = Field(2, ge=0)
+    voice_blocks: int = Field(1, ge=0)
     """ConvNeXt blocks that listen to a prompt."""
     flow_blocks: int = Field(2, ge=0)
     """ConvNeXt blocks of the flow network, before its transformer."""
@@ -99,7 +99,7 @@ class TokenDecoderConfig(BaseModel):
     """Euler steps K."""
     guidance: float = Field(0.7, ge=0)
     """Strength g of the guidance; 0 does without, in half the time."""
-    vocoder_dim: PositiveInt = 256
+    vocoder_dim: PositiveInt = 224
     vocoder_blocks: int = Field(5, ge=0)
 
     @model_validator(mode="after")

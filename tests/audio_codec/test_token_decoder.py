@@ -321,4 +321,4 @@ def test_a_shape_that_cannot_be_is_refused(changes: dict[str, Any], said: str) -
 
 def test_the_shipped_shape_is_small() -> None:
     decoder = TokenDecoder(TokenDecoderConfig())
-    assert 6e6 < sum(parameter.numel() for parameter in decoder.parameters()) < 11e6
+    assert 6e6 < sum(parameter.numel() for parameter in decoder.parameters()) < 1e7

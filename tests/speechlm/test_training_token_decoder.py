@@ -134,6 +134,7 @@ def layout(made: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         "samples": 0,
         "batch": 3,
         "crop_tokens": 6,
+        "vocoder_tokens": 4,
         "prompt_tokens": 3,
         "ema": 0.9,
         "optimizer": {"lr": 3e-3, "warmup": 2},
@@ -172,7 +173,7 @@ def run_until(config: TrainConfig, *, resume: bool, clips: int | None) -> Path |
 
 
 def test_it_learns_a_few_seconds_by_heart(made: Path, tmp_path: Path) -> None:
-    """Both losses fall: that of the flow to less than half, the vocoder's by a fifth."""
+    """Both losses fall: the flow's to less than 0.6 of what it was, the vocoder's to 0.8."""
     config = config_of(
         made,
         tmp_path / "run",
@@ -185,7 +186,7 @@ def test_it_learns_a_few_seconds_by_heart(made: Path, tmp_path: Path) -> None:
     logged = [row for row in rows(tmp_path / "run") if "flow" in row]
     flow, mel = ([row[name] for row in logged] for name in ("flow", "mel"))
     assert len(flow) == 150 and np.isfinite(flow).all() and np.isfinite(mel).all()
-    assert np.mean(flow[-10:]) < 0.5 * np.mean(flow[:3])
+    assert np.mean(flow[-10:]) < 0.6 * np.mean(flow[:3])
     assert np.mean(mel[-10:]) < 0.8 * np.mean(mel[:3])
     (measured,) = [row for row in rows(tmp_path / "run") if "mel_tokens_validation" in row]
     assert {"mel_vocoder_validation", "stoi_vocoder_validation", "stoi_tokens_validation"} <= set(
@@ -381,3 +382,24 @@ def test_resynthesis_of_held_out_sentences_is_measured(
     metrics = resynthesis.resynthesis_wer(tokenizer, decoder, utterances=2)
     assert metrics["resynthesis_wer"].value == metrics["resynthesis_wer_original"].value == 1
     assert metrics["resynthesis_wer_added"].value == 0 and not listener.texts
+
+
+# --- GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_goes_on_and_speaks(made: Path, tmp_path: Path) -> None:
+    def config(steps: int) -> TrainConfig:
+        run = {"steps": steps, "precision": "bf16"}
+        return config_of(made, tmp_path / "run", run=run, adversarial=ADVERSARIAL, samples=1)
+
+    train(config(4))
+    AcceleratorState._reset_state(True)
+    path = train(config(6), resume=True)
+    logged = [row for row in rows(tmp_path / "run") if "flow" in row]
+    assert [row["step"] for row in logged] == list(range(6))
+    assert all(np.isfinite(list(row.values())).all() for row in logged)
+    decoder, codes = load_token_decoder(path), torch.arange(6)[None]
+    expected = decoder.generate(codes)
+    found = decoder.to("cuda").generate(codes.cuda()).cpu()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-2)
