@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
-from audio_codec.audio import SAMPLE_RATE
+from audio_codec.audio import SAMPLE_RATE, resample
 from audio_codec.losses import MultiScaleMel
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from audio_codec.token_decoder import (
@@ -224,9 +224,9 @@ class Objective(nn.Module):
 
 
 def tokenize(tokenizer: SpeechTokenizer, pcm: Tensor) -> Tensor:
-    """Codes [B, T] of sound [B, 1, S] in whole tokens; silence fills the tokenizer's last frame."""
-    tokens = round(pcm.shape[-1] * tokenizer.rate / SAMPLE_RATE)
-    return tokenizer.encode(F.pad(pcm, (0, -pcm.shape[-1] % tokenizer.frame_size)))[:, :tokens]
+    """Codes [B, T] of sound [B, 1, S] at 24 kHz, in whole tokens."""
+    heard = resample(pcm.cpu().numpy(), SAMPLE_RATE, tokenizer.sample_rate)
+    return tokenizer.encode(torch.from_numpy(heard).to(pcm.device))
 
 
 @torch.inference_mode()

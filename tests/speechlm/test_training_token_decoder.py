@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -285,11 +286,14 @@ def test_voices_are_named_without_the_speed_of_the_day_most_heard_first(made: Pa
     assert voice_names(sources[:1]) == ("low", "high")
 
 
-def test_tokens_fill_the_last_frame_with_silence(made: Path) -> None:
+def test_a_tokenizer_hears_at_its_own_rate(made: Path) -> None:
     tokenizer = load_tokenizer(made / "tokenizer")
     pcm = torch.from_numpy(glide(0.8, np.random.default_rng(0), 200.0))[None, None]
-    assert tokenize(tokenizer, pcm).shape == (1, 10)
     assert torch.equal(tokenize(tokenizer, pcm), tokenizer.encode(pcm))
+    slow: Any = SimpleNamespace(sample_rate=16_000, encode=lambda heard: heard)
+    heard = tokenize(slow, pcm)
+    assert heard.shape == (1, 1, 12_800) and heard.dtype == torch.float32
+    assert float(heard.square().mean()) == pytest.approx(float(pcm.square().mean()), rel=0.05)
 
 
 @pytest.mark.parametrize(
