@@ -43,6 +43,9 @@ class TransformerConfig(BaseModel):
     rope: bool = True
     rope_theta: float = 10_000.0
     causal: bool = True
+    block: PositiveInt = 1
+    """Block-causal where above 1: a query also sees what lies ahead of it in its own block of so
+    many positions. Chunks of a stream are then whole blocks, all but its last."""
     layer_scale: float | None = None
     """Initial value of a learned per-channel scale on each residual branch."""
     final_norm: bool = True
@@ -55,6 +58,8 @@ class TransformerConfig(BaseModel):
             raise ValueError(f"dim={self.dim} must give an even size to each of {self.heads} heads")
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        if self.block > 1 and not self.causal:
+            raise ValueError(f"block={self.block} needs causal=true")
         return self
 
     @property
@@ -258,21 +263,25 @@ class Transformer(nn.Module):
         head_dim = self.config.dim // self.config.heads
         return rotary(positions, head_dim, self.config.rope_theta).unsqueeze(2)
 
+    def _ahead(self, positions: Tensor) -> Tensor:
+        """How many positions of its own block lie ahead of each."""
+        return self.config.block - 1 - positions % self.config.block
+
     def _offline(self, x: Tensor, segments: Tensor | None) -> _Positions:
         time = x.shape[1]
         window = self.config.window
         positions = torch.arange(time, device=x.device)[None]  # [1, T]
         mask = None
-        if segments is not None or (window is not None and window < time):
+        if segments is not None or self.config.block > 1 or (window is not None and window < time):
             back = positions[0, :, None] - positions[0, None, :]  # [T, T] query minus key
             mask = torch.ones_like(back, dtype=torch.bool)
             if self.config.causal:
-                mask = back >= 0
+                mask = back >= -self._ahead(positions[0])[:, None]
             if window is not None:
-                mask = mask & (back.abs() < window)
+                mask = mask & ((back if self.config.causal else back.abs()) < window)
             mask = mask[None, None]
         if segments is not None:
-            assert mask is not None
+            assert mask is not None and self.config.block == 1, "blocks of packed rows are not told"
             mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
             fresh = torch.ones_like(segments, dtype=torch.bool)
             fresh[:, 1:] = segments[:, 1:] != segments[:, :-1]
@@ -292,5 +301,6 @@ class Transformer(nn.Module):
         # Entry r holds the newest position p ≤ last with p ≡ r (mod R); negative: nothing yet.
         held = last - (last - entry) % ring  # [B, R]
         back = now[:, :, None] - held[:, None, :]  # [B, T, R]
-        seen = (back >= 0) & (back < self.config.window) & (held >= 0)[:, None, :]
+        near = (back >= -self._ahead(now)[:, :, None]) & (back < self.config.window)
+        seen = near & (held >= 0)[:, None, :]
         return _Positions(self._rotation(now), seen.unsqueeze(1), False, now % ring)

@@ -275,6 +275,14 @@ def train_codec(config: Recipe, overrides: Overrides = None, resume: Resume = Fa
     _train("codec", config, overrides, resume)
 
 
+@train_app.command("token-decoder")
+def train_token_decoder(
+    config: Recipe, overrides: Overrides = None, resume: Resume = False
+) -> None:
+    """The token decoder: speech from a frozen tokenizer's codes alone."""
+    _train("token_decoder", config, overrides, resume)
+
+
 @train_app.command("lm")
 def train_lm(config: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
     """The language model, on codes."""
