@@ -170,7 +170,7 @@ def shape_of(tokenizer: SpeechTokenizer) -> Shape:
 
 
 def pad(sounds: Sequence[Pcm], stride: int) -> tuple[Tensor, Tensor]:
-    """Sounds [S] of any length → [B, 1, F · stride] with silence at the end, and frames of each [B].
+    """Sounds [S] with silence after them → [B, 1, F · stride], and how many frames are each's [B].
 
     `stride`: samples of a frame.
     """
@@ -263,8 +263,9 @@ def speaker_invariance(sayings: Mapping[str, Mapping[str, Sequence[int]]]) -> Me
             pairs = itertools.combinations(said.values(), 2)
             same.append(float(np.mean([_distance(one, two) for one, two in pairs])))
             other.append(float(np.mean(apart)))
-    if not same:
-        return Metric(None, n=0, reason="needs two sentences that two people read, both the same")
+    if not any(other):
+        reason = "needs two sentences, read by the same two people, whose codes differ"
+        return Metric(None, n=len(other), reason=reason)
     return bootstrap_ratio(same, other)
 
 
@@ -456,7 +457,8 @@ _MEANING = (
     "read the same sentences, which no training has seen. Recorded voices are people of the "
     "training reading sentences kept from it.",
     "The unquantized twin has the tokenizer's config, seed, data and steps, but was trained "
-    "without the bottleneck. Past the rounding means the tokenizer itself, its numbers not rounded.",
+    "without the bottleneck. Past the rounding means the tokenizer itself with its numbers left as "
+    "they are.",
     "Entropy and the share of codes seen are too low where there are not many more codes heard "
     "than there are in the codebook.",
     "Speaker invariance is the edit distance between the codes of two people reading one sentence "
@@ -656,8 +658,10 @@ def candidates_of(folder: Path) -> list[Candidate]:
         if run.config.unquantized:
             continue
         twin = twin_of(run, runs)
-        found.append(Candidate(run.name, loaded[run.name], twin and loaded[twin.name]))
-        needed.add(twin and twin.name)
+        paired = None if twin is None else loaded[twin.name]
+        found.append(Candidate(run.name, loaded[run.name], paired))
+        if twin is not None:
+            needed.add(twin.name)
     for run in runs:
         if run.config.unquantized and run.name not in needed:
             log.warning("left out: %s is unquantized, and the twin of no other run", run.name)
