@@ -21,10 +21,11 @@ own head, greedily; recordings of people likewise:
                                       low where n is not many times that number)
     codebook_entropy                  the same, by its first name
     speaker_invariance                0 = codes do not tell who speaks; see the function
+    speaker_invariance_warped         likewise of what the codes stand for: near counts as near
     lookahead_ms                      of sound that a code waits for beyond its own frame
     realtime_factor                   seconds of computing a second of sound, streaming
 
-Intervals are bootstraps over utterances, of `speaker_invariance` over sentences, of
+Intervals are bootstraps over utterances, of speaker invariance over sentences, of
 `realtime_factor` over frames. Sounds are made, heard and forgotten a few at a time, so that memory
 does not grow with their number.
 
@@ -32,8 +33,8 @@ A comparison of several tokenizers names each one's metrics after its shape, as 
 `wer_ratio_12_5hz_4375_fsq`; its `wer_quantized` is simply `wer_12_5hz_4375_fsq`. A look-ahead is
 part of the shape: `wer_12_5hz_4375_fsq_160ms`.
 
-Letters: B utterances of a batch, S samples, F frames (strides of the tokenizer), L codes of the
-codebook.
+Letters: B utterances of a batch, S samples, F frames (strides of the tokenizer), T codes of an
+utterance, L codes of the codebook, D numbers of a code, N token sequences.
 """
 
 from __future__ import annotations
@@ -43,12 +44,13 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import ValidationError
 from rich.progress import Progress
@@ -61,7 +63,7 @@ from audio_codec.errors import UserError
 from audio_codec.quantize import FSQ, entropy_bits
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from speechlm.convert import load_speech_tokenizer_of
-from speechlm.evaluation import report
+from speechlm.evaluation import abx, report
 from speechlm.evaluation.conversation import progress_bar
 from speechlm.evaluation.report import Metric, bootstrap_mean, bootstrap_ratio, shown
 from speechlm.training.tokenizer import TrainConfig, transcribe
@@ -78,8 +80,6 @@ T = TypeVar("T")
 
 NOISE_DB: Final = (0, 5, 10, 20)
 """Signal-to-noise ratios at which robustness is measured."""
-NEIGHBOURS: Final = 10
-"""Other sentences that one is compared with for `speaker_invariance`."""
 TIMED: Final = 200
 """Frames over which `realtime_factor` is taken."""
 THREADS: Final = 2
@@ -88,7 +88,8 @@ THREADS: Final = 2
 _BATCH = 16  # Utterances heard at once.
 _TAIL = SAMPLE_RATE // 50  # Silence after an utterance, in which the last window slides off it.
 _WARM = 5  # Frames that are not timed: they find the caches full of something else.
-_SENTENCES = 256  # Drawn at once where there is no end to them.
+_SENTENCES_DRAWN = 256  # At once, where there is no end to them.
+_SENTENCES_COMPARED = 10  # With each other; the work grows with its square.
 
 
 # --- What is heard --------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def endless_speech(seed: int) -> Iterator[Pcm]:
     """More and more held-out sentences [S], in held-out and in known voices by turns."""
     for block in itertools.count(1):
         for voices in ("heldout", "train"):
-            for pcm, _, _ in heldout_speech(_SENTENCES, seed + block, voices):
+            for pcm, _, _ in heldout_speech(_SENTENCES_DRAWN, seed + block, voices):
                 yield pcm
 
 
@@ -233,44 +234,55 @@ def codes_used(counts: Tensor) -> tuple[Metric, Metric]:
     return Metric(float((counts > 0).double().mean()), n=seen), Metric(entropy, n=seen)
 
 
-def speaker_invariance(sayings: Mapping[str, Mapping[str, Sequence[int]]]) -> Metric:
-    """How little codes depend on who speaks: 0 not at all, 1 as much as on what is said.
+def speaker_invariance(
+    sayings: Mapping[str, Mapping[str, T]],
+    distances: Callable[[list[T]], npt.NDArray[np.float64]],
+) -> Metric:
+    """How little tokens depend on who speaks: 0 not at all, 1 as much as on what is said.
 
-    `sayings`: sentence → speaker → codes. The distance of two code sequences is the number of
-    insertions, deletions and substitutions between them over the length of the longer one, 0 … 1.
-    Its mean over every two speakers of one sentence is divided by its mean over different sentences
-    of one speaker (of each, the ten that follow it):
+    `sayings`: sentence → speaker → tokens. The mean distance between every two speakers of one
+    sentence is divided by that between different sentences of one speaker (each with the others
+    among ten):
 
                      sentence 1   sentence 2
         speaker a       a1 ───────── a2          ─── what was said differs: the denominator
                          ┊            ┊
         speaker b       b1 ───────── b2          ┊   who said it differs: the numerator
 
-    People also differ in tempo, which codes at a fixed rate cannot help but show, so that a perfect
-    recognizer would not reach 0 either. The interval is a bootstrap over sentences.
+    `distances`: of every two of some tokens, [N, N]. `speaker_invariance` has `edit_distances`, in
+    which a code has no neighbours: of thousands of codes two people will seldom hit the same, and
+    both means near their largest, 1. `speaker_invariance_warped` has those of `abx.distances`
+    between what the codes stand for, which also forgive a difference in tempo. Nobody says a
+    sentence twice alike, so that a perfect recognizer would not reach 0. The interval is a
+    bootstrap over sentences.
     """
     shared = [by for by in sayings.values() if len(by) > 1]
     same, other = [], []
-    for index, said in enumerate(shared):
-        following = [shared[(index + k) % len(shared)] for k in range(1, len(shared))]
-        apart = [
-            _distance(codes, further[speaker])
-            for further in following[:NEIGHBOURS]
-            for speaker, codes in said.items()
-            if speaker in further
-        ]
-        if apart:
-            pairs = itertools.combinations(said.values(), 2)
-            same.append(float(np.mean([_distance(one, two) for one, two in pairs])))
-            other.append(float(np.mean(apart)))
+    for block in _batches(shared, _SENTENCES_COMPARED):
+        text, speaker = (
+            np.array(labels)
+            for labels in zip(*((i, who) for i, by in enumerate(block) for who in by), strict=True)
+        )
+        far = distances([tokens for by in block for tokens in by.values()])
+        for index in range(len(block)):
+            here = text == index
+            alike = far[here][:, here]
+            apart = far[here[:, None] & ~here & (speaker[:, None] == speaker)]
+            if len(apart):
+                same.append(float(alike[np.triu_indices(len(alike), 1)].mean()))
+                other.append(float(apart.mean()))
     if not any(other):
         reason = "needs two sentences, read by the same two people, whose codes differ"
         return Metric(None, n=len(other), reason=reason)
     return bootstrap_ratio(same, other)
 
 
-def _distance(one: Sequence[int], two: Sequence[int]) -> float:
-    return edit_distance(one, two) / max(len(one), len(two))
+def edit_distances(tokens: Sequence[Sequence[int]]) -> npt.NDArray[np.float64]:
+    """Edits between every two code sequences, over the length of the longer one: 0 … 1, [N, N]."""
+    found = np.zeros((len(tokens), len(tokens)))
+    for (i, one), (j, two) in itertools.combinations(enumerate(tokens), 2):
+        found[i, j] = found[j, i] = edit_distance(one, two) / max(len(one), len(two))
+    return found
 
 
 @torch.inference_mode()
@@ -447,6 +459,7 @@ _OVERVIEW = {
     "codebook_entropy_ratio": "entropy / log2(codes) ↑",
     "wer_noise_10db": "WER at 10 dB ↓",
     "speaker_invariance": "speaker invariance ↓",
+    "speaker_invariance_warped": "the same, warped ↓",
     "realtime_factor": "real-time factor ↓",
 }
 _NOISE = {f"wer_noise_{db}db": f"WER at {db} dB ↓" for db in NOISE_DB}
@@ -463,7 +476,9 @@ _MEANING = (
     "than there are in the codebook.",
     "Speaker invariance is the edit distance between the codes of two people reading one sentence "
     "over that between two sentences of one person, each over the longer one's length: 0 says "
-    "nothing of the speaker, 1 as much as of the sentence.",
+    "nothing of the speaker, 1 as much as of the sentence. Among thousands of codes two people "
+    "seldom hit the same one, and it is near 1. Warped, it compares what the codes stand for, "
+    "where near counts as near, along the cheapest warping of time.",
     "The real-time factor is seconds of computing a second of sound, in a stream of one frame at a "
     "time, on two threads.",
 )
@@ -519,7 +534,7 @@ def measure(
         groups["_recorded"] = recorded_speech(recorded)
     found: dict[str, Metric] = {}
     counts = torch.zeros(shape.size, dtype=torch.int64)
-    sayings: dict[str, dict[str, list[int]]] = defaultdict(dict)
+    sayings: dict[str, dict[str, Tensor]] = defaultdict(dict)
     rng = np.random.default_rng((seed, 1))
     with progress_bar(progress) as bar:
         for group, speech in groups.items():
@@ -535,7 +550,7 @@ def measure(
                 counts += torch.bincount(torch.cat(heard), minlength=len(counts))
                 if group == "_recorded":
                     for text, speaker, row in zip(texts, speakers, heard, strict=True):
-                        sayings[normalize(text)][speaker] = row.tolist()
+                        sayings[normalize(text)][speaker] = row
             for way, tally in tallies.items():
                 found |= {f"wer_{way}{group}": tally.wer(), f"cer_{way}{group}": tally.cer()}
             if candidate.twin is not None:
@@ -554,8 +569,18 @@ def measure(
         "realtime_factor": realtime_factor(candidate.tokenizer),
     }
     if recorded is not None:
-        found["speaker_invariance"] = speaker_invariance(sayings)
+        found["speaker_invariance"] = speaker_invariance(
+            sayings, lambda rows: edit_distances([row.tolist() for row in rows])
+        )
+        found["speaker_invariance_warped"] = speaker_invariance(
+            sayings, lambda rows: abx.distances([_points(candidate.tokenizer, row) for row in rows])
+        )
     return Result(candidate.name, shape, found)
+
+
+def _points(tokenizer: SpeechTokenizer, codes: Tensor) -> abx.Features:
+    """What codes [T] stand for: [T, D]."""
+    return tokenizer.embed(codes[None])[0].float().numpy()
 
 
 def _count_more(
@@ -571,10 +596,10 @@ def _count_more(
             return
 
 
-def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+def _batches(items: Iterable[T], size: int = _BATCH) -> Iterator[list[T]]:
     """A few items at a time, and no more of them made than these."""
     source = iter(items)
-    while batch := list(itertools.islice(source, _BATCH)):
+    while batch := list(itertools.islice(source, size)):
         yield batch
 
 

@@ -26,7 +26,7 @@ from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, Pcm
 from audio_codec.errors import UserError
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from speechlm.cli import app
-from speechlm.evaluation import report
+from speechlm.evaluation import abx, report
 from speechlm.evaluation import tokenizer as evaluation
 from speechlm.evaluation.report import Metric, bootstrap_ratio, distinct
 from speechlm.evaluation.tokenizer import Candidate, Comparison, Result, Shape, Tally
@@ -90,6 +90,12 @@ def test_codes_used() -> None:
     assert entropy.value == pytest.approx(0.5)  # one bit of two
 
 
+def test_edit_distances_by_hand() -> None:
+    found = evaluation.edit_distances([[1, 2, 3, 4], [1, 2, 3, 5], [2, 3, 4], [9]])
+    quarters = np.array([[0, 1, 1, 4], [1, 0, 2, 4], [1, 2, 0, 4], [4, 4, 4, 0]])
+    np.testing.assert_allclose(found, quarters / 4)
+
+
 def test_speaker_invariance_by_hand() -> None:
     sayings = {
         "one": {"ann": [1, 2, 3, 4], "bob": [1, 2, 3, 5]},
@@ -97,21 +103,33 @@ def test_speaker_invariance_by_hand() -> None:
         "alone": {"ann": [1]},
     }
     # Between speakers 1/4 and 1/5; between the sentences of either speaker everything differs.
-    metric = evaluation.speaker_invariance(sayings)
+    metric = evaluation.speaker_invariance(sayings, evaluation.edit_distances)
     assert metric.value == pytest.approx((1 / 4 + 1 / 5) / 2) and metric.n == 2
     assert metric.low == pytest.approx(1 / 5) and metric.high == pytest.approx(1 / 4)
-    assert evaluation.speaker_invariance({"alone": {"ann": [1]}}).reason
-    assert evaluation.speaker_invariance({"one": {"ann": [1], "bob": [1]}}).reason
+    for lacking in ({"alone": {"ann": [1]}}, {"one": {"ann": [1], "bob": [1]}}, {}):
+        assert evaluation.speaker_invariance(lacking, evaluation.edit_distances).reason
 
 
-def test_codes_that_tell_the_speaker_alone_are_not_invariant() -> None:
+def test_warped_speaker_invariance_by_hand() -> None:
+    sayings = {
+        str(place): {who: np.full((2 + place, 1), place + at) for who, at in (("a", 0), ("b", 1))}
+        for place in (0, 4)
+    }
+    # Speakers are 1 apart in either sentence, sentences 4 of either speaker, whatever the tempo.
+    metric = evaluation.speaker_invariance(sayings, abx.distances)
+    assert metric.value == pytest.approx(1 / 4)
+
+
+def test_codes_of_the_speaker_and_codes_of_the_text() -> None:
     by_speaker = {str(i): {"ann": [1] * 5, "bob": [2] * 4 + [1]} for i in range(20)}
-    assert evaluation.speaker_invariance(by_speaker).reason, "no sentence differs from another"
+    metric = evaluation.speaker_invariance(by_speaker, evaluation.edit_distances)
+    assert metric.reason and "differ" in metric.reason
     by_text = {str(i): {"ann": [i] * 3, "bob": [i] * 3} for i in range(20)}
-    assert evaluation.speaker_invariance(by_text).value == 0
+    metric = evaluation.speaker_invariance(by_text, evaluation.edit_distances)
+    assert metric.value == 0 and metric.n == 20
 
 
-@given(st.integers(2, 30), st.integers(0, 2**31))
+@given(st.integers(2, 25), st.integers(0, 2**31))
 @settings(max_examples=20, deadline=None)
 def test_codes_by_chance_are_about_as_far_apart_either_way(sentences: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -119,7 +137,10 @@ def test_codes_by_chance_are_about_as_far_apart_either_way(sentences: int, seed:
         str(i): {who: rng.integers(1000, size=12).tolist() for who in "abc"}
         for i in range(sentences)
     }
-    assert evaluation.speaker_invariance(sayings).value == pytest.approx(1, abs=0.1)
+    metric = evaluation.speaker_invariance(sayings, evaluation.edit_distances)
+    assert metric.value == pytest.approx(1, abs=0.1)
+    # Ten are compared with each other: an eleventh alone has nobody.
+    assert metric.n == sentences - (sentences % 10 == 1)
 
 
 def test_a_shape_is_a_valid_name() -> None:
@@ -291,7 +312,8 @@ def test_recorded_people_are_heard_and_compared(recordings: Path, scripted: Cand
     found = evaluation.measure(scripted, utterances=1, seed=0, recorded=recordings).metrics
     assert found["wer_unquantized_recorded"].n == 4
     # The same sound in either name: the codes do not tell them apart.
-    assert found["speaker_invariance"].value == 0 and found["speaker_invariance"].n == 2
+    for name in ("speaker_invariance", "speaker_invariance_warped"):
+        assert found[name].value == 0 and found[name].n == 2, name
 
 
 def test_a_data_folder_without_sentences_is_refused(tmp_path: Path) -> None:
