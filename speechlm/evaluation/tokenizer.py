@@ -33,8 +33,8 @@ A comparison of several tokenizers names each one's metrics after its shape, as 
 `wer_ratio_12_5hz_4375_fsq`; its `wer_quantized` is simply `wer_12_5hz_4375_fsq`. A look-ahead is
 part of the shape: `wer_12_5hz_4375_fsq_160ms`.
 
-Letters: B utterances of a batch, S samples, F frames (strides of the tokenizer), T codes of an
-utterance, L codes of the codebook, D numbers of a code, N token sequences.
+Letters: B utterances of a batch, S samples, T codes of an utterance, L codes of the codebook,
+D numbers of a code, N token sequences.
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from rich.progress import Progress
 from torch import Tensor
 from torchaudio.functional import edit_distance
 
 from audio_codec import checkpoint as checkpoints
-from audio_codec.audio import SAMPLE_RATE, Pcm, load
+from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, Pcm, load
 from audio_codec.errors import UserError
 from audio_codec.quantize import FSQ, entropy_bits
 from audio_codec.speech_tokenizer import SpeechTokenizer
@@ -80,8 +81,8 @@ T = TypeVar("T")
 
 NOISE_DB: Final = (0, 5, 10, 20)
 """Signal-to-noise ratios at which robustness is measured."""
-TIMED: Final = 200
-"""Frames over which `realtime_factor` is taken."""
+TIMED_SECONDS: Final = 16.0
+"""Of sound, over which `realtime_factor` is taken, or ten frames where these are longer."""
 THREADS: Final = 2
 """What it is taken on; `speechlm bench codec` has its headline on as many."""
 
@@ -147,6 +148,7 @@ class Shape:
     bottleneck: str
     """Its kind, "fsq" or "vq"."""
     lookahead_ms: float
+    """Infinite where every code sees the whole sound."""
 
     @property
     def bits(self) -> float:
@@ -170,23 +172,30 @@ def shape_of(tokenizer: SpeechTokenizer) -> Shape:
     )
 
 
-def pad(sounds: Sequence[Pcm], stride: int) -> tuple[Tensor, Tensor]:
-    """Sounds [S] with silence after them → [B, 1, F · stride], and how many frames are each's [B].
+def pad(tokenizer: SpeechTokenizer, sounds: Sequence[Pcm]) -> tuple[Tensor, Tensor]:
+    """Sounds [S] with silence after them → [B, 1, S'], and how many frames of 80 ms each fills [B].
 
-    `stride`: samples of a frame.
+    S' is in whole frames and in whole codes.
     """
-    frames = [-(-(len(pcm) + _TAIL) // stride) for pcm in sounds]
-    padded = np.zeros((len(sounds), 1, max(frames) * stride), np.float32)
+    frames = [-(-(len(pcm) + _TAIL) // FRAME_SIZE) for pcm in sounds]
+    whole = math.lcm(FRAME_SIZE, round(SAMPLE_RATE / tokenizer.rate))
+    size = -(-max(frames) * FRAME_SIZE // whole) * whole
+    padded = np.zeros((len(sounds), 1, size), np.float32)
     for row, pcm in zip(padded, sounds, strict=True):
         row[0, : len(pcm)] = pcm
     return torch.from_numpy(padded), torch.tensor(frames)
 
 
 def encode(tokenizer: SpeechTokenizer, pcm: Tensor, frames: Tensor) -> list[Tensor]:
-    """Codes of each padded sound [B, 1, F · stride], without those of the padding."""
-    codes = tokenizer.encode(pcm)
-    a_frame = codes.shape[1] * tokenizer.frame_size // pcm.shape[2]
-    return [row[: n * a_frame] for row, n in zip(codes, frames.tolist(), strict=True)]
+    """Codes [T] of each padded sound, without those of the padding.
+
+    Codes come `delay` after what they are of, so the first ones are of nothing.
+    """
+    late = round(tokenizer.delay * tokenizer.rate / SAMPLE_RATE)
+    silence = round(late * SAMPLE_RATE / tokenizer.rate)  # in which the last codes come out
+    codes = tokenizer.encode(F.pad(pcm, (0, silence)))[:, late:]
+    each = [math.ceil(n * tokenizer.rate / FRAME_RATE) for n in frames.tolist()]
+    return [row[:n] for row, n in zip(codes, each, strict=True)]
 
 
 def read(
@@ -288,8 +297,12 @@ def edit_distances(tokens: Sequence[Sequence[int]]) -> npt.NDArray[np.float64]:
 @torch.inference_mode()
 def realtime_factor(tokenizer: SpeechTokenizer) -> Metric:
     """Seconds of computing a second of sound, one frame of one stream at a time on two threads."""
+    if not math.isfinite(shape_of(tokenizer).lookahead_ms):
+        return Metric(None, reason="it does not stream")
+    seconds = tokenizer.frame_size / SAMPLE_RATE
+    timed = max(10, round(TIMED_SECONDS / seconds))
     generator = torch.Generator().manual_seed(0)
-    sound = 0.05 * torch.randn(_WARM + TIMED, 1, 1, tokenizer.frame_size, generator=generator)
+    sound = 0.05 * torch.randn(_WARM + timed, 1, 1, tokenizer.frame_size, generator=generator)
     state = tokenizer.new_state(1)
     took, before = [], torch.get_num_threads()
     torch.set_num_threads(THREADS)
@@ -297,10 +310,10 @@ def realtime_factor(tokenizer: SpeechTokenizer) -> Metric:
         for frame in sound:
             begin = time.perf_counter()
             tokenizer.encode(frame, state)
-            took.append(time.perf_counter() - begin)
+            took.append((time.perf_counter() - begin) / seconds)
     finally:
         torch.set_num_threads(before)
-    return bootstrap_mean([SAMPLE_RATE / tokenizer.frame_size * s for s in took[_WARM:]])
+    return bootstrap_mean(took[_WARM:])
 
 
 # --- The comparison -------------------------------------------------------------------------------
@@ -430,9 +443,9 @@ class Comparison:
         """Lines of a metric over a number of the shape; `names`: tokenizer → line."""
         lines: dict[str, list[tuple[float, Metric]]] = {}
         for result in sorted(self.results, key=lambda result: float(getattr(result.shape, x))):
-            if metric in result.metrics:
-                point = (float(getattr(result.shape, x)), result.metrics[metric])
-                lines.setdefault(names[result.name], []).append(point)
+            at = float(getattr(result.shape, x))
+            if metric in result.metrics and math.isfinite(at):
+                lines.setdefault(names[result.name], []).append((at, result.metrics[metric]))
         return lines
 
     def _noise(self) -> report.Picture:
@@ -502,7 +515,7 @@ def hear(
     `noise`: at how many decibels of it they are read too.
     """
     tokenizer = candidate.tokenizer
-    pcm, frames = pad(sounds, tokenizer.frame_size)
+    pcm, frames = pad(tokenizer, sounds)
     said = {
         "quantized": read(tokenizer, pcm, frames),
         "unquantized": read(tokenizer, pcm, frames, quantized=False),
@@ -510,8 +523,8 @@ def hear(
     if candidate.twin is not None:
         said["twin"] = read(candidate.twin, pcm, frames, quantized=False)
     for db in noise:
-        disturbed, _ = pad([noisy(sound, db, rng) for sound in sounds], tokenizer.frame_size)
-        said[f"noise_{db}db"] = read(tokenizer, disturbed, frames)
+        disturbed, _ = pad(tokenizer, [noisy(sound, db, rng) for sound in sounds])
+        said[f"noise_{db:g}db"] = read(tokenizer, disturbed, frames)
     return said, encode(tokenizer, pcm, frames)
 
 
@@ -565,7 +578,9 @@ def measure(
         "codebook_usage": share,
         "codebook_entropy": entropy,
         "codebook_entropy_ratio": entropy,
-        "lookahead_ms": Metric(shape.lookahead_ms, unit="ms"),
+        "lookahead_ms": Metric(shape.lookahead_ms, unit="ms")
+        if math.isfinite(shape.lookahead_ms)
+        else Metric(None, unit="ms", reason="every code sees the whole sound"),
         "realtime_factor": realtime_factor(candidate.tokenizer),
     }
     if recorded is not None:
@@ -589,7 +604,7 @@ def _count_more(
     """Add to `counts` [L] until it holds as many codes."""
     task = bar.add_task(f"{candidate.name}, codes", total=codes)
     for batch in _batches(sounds):
-        heard = encode(candidate.tokenizer, *pad(batch, candidate.tokenizer.frame_size))
+        heard = encode(candidate.tokenizer, *pad(candidate.tokenizer, batch))
         counts += torch.bincount(torch.cat(heard), minlength=len(counts))
         bar.update(task, completed=int(counts.sum()))
         if counts.sum() >= codes:
@@ -623,10 +638,10 @@ _OF_ONE_RUN: Final[dict[str, Any]] = {
     "unquantized": True,
     "quantize_from": True,
     "quantize_full": True,
-    "model": {"levels"},
+    "model": {"levels", "codes"},
 }
 """Where the config of a run and that of its unquantized twin may differ: where and how often they
-write, and in the bottleneck."""
+write, and in the size of the codebook, which the twin does not use."""
 
 
 def finished_runs(folder: Path) -> list[Finished]:
@@ -660,7 +675,8 @@ def finished_runs(folder: Path) -> list[Finished]:
 def twin_of(run: Finished, runs: Sequence[Finished]) -> Finished | None:
     """The run of the same config, seed, data and steps that was trained unquantized.
 
-    Of several (one for every size of the codebook) the one whose model is the same in all.
+    Of several (one for every size of the codebook) the one whose model is the same in all; where
+    there is none such, its bottleneck may have more or fewer numbers than the run's.
     """
     shared = run.config.model_dump(exclude=_OF_ONE_RUN)
     twins = [
@@ -733,8 +749,16 @@ def compare(
         raise UserError(f"twin '{twin}' is of no tokenizer: name its model too (--model).")
     candidates = []
     if model is not None:
-        unquantized = None if twin is None else load_speech_tokenizer_of(twin)
-        candidates.append(Candidate(model, load_speech_tokenizer_of(model), unquantized))
+        first = Candidate(model, load_speech_tokenizer_of(model))
+        if twin is not None:
+            first = replace(first, twin=load_speech_tokenizer_of(twin))
+            rates = [shape_of(one).rate for one in (first.tokenizer, first.twin) if one is not None]
+            if rates[0] != rates[1]:
+                raise UserError(
+                    f"twin '{twin}' gives {rates[1]:g} codes a second, the model {rates[0]:g}: a "
+                    "twin has the model's config."
+                )
+        candidates.append(first)
     if sweep is not None:
         candidates += candidates_of(sweep)
     source = f"{utterances} held-out sentences, synthesized"

@@ -147,6 +147,7 @@ def test_a_shape_is_a_valid_name() -> None:
     assert Shape(12.5, 4375, "fsq", 0).key == "12_5hz_4375_fsq"
     assert Shape(6.25, 1024, "vq", 160).key == "6_25hz_1024_vq_160ms"
     assert f"wer_{Shape(50, 625, 'fsq', 2.5).key}".isidentifier()
+    assert f"wer_{Shape(50, 4096, 'vq', math.inf).key}".isidentifier()
     assert Shape(12.5, 16384, "vq", 0).bits == 175  # of the published table
 
 
@@ -169,17 +170,41 @@ def test_noise_is_as_loud_as_it_says() -> None:
 @torch.inference_mode()
 def test_codes_do_not_depend_on_the_neighbours_padding() -> None:
     tokenizer, sounds = small_tokenizer(), [noise(0.5, 1), noise(1.3, 2), noise(0.08, 3)]
-    together = evaluation.encode(tokenizer, *evaluation.pad(sounds, FRAME_SIZE))
+    together = evaluation.encode(tokenizer, *evaluation.pad(tokenizer, sounds))
     # 20 ms more than the sound, in whole frames.
     assert [len(row) for row in together] == [7, 17, 2]
     for sound, row in zip(sounds, together, strict=True):
-        (alone,) = evaluation.encode(tokenizer, *evaluation.pad([sound], FRAME_SIZE))
+        (alone,) = evaluation.encode(tokenizer, *evaluation.pad(tokenizer, [sound]))
         assert torch.equal(row, alone)
+
+
+class Late:
+    """Codes are how loud so many milliseconds are, rounded, and come two codes late."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate, self.size = rate, round(SAMPLE_RATE / rate)
+        self.delay = 2 * self.size
+
+    def encode(self, pcm: Tensor) -> Tensor:
+        loudest = pcm[:, 0].unflatten(1, (-1, self.size)).amax(2).round().long()
+        return torch.nn.functional.pad(loudest, (2, 0))[:, :-2]
+
+
+@pytest.mark.parametrize(("rate", "codes"), [(6.25, 4), (12.5, 7), (25.0, 14), (50.0, 28)])
+def test_codes_are_put_back_in_step_at_every_rate(rate: float, codes: int) -> None:
+    tokenizer: Any = Late(rate)
+    sounds = [np.full(SAMPLE_RATE // 2, 3, np.float32), np.full(SAMPLE_RATE * 2, 5, np.float32)]
+    short, long = evaluation.encode(tokenizer, *evaluation.pad(tokenizer, sounds))
+    # Half a second and 20 ms are seven frames of 80 ms, two seconds and as much 26.
+    assert len(short) == codes and len(long) == 26 * rate / 12.5
+    spoken = math.ceil(0.5 * rate)
+    assert short.tolist() == [3] * spoken + [0] * (codes - spoken)
 
 
 @torch.inference_mode()
 def test_what_is_read_are_the_codes() -> None:
-    tokenizer, padded = small_tokenizer(), evaluation.pad([noise(0.5), noise(0.9)], FRAME_SIZE)
+    tokenizer = small_tokenizer()
+    padded = evaluation.pad(tokenizer, [noise(0.5), noise(0.9)])
     codes = tokenizer.encode(padded[0])
     assert evaluation.read(tokenizer, *padded)[1] == tokenizer.transcribe(codes)[1]
 
@@ -189,8 +214,22 @@ def test_the_real_time_factor_is_of_the_stream_s_clock(monkeypatch: pytest.Monke
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     threads = torch.get_num_threads()
     metric = evaluation.realtime_factor(small_tokenizer())
-    assert metric.value == pytest.approx(0.004 / 0.08) and metric.n == evaluation.TIMED
+    assert metric.value == pytest.approx(0.004 / 0.08) and metric.n == 200
     assert torch.get_num_threads() == threads
+
+
+def test_what_sees_the_whole_sound_does_not_stream(
+    monkeypatch: pytest.MonkeyPatch, scripted: Candidate
+) -> None:
+    monkeypatch.setattr(evaluation, "shape_of", lambda _: Shape(12.5, 9, "fsq", math.inf))
+    measured = evaluation.measure(scripted, utterances=1, seed=0)
+    for name in ("lookahead_ms", "realtime_factor"):
+        assert measured.metrics[name].reason, name
+    # It has no place on the curve.
+    curve = Comparison((measured,), False, "")._lines(
+        "wer_quantized", {"small": "a"}, "lookahead_ms"
+    )
+    assert curve == {}
 
 
 def test_speech_is_made_as_it_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,8 +286,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Candidate:
 
     clean: dict[tuple[int, int], Tensor] = {}
 
-    def pad(sounds: Sequence[Pcm], stride: int) -> tuple[Tensor, Tensor]:
-        pcm, frames = original(sounds, stride)
+    def pad(model: SpeechTokenizer, sounds: Sequence[Pcm]) -> tuple[Tensor, Tensor]:
+        pcm, frames = original(model, sounds)
         clean.setdefault((len(sounds), int(frames.max()) * 8), tokenizer.mel(pcm))
         return pcm, frames
 
@@ -342,9 +381,15 @@ def test_an_untrained_tokenizer_reads_nothing(tmp_path: Path) -> None:
     assert 0 < (found["codebook_usage"].value or 0) <= 1
 
 
-def test_a_twin_needs_its_model() -> None:
-    with pytest.raises(UserError, match="twin"):
+def test_a_twin_needs_its_model_and_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="twin 'x' is of no"):
         evaluation.compare(None, twin="x", sweep=Path("y"))
+    monkeypatch.setattr(
+        evaluation, "load_speech_tokenizer_of", lambda name: {"a": 25, "b": 50}[name]
+    )
+    monkeypatch.setattr(evaluation, "shape_of", lambda rate: Shape(rate, 9, "fsq", 0))
+    with pytest.raises(UserError, match="50 codes a second, the model 25"):
+        evaluation.compare("a", twin="b")
 
 
 # --- A sweep --------------------------------------------------------------------------------------
@@ -470,7 +515,7 @@ def test_a_sweep_is_measured_run_by_run(
     monkeypatch.setattr(
         evaluation, "transcribe", lambda _, __, frames, **___: ["one"] * len(frames)
     )
-    monkeypatch.setattr(evaluation, "TIMED", 2)
+    monkeypatch.setattr(evaluation, "TIMED_SECONDS", 1)
     found = evaluation.evaluate(None, sweep=sweep, utterances=2, progress=False)
     for size in (9, 15):
         assert found[f"wer_12_5hz_{size}_fsq"].value == pytest.approx(4 / 5)
