@@ -390,6 +390,9 @@ def eval_tokenizer(
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FOLDER", help="Table and pictures too.")
     ] = None,
+    decoder: Annotated[
+        str | None, typer.Option("--decoder", help="A token decoder that speaks its codes again.")
+    ] = None,
     json: Json = None,
     seed: Seed = 0,
     utterances: Utterances = 300,
@@ -400,8 +403,14 @@ def eval_tokenizer(
     options: dict[str, Any] = {"seed": seed, "utterances": utterances, "recorded": recorded}
     options |= {"twin": twin, "sweep": sweep, "codes": codes}
     options |= {"report": report, "title": "What semantic codes keep"}
+    if decoder is not None and first is None:
+        raise UserError("--decoder speaks the codes of one tokenizer: name that with --model.")
     _check(json)
     metrics = _measure("tokenizer", first, **options)
+    if first is not None and decoder is not None:
+        from speechlm.evaluation.resynthesis import evaluate
+
+        metrics |= evaluate(first, decoder, seed=seed)
     _report("eval tokenizer", metrics, json)
 
 

@@ -22,7 +22,8 @@ import torch
 from audio_codec.audio import Pcm
 from audio_codec.errors import UserError
 from audio_codec.speech_tokenizer import SpeechTokenizer
-from audio_codec.token_decoder import TokenDecoder
+from audio_codec.token_decoder import TokenDecoder, load_token_decoder
+from speechlm.convert import load_speech_tokenizer_of
 from speechlm.evaluation.report import Metric
 from speechlm.training.token_decoder import tokenize
 from synth_data import quiz
@@ -110,3 +111,8 @@ def resynthesis_wer(
     speaker = Voice.parse(voice)
     said = [(speak(t, speaker).pcm, t) for t in quiz.sentences("heldout", utterances, seed)]
     return pooled(pairs_of_errors(tokenizer, decoder, said, voice, default_recognizer()))
+
+
+def evaluate(model: str, decoder: str, *, seed: int = 0) -> dict[str, Metric]:
+    """`resynthesis_wer` of a model's tokenizer and a decoder, each by name or path."""
+    return resynthesis_wer(load_speech_tokenizer_of(model), load_token_decoder(decoder), seed=seed)

@@ -533,7 +533,9 @@ def test_collating_pads_to_whole_frames_and_keeps_the_sound() -> None:
     batch = tokenizer_training.collate(pair, (), None, np.random.default_rng(0))
     assert batch.mel.shape == (2, 4 * 8, 80) and batch.frames.tolist() == [2, 4]  # four frames
     assert (batch.mel == 1).all(-1).sum(1).tolist() == [10, 25]
-    assert batch.characters.classes.tolist() == [spell("a")] * 2 and batch.characters.lengths.tolist() == [1, 1]
+    assert batch.characters.classes.tolist() == [
+        spell("a")
+    ] * 2 and batch.characters.lengths.tolist() == [1, 1]
 
 
 def test_phones_share_the_loss_where_they_are_known() -> None:

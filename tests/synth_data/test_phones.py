@@ -6,7 +6,7 @@ from synth_data.phones import PHONES, phones_of, pronunciations
 
 
 def test_a_sentence_sounds_like_its_words() -> None:
-    assert phones_of("The cat sat.") == tuple("DH AH K AE T S AE T".split())
+    assert " ".join(phones_of("The cat sat.") or ()) == "DH AH K AE T S AE T"
     assert phones_of("") == ()
 
 
