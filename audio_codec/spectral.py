@@ -181,6 +181,17 @@ class Synthesis(nn.Module):
         return TailState(all_active(batch, tail.device), tail)
 
 
+def spectrum_head(dim: int, window: int) -> nn.Sequential:
+    """What makes of a hop [..., dim] the log-magnitudes and phases that `Synthesis` takes."""
+    spectrum = nn.Linear(dim, window + 2)
+    # Start near silence: the log-magnitudes of speech lie well below 0.
+    bins = window // 2 + 1
+    nn.init.normal_(spectrum.weight, std=0.02)
+    nn.init.constant_(spectrum.bias[:bins], -1.0)
+    nn.init.uniform_(spectrum.bias[bins:], -torch.pi, torch.pi)
+    return nn.Sequential(nn.LayerNorm(dim), spectrum)
+
+
 @dataclass
 class SpectralOutput:
     """One training forward."""
@@ -251,14 +262,8 @@ class SpectralCodec(nn.Module):
         )
         self.up = nn.Linear(config.decoder_latent_dim, HOPS * config.decoder_dim)
         self.back = ConvNeXtStack(config.decoder_dim, config.decoder_blocks)
-        spectrum = nn.Linear(config.decoder_dim, config.window + 2)
-        self.head = nn.Sequential(nn.LayerNorm(config.decoder_dim), spectrum)
+        self.head = spectrum_head(config.decoder_dim, config.window)
         self.synthesis = Synthesis(config.window)
-        # Start near silence: the log-magnitudes of speech lie well below 0.
-        bins = config.window // 2 + 1
-        nn.init.normal_(spectrum.weight, std=0.02)
-        nn.init.constant_(spectrum.bias[:bins], -1.0)
-        nn.init.uniform_(spectrum.bias[bins:], -torch.pi, torch.pi)
 
     @property
     def codebooks(self) -> tuple[tuple[int, ...], ...]:

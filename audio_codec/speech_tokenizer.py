@@ -205,9 +205,9 @@ class TokenizerOutput:
 
     logits: Tensor | None  # [B, N, V + 1] characters of the CTC head
     pieces: Tensor | None  # [B, U, L] of the attention decoder, if it was asked
-    last: Tensor | None  # [B, T, dim] what both heads read
     codes: Tensor  # [B, T]
-    hidden: Tensor  # [B, H, dim] the encoder's last layer before the pooling
+    before: Tensor  # [B, H, dim] the encoder's last layer before the pooling
+    after: Tensor | None  # [B, T, dim] the last layer, which both heads read
     commitment: Tensor  # [] how far the encoder is from the codes; 0 for FSQ
 
 
@@ -227,7 +227,7 @@ class SpeechTokenizer(nn.Module):
         self.delay = config.sample_rate * config.lookahead_ms // 1000
         self._pool = round(config.encoder_rate / config.rate)
         """Positions of the encoder a code."""
-        self._per_code = max(1, round(25 / config.rate))
+        self.per_code = max(1, round(25 / config.rate))
         """Characters a code: 25 a second, or one each."""
         self._late = round(config.lookahead_ms * config.rate / 1000)
         """Codes that come before those of the first frame."""
@@ -267,7 +267,7 @@ class SpeechTokenizer(nn.Module):
             self.after = Transformer(self._transformer(config.layers_after, config.rate, last=True))
         self.head: nn.Linear | None = None
         if config.ctc:
-            self.head = nn.Linear(config.dim, self._per_code * (len(ALPHABET) + 1))
+            self.head = nn.Linear(config.dim, self.per_code * (len(ALPHABET) + 1))
         self.decoder: TextDecoder | None = None
         if config.decoder is not None:
             pieces = config.decoder.vocabulary or len(ALPHABET) + 1
@@ -398,10 +398,9 @@ class SpeechTokenizer(nn.Module):
         """Bottleneck numbers [B, T, Q] → CTC logits [B, N, V + 1], two a frame of 80 ms or more."""
         return self._spell(self.read(numbers, state))
 
-    def _spell(self, last: Tensor) -> Tensor:
+    def _spell(self, after: Tensor) -> Tensor:
         assert self.head is not None, "this tokenizer has no CTC head"
-        x = self.head(last)
-        return x.view(x.shape[0], self._per_code * x.shape[1], -1)
+        return self.head(after).view(len(after), self.per_code * after.shape[1], -1)
 
     def new_character_state(self, batch: int, max_chunk: int = 1) -> TransformerState:
         """State of `characters`, for a live transcript; `max_chunk` strides as in `new_state`."""
@@ -435,17 +434,16 @@ class SpeechTokenizer(nn.Module):
             at = torch.arange(numbers.shape[1], device=mel.device) - late
             valid = (at >= 0) & (at < self.of_frames(frames, self.rate).unsqueeze(1))
         values, codes, commitment = self._quantize(numbers, valid, quantized)
-        logits = scores = last = None
+        logits = scores = after = None
         if self.after is not None:
-            last = self.read(values)[:, late:]
+            after = self.read(values)[:, late:]
             if self.head is not None:
-                logits = self._spell(last)
+                logits = self._spell(after)
             if self.decoder is not None and pieces is not None:
                 sound = None if valid is None else valid[:, late:]
-                scores = self.decoder(pieces, last, sound)
-        return TokenizerOutput(
-            logits, scores, last, codes[:, late:], hidden[:, late * self._pool :], commitment
-        )
+                scores = self.decoder(pieces, after, sound)
+        before = hidden[:, late * self._pool :]
+        return TokenizerOutput(logits, scores, codes[:, late:], before, after, commitment)
 
     def _quantize(
         self, numbers: Tensor, valid: Tensor | None, quantized: Tensor | None

@@ -175,6 +175,7 @@ class TextDecoder(nn.Module):
     def __init__(self, config: DecoderConfig, dim: int, pieces: int, dropout: float) -> None:
         """`dim`: width C, here and of the memory; `pieces`: L."""
         super().__init__()
+        self.config = config
         self.embed = nn.Embedding(pieces, dim)
         nn.init.normal_(self.embed.weight, std=0.02)
         self.positions = nn.Parameter(0.01 * torch.randn(config.positions, dim))

@@ -19,6 +19,7 @@ from audio_codec.files import check_writable
 
 if TYPE_CHECKING:
     from audio_codec.transcode import Direction
+    from speechlm.evaluation.report import Metric
     from synth_data.build import BuildReport
 
 app = typer.Typer(
@@ -275,6 +276,14 @@ def train_codec(config: Recipe, overrides: Overrides = None, resume: Resume = Fa
     _train("codec", config, overrides, resume)
 
 
+@train_app.command("token-decoder")
+def train_token_decoder(
+    config: Recipe, overrides: Overrides = None, resume: Resume = False
+) -> None:
+    """The token decoder: speech from a frozen tokenizer's codes alone."""
+    _train("token_decoder", config, overrides, resume)
+
+
 @train_app.command("lm")
 def train_lm(config: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
     """The language model, on codes."""
@@ -310,8 +319,22 @@ def _shards(output: Path, made: BuildReport) -> None:
 
 def _evaluate(question: str, model: str | None, json: Path | None, **options: Any) -> None:
     _check(json)
-    module = importlib.import_module(f"speechlm.evaluation.{question.replace('-', '_')}")
-    _report(f"eval {question}", module.evaluate(model, **options), json)
+    _report(f"eval {question}", _measure(question, model, **options), json)
+
+
+def _measure(
+    question: str, model: str | None, *, report: Path | None = None, title: str = "", **options: Any
+) -> dict[str, Metric]:
+    """The metrics; with `report`, for questions that can draw their answer, also that document."""
+    name = f"speechlm.evaluation.{question.replace('-', '_')}"
+    if report is None:
+        return importlib.import_module(name).evaluate(model, **options)
+    from speechlm.evaluation import report as writer
+
+    writer.check_report(report)
+    compared = importlib.import_module(name).compare(model, **options)
+    writer.write_report(report, title, compared.document())
+    return compared.metrics()
 
 
 @eval_app.command("codec")
@@ -341,25 +364,54 @@ def eval_codec(
     first = model if model or codec else "tiny"
     options: dict[str, Any] = {"seed": seed, "utterances": utterances, "codecs": codec or ()}
     options |= {"audio": audio, "levels": levels}
-    if report is None:
-        return _evaluate("codec", first, json, **options)
-    _check(json)
-    from speechlm.evaluation import report as writer
-
-    writer.check_report(report)
-    from speechlm.evaluation.codec import compare
-
-    compared = compare(first, **options)
-    writer.write_report(report, "What survives the codec", compared.document())
-    _report("eval codec", compared.metrics(), json)
+    options |= {"report": report, "title": "What survives the codec"}
+    _evaluate("codec", first, json, **options)
 
 
 @eval_app.command("tokenizer")
 def eval_tokenizer(
-    model: ModelName = "tiny", json: Json = None, seed: Seed = 0, utterances: Utterances = 300
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Whose tokenizer to measure [default: tiny, or the sweep]."),
+    ] = None,
+    twin: Annotated[
+        str | None, typer.Option("--twin", help="The model's twin, trained without a bottleneck.")
+    ] = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option("--sweep", metavar="FOLDER", help="Compare all finished runs below FOLDER."),
+    ] = None,
+    recorded: Annotated[
+        Path | None, typer.Option(help="A data folder with recorded people, to hear them too.")
+    ] = None,
+    codes: Annotated[
+        int, typer.Option("--codes", min=0, help="Judge the codebook's usage by so many at least.")
+    ] = 0,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FOLDER", help="Table and pictures too.")
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option("--decoder", help="A token decoder that speaks its codes again.")
+    ] = None,
+    json: Json = None,
+    seed: Seed = 0,
+    utterances: Utterances = 300,
 ) -> None:
-    """How well words can be read off the semantic codes."""
-    _evaluate("tokenizer", model, json, seed=seed, utterances=utterances)
+    """How well words can be read off the semantic codes, of one tokenizer or of a sweep."""
+    # A sweep stands alone; a model is measured beside it when asked for.
+    first = model if model or sweep else "tiny"
+    options: dict[str, Any] = {"seed": seed, "utterances": utterances, "recorded": recorded}
+    options |= {"twin": twin, "sweep": sweep, "codes": codes}
+    options |= {"report": report, "title": "What semantic codes keep"}
+    if decoder is not None and first is None:
+        raise UserError("--decoder speaks the codes of one tokenizer: name that with --model.")
+    _check(json)
+    metrics = _measure("tokenizer", first, **options)
+    if first is not None and decoder is not None:
+        from speechlm.evaluation.resynthesis import evaluate
+
+        metrics |= evaluate(first, decoder, seed=seed)
+    _report("eval tokenizer", metrics, json)
 
 
 Engines = Annotated[

@@ -26,6 +26,7 @@ RECIPES = {
     "dialogues": "synth_data.build:DialoguesConfig",
     "tokenizer": "speechlm.training.tokenizer:TrainConfig",
     "codec": "speechlm.training.codec:TrainConfig",
+    "token_decoder": "speechlm.training.token_decoder:TrainConfig",
     "lm": "speechlm.training.lm:TrainConfig",
 }
 

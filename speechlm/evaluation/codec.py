@@ -51,12 +51,11 @@ from torch import Tensor
 from audio_codec.audio import SAMPLE_RATE, LogMel, Pcm, load, resample
 from audio_codec.codec import Codec, load_codec
 from audio_codec.errors import UserError
-from audio_codec.quantize import entropy_bits
 from speechlm.convert import load_codec_of
 from speechlm.evaluation import abx, fidelity, report
 from speechlm.evaluation.conversation import progress_bar
 from speechlm.evaluation.report import Metric, bootstrap_mean, shown
-from speechlm.evaluation.tokenizer import heldout_speech, pooled_wer
+from speechlm.evaluation.tokenizer import codes_used, heldout_speech, pooled_wer
 from synth_data import quiz
 from synth_data.tts import ASSISTANT, speak
 from synth_data.verify import WordErrors, default_recognizer, word_errors
@@ -322,10 +321,9 @@ def usage(counts: Sequence[Tensor]) -> dict[str, Metric]:
     """Usage and entropy of each codebook, from how often each of its codes was seen [L]."""
     found = {}
     for level, count in enumerate(counts):
-        frames = int(count.sum())
-        entropy = entropy_bits(count) / max(1.0, math.log2(len(count)))
-        found[f"codebook_usage_{level}"] = Metric(float((count > 0).double().mean()), n=frames)
-        found[f"codebook_entropy_{level}"] = Metric(entropy, n=frames)
+        share, entropy = codes_used(count)
+        found[f"codebook_usage_{level}"] = share
+        found[f"codebook_entropy_{level}"] = entropy
     return found
 
 
@@ -521,16 +519,8 @@ _MEANING = (
 
 def slugs(names: Sequence[str]) -> list[str]:
     """Short distinct names, fit for a metric: "hf://kyutai/mimi" is "mimi", the next "mimi_2"."""
-    found: list[str] = []
-    for name in names:
-        last = name.rstrip("/").rpartition("/")[2].lower()
-        slug = re.sub(r"[^a-z0-9]+", "_", last).strip("_") or "codec"
-        again = 2
-        unique = slug
-        while unique in found:
-            unique, again = f"{slug}_{again}", again + 1
-        found.append(unique)
-    return found
+    last = (name.rstrip("/").rpartition("/")[2].lower() for name in names)
+    return report.distinct(re.sub(r"[^a-z0-9]+", "_", name).strip("_") or "codec" for name in last)
 
 
 @torch.inference_mode()

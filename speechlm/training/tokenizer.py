@@ -3,10 +3,12 @@
 Utterances with transcripts (shards of `speechlm synth speech`) are held in memory as log-mel
 features, grouped by length into batches of a fixed amount of sound, disturbed (speed, gain, noise,
 band limits, SpecAugment), and recognized by CTC. The bottleneck warms up: at first every row
-bypasses the rounding, then a growing share of rows passes through it, then all. A second CTC head
-before the bottleneck (Lee and Watanabe, 2021, arXiv 2102.03216) teaches the encoder directly; an
-attention decoder beside the CTC head (arXiv 1609.06773) reads the same codes, or alone. A vector
+bypasses the rounding, then a growing share of rows passes through it, then all. A vector
 quantizer's codes are moved by what they catch, and the encoder towards them by a commitment loss.
+
+An attention decoder may read the codes beside the CTC head (arXiv 1609.06773), or alone. Two more
+CTC heads, before the bottleneck and after it, recognize phones: English spelling is a harder lesson
+than what was heard, and hides it (hierarchical CTC, Sanabria and Metze, 2018, arXiv 1807.06234).
 
 Every shape of `TokenizerConfig` can be trained, from nothing, from another tokenizer, or from a
 public checkpoint of Whisper (`init_from`), whose decoder then reads its own text pieces.
@@ -55,6 +57,7 @@ from audio_codec.speech_tokenizer import (
 from speechlm.convert import load_speech_tokenizer_of
 from speechlm.training.run import OptimizerConfig, Run, RunConfig, clip_gradients
 from synth_data import shards
+from synth_data.phones import PHONES, phones_of
 from synth_data.text import normalize
 from synth_data.verify import word_errors
 
@@ -133,10 +136,10 @@ class TrainConfig(BaseModel):
     """Share of the steps in which every row bypasses the rounding."""
     quantize_full: float = 0.3
     """Share of the steps after which every row is quantized."""
-    early_weight: float = Field(0.0, ge=0, lt=1)
-    """Share of the CTC loss that the head before the bottleneck gets."""
+    phones: float = Field(0.0, ge=0, lt=1)
+    """Share of the loss that the two heads for phones have; the finished model is without them."""
     attention_weight: float = Field(0.3, ge=0, le=1)
-    """Share of the loss that the attention decoder gets beside a CTC head; alone it gets all."""
+    """Of the rest, the attention decoder's share beside a CTC head; alone it gets all."""
     commitment_weight: float = Field(0.25, ge=0)
     """Of a vector quantizer's squared distance from encoder to code."""
     unquantized: bool = False
@@ -153,8 +156,6 @@ class TrainConfig(BaseModel):
     def _teachable(self) -> TrainConfig:
         if not (self.model.ctc or self.model.decoder):
             raise ValueError("model needs ctc=true or a decoder: no head, no lesson")
-        if self.early_weight and not self.model.ctc:
-            raise ValueError(f"early_weight={self.early_weight} needs model.ctc=true")
         if self.model.whisper is not None and self.model.whisper.public_features:
             raise ValueError("model.whisper.public_features=true cannot be trained on: set false")
         return self
@@ -167,6 +168,8 @@ class Utterance:
     mel: Mel  # [M, n_mels] log-mel at 100 Hz
     text: str
     voice: str
+    phones: tuple[int, ...] = ()
+    """CTC classes of its phones; none when a word's are not known."""
 
     @property
     def frames(self) -> int:
@@ -220,9 +223,7 @@ class WhisperPieces:
         from transformers import WhisperTokenizer  # seconds, for those who use it
 
         spoken = {"language": "english", "task": "transcribe"} if size >= _MULTILINGUAL else {}
-        self.pieces: Any = WhisperTokenizer.from_pretrained(
-            folder, local_files_only=True, **spoken
-        )
+        self.pieces: Any = WhisperTokenizer.from_pretrained(folder, local_files_only=True, **spoken)
         if len(self.pieces) > size:
             raise UserError(
                 f"model.decoder.vocabulary={size}, but '{folder}' has {len(self.pieces)} pieces."
@@ -260,6 +261,11 @@ def log_mel(pcm: Pcm, mels: int = MELS) -> Mel:
     return features[0].to(torch.float16).numpy()
 
 
+def phones(text: str) -> tuple[int, ...]:
+    """CTC classes of a sentence's phones; none when a word's are not known."""
+    return tuple(PHONES.index(phone) + 1 for phone in phones_of(text) or ())
+
+
 def mel_power(mel: Mel) -> Power:
     """Features [M, n_mels] → mean power in each band."""
     logarithm = mel.astype(np.float32) * np.float32(LogMel.DEVIATION) + np.float32(LogMel.MEAN)
@@ -279,7 +285,12 @@ def load_utterances(
 
     def load(folder: Path) -> list[Utterance]:
         return [
-            Utterance(log_mel(sample.pcm[0], mels), normalize(sample.text), sample.voices[0])
+            Utterance(
+                log_mel(sample.pcm[0], mels),
+                normalize(sample.text),
+                sample.voices[0],
+                phones(sample.text),
+            )
             for sample in shards.read(folder)
             if sample.pcm is not None and sample.text and sample.seconds <= max_seconds
         ]
@@ -382,19 +393,43 @@ def disturb(
 
 
 @dataclass
+class Classes:
+    """What a head is to write, one sequence a row."""
+
+    classes: Tensor  # [B, U] padded
+    lengths: Tensor  # [B]
+
+    @staticmethod
+    def of(rows: Sequence[Sequence[int]]) -> Classes:
+        """Pad the rows."""
+        padded = np.zeros((len(rows), max(1, *map(len, rows))), np.int64)
+        for index, row in enumerate(rows):
+            padded[index, : len(row)] = row
+        return Classes(torch.from_numpy(padded), torch.tensor([len(row) for row in rows]))
+
+    def to(self, device: torch.device) -> Classes:
+        """The same there."""
+        return Classes(self.classes.to(device), self.lengths.to(device))
+
+
+@dataclass
 class Batch:
     """Padded utterances."""
 
     mel: Tensor  # [B, M, n_mels], M in whole frames
     frames: Tensor  # [B] frames that are sound
-    targets: Tensor  # [B, U] CTC classes
-    lengths: Tensor  # [B]
-    pieces: Tensor | None = None  # [B, W] for an attention decoder, −1 where there is none
+    characters: Classes
+    phones: Classes
+    pieces: Classes | None = None
+    """For an attention decoder."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch there."""
         return Batch(
-            *(x.to(device) for x in (self.mel, self.frames, self.targets, self.lengths)),
+            self.mel.to(device),
+            self.frames.to(device),
+            self.characters.to(device),
+            self.phones.to(device),
             None if self.pieces is None else self.pieces.to(device),
         )
 
@@ -424,25 +459,16 @@ def collate(
     padded = np.full(size, _SILENCE, np.float32)
     for index, mel in enumerate(features):
         padded[index, : len(mel)] = mel
-    spelled = [spell(utterance.text) for utterance in utterances]
     pieces = None
     if vocabulary is not None:
-        pieces = _in_rows([vocabulary.encode(utterance.text) for utterance in utterances], -1)
+        pieces = Classes.of([vocabulary.encode(utterance.text) for utterance in utterances])
     return Batch(
         torch.from_numpy(padded),
         torch.tensor(frames),
-        _in_rows(spelled, 0),
-        torch.tensor([len(s) for s in spelled]),
+        Classes.of([spell(utterance.text) for utterance in utterances]),
+        Classes.of([utterance.phones for utterance in utterances]),
         pieces,
     )
-
-
-def _in_rows(lists: Sequence[Sequence[int]], padding: int) -> Tensor:
-    """Lists of numbers as one matrix [B, longest]."""
-    rows = torch.full((len(lists), max(map(len, lists))), padding)
-    for row, numbers in zip(rows, lists, strict=True):
-        row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
-    return rows
 
 
 def mask_mel(mel: Tensor, config: AugmentConfig, rng: np.random.Generator) -> Tensor:
@@ -498,17 +524,25 @@ def transcribe(
     """Greedy transcripts of padded features, through the bottleneck or past its rounding.
 
     Those of the CTC head; of the attention decoder, in its `vocabulary`, where there is no other.
+    Raises UserError when the tokenizer reads no text.
     """
+    decoder = model.decoder
+    if vocabulary is None and decoder is not None and decoder.config.vocabulary is None:
+        vocabulary = Characters()
+    if model.head is None and (decoder is None or vocabulary is None):
+        raise UserError(
+            "The tokenizer reads no characters: choose one that was trained with model.ctc=true."
+        )
     passed = torch.full_like(frames, quantized, dtype=torch.bool)
     output = model(mel, frames, passed)
     if output.logits is not None:
         best = output.logits.argmax(-1)
         steps = (per_frame(model) * frames).tolist()
         return [greedy_text(row[:n]) for row, n in zip(best, steps, strict=True)]
-    assert model.decoder is not None and output.last is not None and vocabulary is not None
-    sound = torch.arange(output.last.shape[1], device=mel.device)
+    assert decoder is not None and output.after is not None and vocabulary is not None
+    sound = torch.arange(output.after.shape[1], device=mel.device)
     mask = sound < model.of_frames(frames, model.rate).unsqueeze(1)
-    found = model.decoder.greedy(output.last, mask, vocabulary.prompt, vocabulary.end)
+    found = decoder.greedy(output.after, mask, vocabulary.prompt, vocabulary.end)
     return [vocabulary.decode(row) for row in found]
 
 
@@ -518,43 +552,66 @@ def per_frame(model: SpeechTokenizer) -> int:
 
 
 class Trainee(nn.Module):
-    """A tokenizer with the early head that only its training needs."""
+    """A tokenizer with the heads for phones that only its training needs."""
 
-    def __init__(self, tokenizer: SpeechTokenizer, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        tokenizer: SpeechTokenizer,
+        share: float,
+        attention: float = 0.0,
+        commitment: float = 0.0,
+    ) -> None:
+        """Weights as in `TrainConfig`; `share` is that of the phones."""
         super().__init__()
-        self.tokenizer, self.config = tokenizer, config
-        shape = tokenizer.config
-        self.early = nn.Linear(shape.dim, len(ALPHABET) + 1) if config.early_weight else None
-        self.attention = config.attention_weight if shape.ctc else 1.0
-        self.commitment = 0.0 if config.unquantized else config.commitment_weight
+        self.tokenizer, self.share = tokenizer, share
+        self.attention, self.commitment = attention, commitment
+        if share > 0:
+            dim, classes = tokenizer.config.dim, len(PHONES) + 1
+            self.before = nn.Linear(dim, classes)
+            self.after = nn.Linear(dim, tokenizer.per_code * classes)
 
-    def forward(self, batch: Batch, quantized: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Loss, codes [B, T], what else to log; `quantized` [B]: rows that pass the rounding.
+    def forward(self, batch: Batch, quantized: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses, `loss` their weighted mean, and codes [B, T].
 
-        The losses of the heads are means a character, or a text piece.
+        `quantized` [B] bool: rows that pass the rounding.
         """
-        model, pieces, parts = self.tokenizer, batch.pieces, {}
-        read = None if pieces is None else pieces[:, :-1].clamp(min=0)
-        output = model(batch.mel, batch.frames, quantized, read)
-        heads = []
+        tokenizer, pieces, steps = self.tokenizer, batch.pieces, per_frame(self.tokenizer)
+        output = tokenizer(
+            batch.mel, batch.frames, quantized, None if pieces is None else pieces.classes[:, :-1]
+        )
+        losses: dict[str, Tensor] = {}
         if output.logits is not None:
-            told = (batch.frames, batch.targets, batch.lengths)
-            ctc = ctc_loss(output.logits, *told, per_frame(model))
-            if self.early is not None:
-                steps = round(model.config.encoder_rate / FRAME_RATE)
-                early = ctc_loss(self.early(output.hidden), *told, steps)
-                ctc = torch.lerp(ctc, early, self.config.early_weight)
-            heads.append(ctc)
+            spelled = batch.characters
+            losses["loss"] = ctc_loss(
+                output.logits, batch.frames, spelled.classes, spelled.lengths, steps
+            )
         if pieces is not None:
-            scores = output.pieces.float().flatten(0, 1)
-            attention = F.cross_entropy(scores, pieces[:, 1:].flatten(), ignore_index=-1)
-            parts["attention"] = attention
-            heads.append(attention)
-        loss = heads[0] if len(heads) == 1 else torch.lerp(heads[0], heads[1], self.attention)
-        if model.bottleneck == "vq":
-            parts["commitment"] = output.commitment
-            loss = loss + self.commitment * output.commitment
-        return loss, output.codes, parts
+            read = piece_loss(output.pieces, pieces)
+            losses["attention"] = read
+            losses["loss"] = torch.lerp(losses.get("loss", read), read, self.attention)
+        known = (batch.phones.lengths > 0).nonzero()[:, 0]
+        if self.share > 0 and len(known):
+            rows, frames = batch.phones, batch.frames[known]
+            target = rows.classes[known], rows.lengths[known]
+            positions = round(tokenizer.config.encoder_rate / FRAME_RATE)
+            early = ctc_loss(self.before(output.before[known]), frames, *target, positions)
+            x = self.after(output.after[known])
+            late = ctc_loss(
+                x.view(len(x), tokenizer.per_code * x.shape[1], -1), frames, *target, steps
+            )
+            losses |= {"characters": losses["loss"], "phones_before": early, "phones_after": late}
+            losses["loss"] = torch.lerp(losses["loss"], (early + late) / 2, self.share)
+        if tokenizer.bottleneck == "vq":
+            losses["commitment"] = output.commitment
+            losses["loss"] = losses["loss"] + self.commitment * output.commitment
+        return losses, output.codes
+
+
+def piece_loss(logits: Tensor, pieces: Classes) -> Tensor:
+    """Mean cross-entropy a piece: logits [B, W − 1, L] of all pieces [B, W] but the first."""
+    at = torch.arange(logits.shape[1], device=logits.device)
+    told = pieces.classes[:, 1:].masked_fill(at >= pieces.lengths.unsqueeze(1) - 1, -1)
+    return F.cross_entropy(logits.float().flatten(0, 1), told.flatten(), ignore_index=-1)
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
@@ -572,7 +629,12 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     tokenizer = SpeechTokenizer(config.model)
     if config.init_from is not None:
         start_from(tokenizer, config.init_from)
-    model = Trainee(tokenizer, config)
+    model = Trainee(
+        tokenizer,
+        config.phones,
+        config.attention_weight,
+        0.0 if config.unquantized else config.commitment_weight,
+    )
     optimizer = config.optimizer.build(model)
     run.restore(model, optimizer)
     model, optimizer = run.accelerator.prepare(model, optimizer)
@@ -605,21 +667,16 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             rng = run.rng(step)
             mask_mel(batch.mel, config.augment, rng)
             quantized = torch.from_numpy(rng.random(len(batch.mel)) < _share(config, step))
-            loss, codes, parts = model(batch.to(run.device), quantized.to(run.device))
-            run.accelerator.backward(loss)
+            losses, codes = model(batch.to(run.device), quantized.to(run.device))
+            run.accelerator.backward(losses["loss"])
             norm = clip_gradients(model, config.optimizer.clip)
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % config.run.log_every == 0:
                 used = codes.unique().numel()
-                numbers = {
-                    "loss": loss.item(),
-                    "norm": norm.item(),
-                    "lr": rate,
-                    "codes": used,
-                    "batch_usage": used / tokenizer.codebook_size,
-                }
-                run.log(step, numbers | {name: part.item() for name, part in parts.items()})
+                numbers = {name: loss.item() for name, loss in losses.items()}
+                numbers |= {"norm": norm.item(), "lr": rate, "codes": used}
+                run.log(step, {**numbers, "batch_usage": used / tokenizer.codebook_size})
     card = {"trainee": "tokenizer", "steps": run.done, "utterances": len(utterances)}
     return checkpoints.save(
         output_dir,

@@ -214,7 +214,7 @@ def test_a_code_sees_as_far_ahead_as_it_says(name: str) -> None:
     struck = noise(1, 97, 80).repeat(97, 1, 1)[:, :96]
     for row in range(96):  # from row · 10 ms on, all is another sound; the last row is untouched
         struck[row, row:] += 1
-    numbers = model._narrow(model(struck).hidden)
+    numbers = model._narrow(model(struck).before)
     furthest = 0.0
     for row in range(96):
         heard = (numbers[row] != numbers[-1]).any(-1)
@@ -235,7 +235,7 @@ def test_a_code_that_comes_late_is_that_of_an_earlier_frame() -> None:
     expected, found = now(longer), late(mel, torch.tensor([6, 4]))
     assert torch.equal(found.codes, expected.codes[:, 2:])
     assert torch.equal(found.logits, expected.logits[:, 4:])
-    assert torch.equal(found.hidden, expected.hidden[:, 4:])
+    assert torch.equal(found.before, expected.before[:, 4:])
     # A stream of it gives the codes as they come.
     assert torch.equal(late.discretize(late.features(longer)), expected.codes)
 

@@ -84,7 +84,7 @@ def test_help_answers_within_a_second_and_without_torch() -> None:
 @pytest.mark.parametrize(
     ("group", "commands"),
     [
-        ("train", ["tokenizer", "codec", "lm"]),
+        ("train", ["tokenizer", "codec", "token-decoder", "lm"]),
         ("synth", ["speech", "dialogues"]),
         ("eval", ["codec", "tokenizer", "spoken-qa", "duplex"]),
         ("codec", ["encode", "decode", "info"]),
@@ -103,7 +103,7 @@ class Config(BaseModel):
     output: Path = Path("shards")
 
 
-@pytest.mark.parametrize("trainee", ["tokenizer", "codec", "lm"])
+@pytest.mark.parametrize("trainee", ["tokenizer", "codec", "token-decoder", "lm"])
 def test_train_hands_over_the_validated_recipe(
     run: Run, room: Callable[..., None], tmp_path: Path, trainee: str
 ) -> None:
@@ -114,7 +114,7 @@ def test_train_hands_over_the_validated_recipe(
         return tmp_path / "checkpoint"
 
     room(
-        f"speechlm.training.{trainee}",
+        f"speechlm.training.{trainee.replace('-', '_')}",
         TrainConfig=Config,
         train=train,
     )
