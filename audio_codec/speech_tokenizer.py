@@ -580,8 +580,9 @@ def _public_tensors(found: checkpoints.Checkpoint, config: TokenizerConfig) -> d
 def _of_public(found: checkpoints.Checkpoint, streaming: bool) -> TokenizerConfig:
     """The shape of GLM-4-Voice's tokenizer, up to its codes."""
     public = checkpoints.parse_config(PublicConfig, found)
-    pooled = public.pooling_kernel_size is not None and bool(public.pooling_position)
-    before = public.pooling_position if pooled else public.quantize_position
+    pool, before = public.pooling_kernel_size or 1, public.pooling_position or 0
+    if pool == 1 or before == 0:
+        pool, before = 1, public.quantize_position
     causal = public.encoder_causal_attention or public.quantize_causal_encoder
     block = None if causal else public.quantize_causal_block_size
     fields = {
@@ -598,7 +599,7 @@ def _of_public(found: checkpoints.Checkpoint, streaming: bool) -> TokenizerConfi
             causal=public.encoder_causal_convolution,
             public_features=not streaming,
         ),
-        "rate": 50 / public.pooling_kernel_size if pooled else 50,
+        "rate": 50 / pool,
         "pooling": public.pooling_type,
         "causal": causal or block is not None,
         "block_ms": None if block is None else 20 * block,

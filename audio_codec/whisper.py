@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +154,7 @@ class PublicMel(nn.Module):
         from transformers import WhisperFeatureExtractor  # seconds, for those who use it
 
         self.n_mels = n_mels
-        self.extract = WhisperFeatureExtractor(feature_size=n_mels)
+        self.extract: Any = WhisperFeatureExtractor(feature_size=n_mels)  # type: ignore[no-untyped-call]
 
     def forward(self, pcm: Tensor) -> Tensor:
         """On whatever device `pcm` is; made on the CPU."""

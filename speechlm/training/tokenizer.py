@@ -180,10 +180,13 @@ class Utterance:
 class Vocabulary(Protocol):
     """What an attention decoder reads and writes."""
 
-    prompt: Sequence[int]
-    """Pieces that every text begins with."""
-    end: int
-    """The piece that ends it."""
+    @property
+    def prompt(self) -> Sequence[int]:
+        """Pieces that every text begins with."""
+
+    @property
+    def end(self) -> int:
+        """The piece that ends it."""
 
     def encode(self, text: str) -> list[int]:
         """A normalized text as pieces, prompt and end included."""
@@ -222,7 +225,9 @@ class WhisperPieces:
             )
         from transformers import WhisperTokenizer  # seconds, for those who use it
 
-        spoken = {"language": "english", "task": "transcribe"} if size >= _MULTILINGUAL else {}
+        spoken: dict[str, Any] = {}
+        if size >= _MULTILINGUAL:
+            spoken = {"language": "english", "task": "transcribe"}
         self.pieces: Any = WhisperTokenizer.from_pretrained(folder, local_files_only=True, **spoken)
         if len(self.pieces) > size:
             raise UserError(
