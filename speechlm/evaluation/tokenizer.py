@@ -61,7 +61,7 @@ from torchaudio.functional import edit_distance
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, Pcm, load
 from audio_codec.errors import UserError
-from audio_codec.quantize import FSQ, entropy_bits
+from audio_codec.quantize import entropy_bits
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from speechlm.convert import load_speech_tokenizer_of
 from speechlm.evaluation import abx, report
@@ -165,10 +165,7 @@ class Shape:
 def shape_of(tokenizer: SpeechTokenizer) -> Shape:
     """What a tokenizer says of itself."""
     return Shape(
-        tokenizer.rate,
-        tokenizer.quantizer.size,
-        "fsq" if isinstance(tokenizer.quantizer, FSQ) else "vq",
-        1000 * tokenizer.delay / tokenizer.sample_rate,
+        tokenizer.rate, tokenizer.codebook_size, tokenizer.bottleneck, tokenizer.lookahead_ms
     )
 
 
