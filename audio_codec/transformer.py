@@ -15,7 +15,7 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from audio_codec.attention import attend
@@ -33,15 +33,25 @@ class TransformerConfig(BaseModel):
     heads: PositiveInt
     kv_heads: PositiveInt | None = None
     """Key/value heads G; None means as many as `heads`, 1 is multi-query."""
+    head_dim: PositiveInt | None = None
+    """Size D of a head; None means dim / heads."""
+    qkv_bias: bool = False
+    """Queries, keys and values have a bias, as in Qwen 2."""
+    qk_norm: bool = False
+    """Normalize the query and the key of each head (RMSNorm), as in Qwen 3."""
     hidden: PositiveInt | None = None
     """Width of the MLP; None means 4·dim plain, 8/3·dim gated (rounded up to 32)."""
     norm: Literal["rms", "layer"] = "rms"
+    norm_eps: PositiveFloat | None = None
+    """Added to the variance; None means 1e-6 (rms) or 1e-5 (layer)."""
     gated: bool = True
     """SwiGLU (arXiv 2002.05202) instead of a plain GELU MLP."""
     window: PositiveInt | None = None
     """A query sees itself and the window−1 positions before it; None means all."""
     rope: bool = True
     rope_theta: float = 10_000.0
+    rope_frequencies: tuple[PositiveFloat, ...] | None = None
+    """Radians a position, one for each pair of a head; None means powers of `rope_theta`."""
     causal: bool = True
     layer_scale: float | None = None
     """Initial value of a learned per-channel scale on each residual branch."""
@@ -51,11 +61,21 @@ class TransformerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _divisible(self) -> TransformerConfig:
-        if self.dim % self.heads or (self.dim // self.heads) % 2:
+        if (self.head_dim is None and self.dim % self.heads) or self.head_size % 2:
             raise ValueError(f"dim={self.dim} must give an even size to each of {self.heads} heads")
+        if self.rope_frequencies is not None and 2 * len(self.rope_frequencies) != self.head_size:
+            raise ValueError(
+                f"rope_frequencies has {len(self.rope_frequencies)} numbers; heads of size "
+                f"{self.head_size} need {self.head_size // 2}"
+            )
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
         return self
+
+    @property
+    def head_size(self) -> int:
+        """Size D of a head after the default is filled in."""
+        return self.head_dim or self.dim // self.heads
 
     @property
     def mlp_hidden(self) -> int:
@@ -65,19 +85,26 @@ class TransformerConfig(BaseModel):
         return -(-8 * self.dim // 3 // 32) * 32 if self.gated else 4 * self.dim
 
 
-def make_norm(kind: Literal["rms", "layer"], dim: int) -> nn.Module:
+def make_norm(kind: Literal["rms", "layer"], dim: int, eps: float | None = None) -> nn.Module:
     """RMSNorm (arXiv 1910.07467) or LayerNorm over the last axis."""
-    return nn.RMSNorm(dim, eps=1e-6) if kind == "rms" else nn.LayerNorm(dim, eps=1e-5)
+    return nn.RMSNorm(dim, eps=eps or 1e-6) if kind == "rms" else nn.LayerNorm(dim, eps=eps or 1e-5)
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+def rotary(
+    positions: Tensor, head_dim: int, theta: float, frequencies: Sequence[float] | None = None
+) -> Tensor:
     """Rotations e^{iφ}, complex128 [..., T, D/2], for integer positions [..., T].
 
+    Pair p turns by θ^(−2p/D) a position, or by what `frequencies` [D/2] say.
     The angle is taken in float64: after an hour at 100 positions a second a float32 angle would be
     wrong in its third digit, and tokens would drift with the length of a conversation.
     """
-    half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
-    angle = positions.to(torch.float64).unsqueeze(-1) * theta ** (-half / head_dim)
+    if frequencies is None:
+        half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
+        turns = theta ** (-half / head_dim)
+    else:
+        turns = torch.tensor(frequencies, device=positions.device, dtype=torch.float64)
+    angle = positions.to(torch.float64).unsqueeze(-1) * turns
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -124,11 +151,16 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
-        self.head_dim = config.dim // config.heads
+        self.head_dim = config.head_size
         self.qkv = nn.Linear(
-            config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False
+            config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=config.qkv_bias
         )
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
+        self.query_norm: nn.RMSNorm | None = None
+        self.key_norm: nn.RMSNorm | None = None
+        if config.qk_norm:
+            self.query_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps or 1e-6)
+            self.key_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps or 1e-6)
 
     def forward(self, x: Tensor, where: _Positions, state: AttentionState | None) -> Tensor:
         """[B, T, C] → [B, T, C]."""
@@ -138,6 +170,9 @@ class Attention(nn.Module):
             .view(batch, time, -1, self.head_dim)
             .split((self.heads + self.kv_heads, self.kv_heads), dim=2)
         )
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = qk.to(self.query_norm.weight.dtype).split((self.heads, self.kv_heads), dim=2)
+            qk = torch.cat((self.query_norm(q), self.key_norm(k)), dim=2).to(v.dtype)
         if where.rotation is not None:
             qk = rotate(qk, where.rotation)
         q, k = qk.transpose(1, 2).split((self.heads, self.kv_heads), dim=1)
@@ -182,9 +217,9 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = make_norm(config.norm, config.dim)
+        self.attention_norm = make_norm(config.norm, config.dim, config.norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = make_norm(config.norm, config.dim)
+        self.mlp_norm = make_norm(config.norm, config.dim, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.scales: nn.ParameterList | None = None
@@ -208,13 +243,17 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = make_norm(config.norm, config.dim) if config.final_norm else nn.Identity()
+        self.norm: nn.Module = nn.Identity()
+        if config.final_norm:
+            self.norm = make_norm(config.norm, config.dim, config.norm_eps)
         # GPT-2's rule: residual branches start small, so that depth does not blow the stream up.
         for name, parameter in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.normal_(parameter, std=0.02 / (2 * config.layers) ** 0.5)
             elif name.endswith(("qkv.weight", "up.weight")):
                 nn.init.normal_(parameter, std=config.dim**-0.5 * 0.7)
+            elif name.endswith("qkv.bias"):
+                nn.init.zeros_(parameter)
 
     def forward(
         self, x: Tensor, state: TransformerState | None = None, segments: Tensor | None = None
@@ -255,8 +294,9 @@ class Transformer(nn.Module):
     def _rotation(self, positions: Tensor) -> Tensor | None:
         if not self.config.rope:
             return None
-        head_dim = self.config.dim // self.config.heads
-        return rotary(positions, head_dim, self.config.rope_theta).unsqueeze(2)
+        config = self.config
+        turned = rotary(positions, config.head_size, config.rope_theta, config.rope_frequencies)
+        return turned.unsqueeze(2)
 
     def _offline(self, x: Tensor, segments: Tensor | None) -> _Positions:
         time = x.shape[1]
