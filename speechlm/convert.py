@@ -224,13 +224,13 @@ def hf_transformer(name_or_path: str | Path, window: int | None) -> TransformerC
         turns, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
         frequencies = tuple(turns.tolist())
     kinds = set(getattr(config, "layer_types", None) or ())
-    sliding = getattr(config, "sliding_window", None)
+    sliding: Any = getattr(config, "sliding_window", None)
     if not kinds and sliding is not None:
         kinds = {"sliding_attention"}
     if len(kinds) > 1:
         raise UserError(f"init_from '{path}': its layers differ in attention: {sorted(kinds)}.")
     if kinds == {"sliding_attention"}:
-        window = min(sliding, window or sliding)
+        window = int(sliding) if window is None else min(int(sliding), window)
     return TransformerConfig(
         dim=config.hidden_size,
         layers=config.num_hidden_layers,
@@ -297,20 +297,18 @@ def fill_from_hf(model: SpeechLM, name_or_path: str | Path) -> None:
     pieces = model.streams.text_size - SPECIAL
     if pieces > len(embedding):
         raise UserError(
-            f"vocabulary of '{path}': its {HFTokenizer.FILE} has {pieces} ids, but there are embeddings for "
-            f"{len(embedding)}."
+            f"vocabulary of '{path}': its {HFTokenizer.FILE} has {pieces} ids, but there are "
+            f"embeddings for {len(embedding)}."
         )
     rows = model.text.weight[: model.text.absent_row]
     rows.normal_().mul_(embedding.std()).add_(embedding.mean(0))
     model.codes.weight.mul_(embedding.std() / model.codes.weight.std())
-    matrices = [(rows, embedding), (model.text_head.weight, head)]
-    if model.heard_head is not None:
-        matrices.append((model.heard_head.weight, head))
-    for own, _ in matrices[1:]:
-        own[:SPECIAL] = head.mean(0)
-    for own, public in matrices:
-        own[SPECIAL : SPECIAL + pieces] = public[:pieces]
+    heads = [h.weight for h in (model.text_head, model.heard_head) if h is not None]
+    for weight in heads:
+        weight[:SPECIAL] = head.mean(0)
+    for weight, public in ((rows, embedding), *((weight, head) for weight in heads)):
+        weight[SPECIAL : SPECIAL + pieces] = public[:pieces]
         for piece, theirs in ((BOS, config.bos_token_id), (EOS, config.eos_token_id)):
             first = theirs[0] if isinstance(theirs, list) else theirs
             if first is not None:
-                own[piece] = public[first]
+                weight[piece] = public[first]

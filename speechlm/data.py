@@ -44,6 +44,7 @@ Ids = npt.NDArray[np.int32]
 Weights = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.integer[Any]]
 
+
 def place(
     words: Sequence[Word],
     frames: int,
@@ -198,7 +199,7 @@ def exchanged(sample: shards.Sample) -> shards.Sample:
 def dialogue_document(
     dialogue: Dialogue, streams: Streams, config: WeightConfig, rng: np.random.Generator
 ) -> Document:
-    """A duplex document; `rng` moves the text and picks the silent frames whose codes are learned."""
+    """A duplex document; `rng` moves the text and picks the silent frames that are learned."""
     text = _moved(dialogue.text, config, rng)
     frames = np.empty((streams.count, len(text)), np.int32)
     frames[streams.text_index] = text
@@ -319,7 +320,7 @@ class Spoken:
 
 
 def spoken(sample: shards.Sample, streams: Streams) -> list[Spoken]:
-    """The channels of a sample that has codes. Raises UserError when they are not for this model."""
+    """The channels of a sample with codes. Raises UserError when they are not for this model."""
     if sample.codes is None:
         return []
     check_codes(sample, streams)
@@ -367,9 +368,7 @@ def exchanges(sample: shards.Sample, streams: Streams) -> list[tuple[Spoken, Spo
         return Spoken(sample.codes[channel, :, first:last], tuple(here), text)
 
     return [
-        (cut(*asked), cut(*answered))
-        for asked, answered in pairwise(turns)
-        if asked[0] == USER
+        (cut(*asked), cut(*answered)) for asked, answered in pairwise(turns) if asked[0] == USER
     ]
 
 
@@ -900,10 +899,9 @@ class _Tasks:
         most = config.max_words
         self.items = [item for item in found if all(1 <= len(s.text) <= most for s in item)]
         if not self.items:
-            wanted = "a question and its answer" if config.kind == "spoken_qa" else "words"
+            wanted = "question and answer" if config.kind == "spoken_qa" else "utterance"
             raise UserError(
-                f"data: nothing in '{config.path}' has codes and {wanted} of up to {most} words, "
-                f"as {config.kind} needs."
+                f"data: '{config.path}' has no {wanted} with codes and 1 to {most} words."
             )
 
     def document(self, lane: int, number: int) -> Document:
@@ -916,7 +914,13 @@ class _Tasks:
             question, answer = item
             modalities = (self.config.question, self.config.answer)
             return answer_document(
-                question, answer, modalities, self.streams, self.tokenizer, self.weights, self.prompt
+                question,
+                answer,
+                modalities,
+                self.streams,
+                self.tokenizer,
+                self.weights,
+                self.prompt,
             )
         return make(item[0], self.streams, self.tokenizer, self.weights, self.prompt)
 

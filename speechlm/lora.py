@@ -62,9 +62,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise UserError(
-            "LoRA needs the package peft: pip install 'speechlm[finetune]'."
-        ) from error
+        raise UserError("LoRA needs the package peft: pip install 'speechlm[finetune]'.") from error
     return peft
 
 
@@ -80,9 +78,10 @@ def attach(model: SpeechLM, config: LoraConfig, base: str) -> PeftModel:
         lora_alpha=config.alpha * config.rank,
         lora_dropout=config.dropout,
         target_modules=list(config.layers),
-        base_model_name_or_path=base,
     )
-    return peft.get_peft_model(_held(model), wanted)
+    adapted = peft.get_peft_model(_held(model), wanted)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted
 
 
 def base_of(path: Path) -> str | None:
@@ -118,7 +117,7 @@ def _difference(adapted: PeftModel) -> dict[str, Any]:
 
 def merge(adapted: PeftModel) -> SpeechLM:
     """Add the difference to the weights; the layers are the base's own again."""
-    merged = adapted.merge_and_unload()  # type: ignore[operator]
+    merged: Any = adapted.merge_and_unload()
     model = merged["lm"]
     assert isinstance(model, SpeechLM)
     return model

@@ -305,7 +305,8 @@ class DepthModel(nn.Module):
 @dataclass(frozen=True, slots=True)
 class _Voice:
     """The columns of a batch with a code of one speaker to learn, as the depth transformer sees
-    them."""
+    them.
+    """
 
     hidden: Tensor  # [N, C]
     text: Tensor  # [N] the token before the codes
@@ -435,9 +436,7 @@ class SpeechLM(nn.Module):
             text = batch.targets[:, before].flatten()[picked.index]
         return _Voice(hidden.flatten(0, 1)[picked.index], text, codes, picked.masked(own))
 
-    def _audio_loss(
-        self, voices: dict[str, _Voice], z: float, parts: dict[str, Tensor]
-    ) -> Tensor:
+    def _audio_loss(self, voices: dict[str, _Voice], z: float, parts: dict[str, Tensor]) -> Tensor:
         """Weighted mean over all codes of all voices; puts the means of each into `parts`."""
         sizes = [len(voice.codes) for voice in voices.values()]
         if len(voices) == 1:

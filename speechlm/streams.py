@@ -60,8 +60,8 @@ class Streams(BaseModel):
     """Whether the transcript of the user is a stream of its own."""
     acoustic_delay: NonNegativeInt | tuple[NonNegativeInt, ...] = 1
     """Columns that acoustic codes stand behind the semantic one, on both sides: one number for all,
-    or one for each acoustic codebook. How far the two text streams stand before or behind the voices
-    is a matter of where words are put (`data.WeightConfig`: `lead`, `heard_delay`)."""
+    or one for each acoustic codebook. How far the text streams stand before or behind the voices is
+    a matter of where words are put (`data.WeightConfig`: `lead`, `heard_delay`)."""
 
     @model_validator(mode="after")
     def _a_delay_for_each(self) -> Streams:

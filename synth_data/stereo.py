@@ -190,9 +190,7 @@ def build_stereo(config: StereoConfig) -> BuildReport:
     )
 
 
-def _samples(
-    recordings: Sequence[_Recording], config: StereoConfig
-) -> Iterator[Sample | Dropped]:
+def _samples(recordings: Sequence[_Recording], config: StereoConfig) -> Iterator[Sample | Dropped]:
     for recording in recordings:
         try:
             words = read_words(recording.path.with_suffix(".json"))

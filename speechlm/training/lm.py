@@ -459,7 +459,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             block.compile()
     objective, optimizer = run.accelerator.prepare(Objective(model, config.loss), optimizer)
     # An update is made of some of the sources: of all of them, or of text and of sound in turn.
-    updates = [(optimizer, range(len(names)))]
+    updates: list[tuple[Any, Sequence[int]]] = [(optimizer, range(len(names)))]
     if text_optimizer is not None:
         text_optimizer = run.accelerator.prepare(text_optimizer)
         kinds = [source.kind in _TEXT for source in config.sources]

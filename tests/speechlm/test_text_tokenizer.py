@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hf import hf_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from vocabularies import hf_tokenizer
 
 from audio_codec.errors import UserError
 from speechlm.streams import BOS, EOS, EPAD, PAD, SPEECH, TEXT
