@@ -254,7 +254,16 @@ def resolve_shape(config: TrainConfig) -> TrainConfig:
     if config.init_from is None:
         return config
     given = config.model
+    if lora.base_of(checkpoints.resolve(config.init_from)) is not None:
+        raise UserError(
+            f"init_from '{config.init_from}' is an adapter; make it a model first: speechlm merge."
+        )
     if convert.names_hf(config.init_from):
+        if config.lora is not None:
+            raise UserError(
+                f"lora is a difference to a model that speaks; init_from '{config.init_from}' is a "
+                "language model of text: train it whole first."
+            )
         temporal = convert.hf_transformer(config.init_from, given.temporal.window)
         brought = given.model_copy(update={"temporal": temporal})
     else:

@@ -338,6 +338,16 @@ def test_a_checkpoint_of_another_shape_is_named_before_training(
     )
 
 
+def test_what_cannot_be_begun_at_is_named(root: Path, made: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text('{"base_model_name_or_path": "tiny"}')
+    with pytest.raises(UserError, match="is an adapter; make it a model first: speechlm merge"):
+        train(recipe(root, "duplex", made, tmp_path, init_from=str(tmp_path / "a")))
+    write_hf(tmp_path / "hf", "llama")
+    with pytest.raises(UserError, match="is a language model of text: train it whole first"):
+        train(recipe(root, "lora", made, tmp_path, init_from=str(tmp_path / "hf")))
+
+
 def test_what_no_weight_depends_on_may_change(
     root: Path, runs: Path, made: Path, tmp_path: Path
 ) -> None:
