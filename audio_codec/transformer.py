@@ -16,7 +16,7 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from audio_codec.attention import attend
@@ -34,15 +34,25 @@ class TransformerConfig(BaseModel):
     heads: PositiveInt
     kv_heads: PositiveInt | None = None
     """Key/value heads G; None means as many as `heads`, 1 is multi-query."""
+    head_dim: PositiveInt | None = None
+    """Size D of a head; None means dim / heads."""
+    qkv_bias: bool = False
+    """Queries, keys and values have a bias, as in Qwen 2."""
+    qk_norm: bool = False
+    """Normalize the query and the key of each head (RMSNorm), as in Qwen 3."""
     hidden: PositiveInt | None = None
     """Width of the MLP; None means 4·dim plain, 8/3·dim gated (rounded up to 32)."""
     norm: Literal["rms", "layer"] = "rms"
+    norm_eps: PositiveFloat | None = None
+    """Added to the variance; None means 1e-6 (rms) or 1e-5 (layer)."""
     gated: bool = True
     """SwiGLU (arXiv 2002.05202) instead of a plain GELU MLP."""
     window: PositiveInt | None = None
     """A query sees itself and the window−1 positions before it; None means all."""
     rope: bool = True
     rope_theta: float = 10_000.0
+    rope_frequencies: tuple[PositiveFloat, ...] | None = None
+    """Radians a position, one for each pair of a head; None means powers of `rope_theta`."""
     causal: bool = True
     block: PositiveInt = 1
     """Block-causal where above 1: a query also sees what lies ahead of it in its own block of so
@@ -59,13 +69,23 @@ class TransformerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _divisible(self) -> TransformerConfig:
-        if self.dim % self.heads or (self.dim // self.heads) % 2:
+        if (self.head_dim is None and self.dim % self.heads) or self.head_size % 2:
             raise ValueError(f"dim={self.dim} must give an even size to each of {self.heads} heads")
+        if self.rope_frequencies is not None and 2 * len(self.rope_frequencies) != self.head_size:
+            raise ValueError(
+                f"rope_frequencies has {len(self.rope_frequencies)} numbers; heads of size "
+                f"{self.head_size} need {self.head_size // 2}"
+            )
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
         if self.block > 1 and not self.causal:
             raise ValueError(f"block={self.block} needs causal=true")
         return self
+
+    @property
+    def head_size(self) -> int:
+        """Size D of a head after the default is filled in."""
+        return self.head_dim or self.dim // self.heads
 
     @property
     def mlp_hidden(self) -> int:
@@ -75,19 +95,26 @@ class TransformerConfig(BaseModel):
         return -(-8 * self.dim // 3 // 32) * 32 if self.gated else 4 * self.dim
 
 
-def make_norm(kind: Literal["rms", "layer"], dim: int) -> nn.Module:
+def make_norm(kind: Literal["rms", "layer"], dim: int, eps: float | None = None) -> nn.Module:
     """RMSNorm (arXiv 1910.07467) or LayerNorm over the last axis."""
-    return nn.RMSNorm(dim, eps=1e-6) if kind == "rms" else nn.LayerNorm(dim, eps=1e-5)
+    return nn.RMSNorm(dim, eps=eps or 1e-6) if kind == "rms" else nn.LayerNorm(dim, eps=eps or 1e-5)
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+def rotary(
+    positions: Tensor, head_dim: int, theta: float, frequencies: Sequence[float] | None = None
+) -> Tensor:
     """Rotations e^{iφ}, complex128 [..., T, D/2], for integer positions [..., T].
 
+    Pair p turns by θ^(−2p/D) a position, or by what `frequencies` [D/2] say.
     The angle is taken in float64: after an hour at 100 positions a second a float32 angle would be
     wrong in its third digit, and tokens would drift with the length of a conversation.
     """
-    half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
-    angle = positions.to(torch.float64).unsqueeze(-1) * theta ** (-half / head_dim)
+    if frequencies is None:
+        half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
+        turns = theta ** (-half / head_dim)
+    else:
+        turns = torch.tensor(frequencies, device=positions.device, dtype=torch.float64)
+    angle = positions.to(torch.float64).unsqueeze(-1) * turns
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -136,11 +163,18 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
-        self.head_dim = config.dim // config.heads
+        self.head_dim = config.head_size
         self.qkv = nn.Linear(
-            config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=config.bias
+            config.dim,
+            (self.heads + 2 * self.kv_heads) * self.head_dim,
+            bias=config.bias or config.qkv_bias,
         )
-        self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
+        self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=config.bias)
+        self.query_norm: nn.RMSNorm | None = None
+        self.key_norm: nn.RMSNorm | None = None
+        if config.qk_norm:
+            self.query_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps or 1e-6)
+            self.key_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps or 1e-6)
 
     def forward(self, x: Tensor, where: _Positions, state: AttentionState | None) -> Tensor:
         """[B, T, C] → [B, T, C]."""
@@ -150,6 +184,9 @@ class Attention(nn.Module):
             .view(batch, time, -1, self.head_dim)
             .split((self.heads + self.kv_heads, self.kv_heads), dim=2)
         )
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = qk.to(self.query_norm.weight.dtype).split((self.heads, self.kv_heads), dim=2)
+            qk = torch.cat((self.query_norm(q), self.key_norm(k)), dim=2).to(v.dtype)
         if where.rotation is not None:
             qk = rotate(qk, where.rotation)
         q, k = qk.transpose(1, 2).split((self.heads, self.kv_heads), dim=1)
@@ -215,13 +252,13 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = make_norm(config.norm, config.dim)
+        self.attention_norm = make_norm(config.norm, config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.cross: CrossAttention | None = None
         if config.memory is not None:
-            self.cross_norm = make_norm(config.norm, config.dim)
+            self.cross_norm = make_norm(config.norm, config.dim, config.norm_eps)
             self.cross = CrossAttention(config)
-        self.mlp_norm = make_norm(config.norm, config.dim)
+        self.mlp_norm = make_norm(config.norm, config.dim, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.scales: nn.ParameterList | None = None
@@ -248,7 +285,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = make_norm(config.norm, config.dim) if config.final_norm else nn.Identity()
+        self.norm: nn.Module = nn.Identity()
+        if config.final_norm:
+            self.norm = make_norm(config.norm, config.dim, config.norm_eps)
         # GPT-2's rule: residual branches start small, so that depth does not blow the stream up.
         for name, parameter in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
@@ -306,8 +345,9 @@ class Transformer(nn.Module):
     def _rotation(self, positions: Tensor) -> Tensor | None:
         if not self.config.rope:
             return None
-        head_dim = self.config.dim // self.config.heads
-        return rotary(positions, head_dim, self.config.rope_theta).unsqueeze(2)
+        config = self.config
+        turned = rotary(positions, config.head_size, config.rope_theta, config.rope_frequencies)
+        return turned.unsqueeze(2)
 
     def _ahead(self, positions: Tensor) -> Tensor:
         """How many positions of its own block lie ahead of each."""

@@ -1,4 +1,4 @@
-"""The front door: `speechlm chat|serve|talk|demo|codec|bench|train|synth|eval`.
+"""The front door: `speechlm chat|serve|talk|demo|codec|bench|train|merge|synth|eval|card`.
 
 Every command parses its arguments, calls one function of a room and writes what came back. Rooms
 are imported inside the commands, so that `speechlm --help` answers at once.
@@ -10,7 +10,7 @@ import importlib
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -310,6 +310,16 @@ def synth_dialogues(config: Recipe, overrides: Overrides = None) -> None:
     _shards(recipe.output, build.build_dialogues(recipe))
 
 
+@synth_app.command("stereo")
+def synth_stereo(config: Recipe, overrides: Overrides = None) -> None:
+    """Recorded conversations in moshi-finetune's layout, encoded once, as shards."""
+    from speechlm.config import load_config
+    from synth_data import stereo
+
+    recipe = load_config(config, overrides or [], stereo.StereoConfig)
+    _shards(recipe.output, stereo.build_stereo(recipe))
+
+
 def _shards(output: Path, made: BuildReport) -> None:
     print(
         f"{output}: {made.samples} samples, {made.seconds / 3600:.2f} h in {made.written} new "
@@ -459,6 +469,23 @@ def eval_duplex(
     """Turn taking: does it answer, wait, stop and keep silent when it should?"""
     engines = tuple(engine or ("espeak", "flite"))
     _evaluate("duplex", model, json, seed=seed, trials=trials, engines=engines)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Its folder, or hf://….")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new checkpoint.")],
+    dtype: Annotated[str, typer.Option(help="How it is stored: fp32, bf16 or int8.")] = "bf16",
+) -> None:
+    """Add a LoRA adapter to its base: one checkpoint, as fast as the base."""
+    from typing import get_args
+
+    from audio_codec.checkpoint import StoredType
+    from speechlm import convert
+
+    if dtype not in get_args(StoredType):
+        raise UserError(f"--dtype is {dtype}; choices: {', '.join(get_args(StoredType))}.")
+    print(convert.merge_adapter(adapter, output, cast("StoredType", dtype)))
 
 
 @app.command()

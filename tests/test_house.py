@@ -24,6 +24,7 @@ PACKAGES = ["audio_codec", "synth_data", "speechlm", "streaming", "demo"]
 RECIPES = {
     "speech": "synth_data.build:SpeechConfig",
     "dialogues": "synth_data.build:DialoguesConfig",
+    "stereo": "synth_data.stereo:StereoConfig",
     "tokenizer": "speechlm.training.tokenizer:TrainConfig",
     "codec": "speechlm.training.codec:TrainConfig",
     "token_decoder": "speechlm.training.token_decoder:TrainConfig",
