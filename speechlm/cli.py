@@ -285,20 +285,20 @@ def train_lm(config: Recipe, overrides: Overrides = None, resume: Resume = False
 def synth_speech(config: Recipe, overrides: Overrides = None) -> None:
     """Sentences read aloud in many voices, with word times."""
     from speechlm.config import load_config
-    from synth_data import build
+    from synth_data.recipes import speech
 
-    recipe = load_config(config, overrides or [], build.SpeechConfig)
-    _shards(recipe.output, build.build_speech(recipe))
+    recipe = load_config(config, overrides or [], speech.SpeechConfig)
+    _shards(recipe.output, speech.build_speech(recipe))
 
 
 @synth_app.command("dialogues")
 def synth_dialogues(config: Recipe, overrides: Overrides = None) -> None:
     """Conversations on two channels, as shards."""
     from speechlm.config import load_config
-    from synth_data import build
+    from synth_data.recipes import dialogues
 
-    recipe = load_config(config, overrides or [], build.DialoguesConfig)
-    _shards(recipe.output, build.build_dialogues(recipe))
+    recipe = load_config(config, overrides or [], dialogues.DialoguesConfig)
+    _shards(recipe.output, dialogues.build_dialogues(recipe))
 
 
 def _shards(output: Path, made: BuildReport) -> None:

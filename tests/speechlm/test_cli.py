@@ -56,7 +56,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     import speechlm.evaluation
     import speechlm.training
     import streaming
-    import synth_data
+    import synth_data.recipes
 
     assert demo and speechlm and streaming and synth_data
     return fake
@@ -141,13 +141,8 @@ def test_synth_hands_over_the_validated_recipe(
 
         return build
 
-    room(
-        "synth_data.build",
-        SpeechConfig=Config,
-        DialoguesConfig=Config,
-        build_speech=built("speech"),
-        build_dialogues=built("dialogues"),
-    )
+    room("synth_data.recipes.speech", SpeechConfig=Config, build_speech=built("speech"))
+    room("synth_data.recipes.dialogues", DialoguesConfig=Config, build_dialogues=built("dialogues"))
     (tmp_path / "c.yaml").write_text("steps: 3\n")
     status, out, _ = run("synth", "speech", tmp_path / "c.yaml")
     assert status == 0 and out.startswith("shards: 7 samples, 0.50 h in 2 new shards; 1 stood")

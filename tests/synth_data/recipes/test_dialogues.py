@@ -14,9 +14,10 @@ from torch import Tensor
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
 from audio_codec.errors import UserError
 from audio_codec.state import State, all_active
-from synth_data import build
-from synth_data.build import BuildReport, DialoguesConfig, build_dialogues, encode_long
+from synth_data.build import BuildReport
 from synth_data.dialogue import ASSISTANT, USER, DialogueConfig
+from synth_data.recipes import dialogues
+from synth_data.recipes.dialogues import DialoguesConfig, build_dialogues, encode_long
 from synth_data.shards import Sample, read
 
 pytest.importorskip("espeakng_loader", reason="speech engine espeak is not installed")
@@ -59,10 +60,10 @@ def codec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LevelCode
     (tmp_path / "codec").mkdir()
     (tmp_path / "codec" / "model.safetensors").write_bytes(b"weights")
     fake = LevelCodec()
-    monkeypatch.setattr(build, "load_codec", lambda name: fake)
-    build._codec.cache_clear()
+    monkeypatch.setattr(dialogues, "load_codec", lambda name: fake)
+    dialogues._codec.cache_clear()
     yield fake
-    build._codec.cache_clear()
+    dialogues._codec.cache_clear()
 
 
 def config(tmp_path: Path, folder: str = "out", **changes: object) -> DialoguesConfig:
@@ -111,7 +112,7 @@ def test_samples_are_whole_and_aligned(codec: LevelCodec, tmp_path: Path) -> Non
                     a, b = int(word.start * FRAME_RATE), int(np.ceil(word.end * FRAME_RATE))
                     assert loud[a:b].any(), (sample.id, word)
         assert {e.kind for e in sample.events} & {"turn_end", "answer", "silence", "pause"}
-    assert max(codec.chunks) <= build._ENCODED_SECONDS * FRAME_RATE
+    assert max(codec.chunks) <= dialogues._ENCODED_SECONDS * FRAME_RATE
 
 
 def test_same_seed_same_bytes_and_resume(codec: LevelCodec, tmp_path: Path) -> None:

@@ -1,0 +1,290 @@
+"""Shards of conversations: two channels as a codec's codes, with words and events.
+
+speechlm synth dialogues configs/synth/dialogues.yaml workers=2
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from audio_codec import checkpoint
+from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
+from audio_codec.audio import normalize as normalize_level
+from audio_codec.codec import Codec, load_codec
+from audio_codec.errors import UserError
+from synth_data import augment
+from synth_data.build import BuildReport, Dropped, run_shards
+from synth_data.dialogue import ASSISTANT as ASSISTANT_CHANNEL
+from synth_data.dialogue import (
+    Dialogue,
+    DialogueConfig,
+    arrange,
+    cut_events,
+    cut_words,
+    script,
+)
+from synth_data.shards import Reader, Sample
+from synth_data.tts import Utterance, Voice, speak, user_voices
+
+# Long enough that a codec's cost a call vanishes, short enough that a sliding attention window does
+# not compute much outside itself.
+_ENCODED_SECONDS = 8.0
+# Generated noise is this long and goes round: nobody hears that, and minutes of it cost as much as
+# the user's speech.
+_NOISE_SAMPLES = 20 * SAMPLE_RATE
+# Answers repeat from one conversation to the next, and the assistant's engine is the slowest.
+_ANSWERS_KEPT = 8192
+
+
+class DialoguesConfig(BaseModel):
+    """Shards of conversations: codes of two channels (assistant, user), words and events."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    output: Path
+    """Folder of the shards."""
+    codec: str
+    """Checkpoint of the codec that encodes both channels: a directory, ``hf://…``, a shipped
+    name."""
+    hours: float = Field(gt=0)
+    """Conversation in all, rounded up to whole conversations."""
+    dialogue: DialogueConfig = DialogueConfig(seconds=240)
+    """How conversations go, and how long each lasts."""
+    sample_seconds: float = Field(default=60.0, gt=0)
+    """A conversation is encoded in one piece and cut into samples of this length."""
+    voices: Literal["train", "heldout"] | tuple[str, ...] = "train"
+    """User voices: a split of ``tts.user_voices``, or voices by name; one a conversation."""
+    engines: tuple[str, ...] = ("espeak", "flite")
+    """Speech engines that a split's voices may use; all must be installed."""
+    assistant: str = "flite:rms"
+    """The assistant's voice."""
+    jitter: bool = True
+    """Vary the user's rate, pitch and range from one conversation to the next."""
+    user_dbfs: tuple[float, float] = (-36.0, -18.0)
+    """Level of the user's speech: uniform."""
+    reverberation: float = Field(default=0.15, ge=0, le=1)
+    """Share of conversations with the user in a reverberant room."""
+    telephone: float = Field(default=0.1, ge=0, le=1)
+    """Share of conversations with the user's channel limited to a telephone's band."""
+    noise: tuple[Path, ...] = ()
+    """Shards of noise clips; white and pink noise are always among the noises."""
+    batch: int = Field(default=4, gt=0)
+    """Conversations that are encoded together."""
+    device: str = "cpu"
+    """Where the codec runs."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the codec's matrix products; bf16 costs about half on a CPU that has it, and moves one
+    code in twenty to a near neighbour."""
+    keep_sound: bool = False
+    """Store the sound beside the codes."""
+    seed: int = 0
+    shard_size: int = Field(default=16, gt=0)
+    """Conversations a shard."""
+    workers: int = Field(default=1, gt=0)
+    """Processes; 1 works in this one. The shards do not depend on it."""
+
+    @model_validator(mode="after")
+    def _whole_frames(self) -> "DialoguesConfig":
+        for name, seconds in (
+            ("sample_seconds", self.sample_seconds),
+            ("dialogue.seconds", self.dialogue.seconds),
+        ):
+            frames = seconds * FRAME_RATE
+            if abs(frames - round(frames)) > 1e-6:
+                raise ValueError(f"{name} {seconds:g} is not a whole number of 80 ms frames")
+        return self
+
+
+def build_dialogues(config: DialoguesConfig) -> BuildReport:
+    """Write conversations into ``config.output/dialogues-*.tar``.
+
+    A sample's channels are ``dialogue.ASSISTANT`` and ``dialogue.USER``; its events are those of
+    ``dialogue.Dialogue``, on the sample's own clock; ``meta`` says which conversation it is from,
+    and where it starts in it.
+
+    Raises:
+        UserError: a voice, engine, codec or noise folder is missing, or the folder holds another
+            build.
+    """
+    weights = hashlib.sha256()
+    for path in sorted(checkpoint.resolve(config.codec).glob("*.safetensors")):
+        weights.update(path.read_bytes())
+    for voice in (*_user_voices(config), Voice.parse(config.assistant)):
+        speak("one", voice)  # A missing engine or an unknown name shows here.
+    conversations = math.ceil(config.hours * 3600 / config.dialogue.seconds)
+    numbers = range(conversations)
+    parts = [
+        numbers[start : start + config.shard_size]
+        for start in range(0, conversations, config.shard_size)
+    ]
+    described = config.model_dump_json(exclude={"workers", "output"})
+    fingerprint = hashlib.sha256((described + weights.hexdigest()).encode()).hexdigest()[:16]
+    make = functools.partial(_dialogues, config=config)
+    return run_shards(
+        config.output, "dialogues", parts, make, workers=config.workers, fingerprint=fingerprint
+    )
+
+
+def encode_long(
+    codec: Codec, pcm: npt.NDArray[np.float32], precision: Literal["fp32", "bf16"] = "fp32"
+) -> npt.NDArray[np.uint16]:
+    """Encode long sound [B, S] (S in whole frames) piece by piece: codes uint16 [B, K, T].
+
+    The same codes as in one piece, at a cost that grows with S and not with its square.
+    """
+    assert pcm.shape[1] % codec.frame_size == 0, pcm.shape
+    assert max(math.prod(factors) for factors in codec.codebooks) <= 2**16, codec.codebooks
+    frames = round(_ENCODED_SECONDS * codec.sample_rate / codec.frame_size)
+    state = codec.new_encoder_state(len(pcm), frames)
+    device = state.active.device
+    lower = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    with torch.inference_mode(), lower:
+        pieces = [
+            codec.encode(piece[:, None].to(device), state).cpu()
+            for piece in torch.from_numpy(pcm).split(frames * codec.frame_size, dim=1)
+        ]
+    return torch.cat(pieces, dim=2).numpy().astype(np.uint16)
+
+
+@functools.cache
+def _codec(name: str, device: str) -> Codec:
+    return load_codec(name).to(device)
+
+
+@functools.cache
+def _noises(folders: tuple[Path, ...]) -> tuple[npt.NDArray[np.float32], ...]:
+    """Every clip of some noise shards, float32 [S] each."""
+    return tuple(
+        sample.pcm[0] for folder in folders for sample in Reader(folder) if sample.pcm is not None
+    )
+
+
+@functools.lru_cache(maxsize=_ANSWERS_KEPT)
+def _answer(text: str, voice: Voice) -> Utterance:
+    return speak(text, voice)
+
+
+def _user_voices(config: DialoguesConfig) -> list[Voice]:
+    if isinstance(config.voices, str):
+        return user_voices(config.voices, config.engines)
+    return [Voice.parse(text) for text in config.voices]
+
+
+def _dialogues(numbers: Sequence[int], config: DialoguesConfig) -> Iterator[Sample | Dropped]:
+    """The samples of some conversations, encoded a batch at a time."""
+    for start in range(0, len(numbers), config.batch):
+        made: list[tuple[int, str, Dialogue]] = []
+        for number in numbers[start : start + config.batch]:
+            try:
+                made.append((number, *_converse(number, config)))
+            except UserError as error:  # One sentence that an engine cannot read.
+                yield Dropped(f"d{config.seed}-{number:06d}", str(error))
+        if not made:
+            continue
+        # [conversations, 2, S]: channels in the order ASSISTANT, USER.
+        pcm = np.stack([np.stack((talk.assistant, talk.user)) for _, _, talk in made])
+        codec = _codec(config.codec, config.device)
+        codes = encode_long(codec, pcm.reshape(-1, pcm.shape[-1]), config.precision)
+        for index, (number, voice, talk) in enumerate(made):
+            yield from _cut(
+                number, voice, talk, pcm[index], codes[2 * index : 2 * index + 2], config
+            )
+
+
+def _converse(number: int, config: DialoguesConfig) -> tuple[str, Dialogue]:
+    """One conversation as the microphones hear it, and the user's voice. Pure, seeded by number."""
+    rng = np.random.default_rng([config.seed, number])
+    lines = script(rng, config.dialogue)
+    voices = _user_voices(config)
+    voice = voices[int(rng.integers(len(voices)))]
+    voice = voice.jitter(rng) if config.jitter else voice
+    dbfs = rng.uniform(*config.user_dbfs)
+    assistant = Voice.parse(config.assistant)
+
+    def synthesize(text: str, channel: int) -> Utterance:
+        if channel == ASSISTANT_CHANNEL:
+            return _answer(text, assistant)
+        utterance = speak(text, voice)
+        return Utterance(normalize_level(utterance.pcm, dbfs), SAMPLE_RATE, utterance.words)
+
+    talk = arrange(lines, synthesize, SAMPLE_RATE)
+    return str(voice), replace(talk, user=_microphone(talk, rng, config))
+
+
+def _microphone(
+    talk: Dialogue, rng: np.random.Generator, config: DialoguesConfig
+) -> npt.NDArray[np.float32]:
+    """What the user's microphone hears: the user in a room, noise, and the assistant's echo."""
+    heard = talk.user
+    if rng.random() < config.reverberation:
+        response = augment.room(rng, rng.uniform(0.15, 0.5), rng.uniform(0.0, 10.0))
+        heard = augment.reverberate(heard, response)
+    for event in talk.events:
+        first, last = round(event.start * SAMPLE_RATE), round(event.end * SAMPLE_RATE)
+        if event.kind == "noise" and last > first:
+            noise = _noise(last - first, rng, config)
+            if "snr_db" in event.meta:
+                heard = augment.add_noise(heard, noise, event.meta["snr_db"])
+            else:
+                heard = heard.copy()
+                heard[first:last] += normalize_level(noise, event.meta["dbfs"])
+    for event in talk.events:
+        if event.kind == "echo":
+            heard = augment.add_echo(
+                heard, talk.assistant, event.meta["gain_db"], event.meta["delay"]
+            )
+    if rng.random() < config.telephone:
+        heard = augment.telephone(heard)
+    return augment.limit(heard)
+
+
+def _noise(
+    samples: int, rng: np.random.Generator, config: DialoguesConfig
+) -> npt.NDArray[np.float32]:
+    clips = _noises(config.noise)
+    # Recorded noises, where there are any, half of the time.
+    if clips and rng.random() < 0.5:
+        return augment.excerpt(clips[int(rng.integers(len(clips)))], samples, rng)
+    make = augment.white if rng.random() < 0.5 else augment.pink
+    return augment.excerpt(make(_NOISE_SAMPLES, rng), samples, rng)
+
+
+def _cut(
+    number: int,
+    voice: str,
+    talk: Dialogue,
+    pcm: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.uint16],
+    config: DialoguesConfig,
+) -> Iterator[Sample]:
+    """A conversation in samples of ``sample_seconds``, cut between frames."""
+    frames = round(config.sample_seconds * FRAME_RATE)
+    for part, first in enumerate(range(0, codes.shape[2], frames)):
+        last = min(first + frames, codes.shape[2])
+        start, end = first / FRAME_RATE, last / FRAME_RATE
+        yield Sample(
+            id=f"d{config.seed}-{number:06d}-{part:02d}",
+            text="",
+            words=(
+                cut_words(talk.assistant_words, start, end),
+                cut_words(talk.user_words, start, end),
+            ),
+            voices=(config.assistant, voice),
+            source="quiz",
+            licence="Apache-2.0",
+            synthetic=True,
+            seconds=end - start,
+            events=cut_events(talk.events, start, end),
+            meta={"conversation": number, "start": start, "split": config.dialogue.split},
+            codes=codes[:, :, first:last],
+            pcm=pcm[:, first * FRAME_SIZE : last * FRAME_SIZE] if config.keep_sound else None,
+        )
