@@ -1,6 +1,8 @@
 """Shards of single-speaker speech: sentences read aloud in many voices, recordings, or both.
 
-speechlm synth speech configs/synth/speech_users.yaml workers=2
+    speechlm synth speech configs/synth/speech_users.yaml workers=2
+
+Every utterance is planned first: its words, its voice, its place in the shards.
 """
 
 import csv
@@ -21,7 +23,8 @@ from audio_codec.audio import SAMPLE_RATE, load
 from audio_codec.errors import UserError
 from synth_data import quiz
 from synth_data.build import BuildReport, Dropped, run_shards
-from synth_data.shards import Sample
+from synth_data.mixture import GuardConfig, Shares
+from synth_data.shards import Folder, Sample
 from synth_data.text import normalize, sentences_from, spell_out
 from synth_data.tts import Voice, Word, speak, user_voices
 from synth_data.verify import verify
@@ -32,7 +35,6 @@ _NEVER_TRAINED = frozenset({"digits"})
 # Synthetic English, over all training voices: 0.3 s of lead-in and tail, then 14 characters a
 # second. Used only to turn hours into a number of utterances before anything is spoken.
 _LEAD_SECONDS, _CHARACTERS_A_SECOND = 0.3, 14.0
-
 
 # In a data folder: a row a recording.
 MANIFEST = "manifest.tsv.gz"
@@ -47,6 +49,8 @@ class TextSource(BaseModel):
     path: Path
     """A ``.txt`` or ``.txt.xz`` file, one sentence a line."""
     licence: str
+    human: bool = True
+    """Whether people wrote it; false for what a language model wrote."""
     weight: float = Field(default=1.0, gt=0)
     """Share of the utterances, relative to the other sources."""
     max_words: int = Field(default=30, gt=0)
@@ -106,8 +110,8 @@ class SpeechConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    output: Path
-    """Folder of the shards."""
+    output: Folder
+    """Folder of the shards, or its URL in a store (``s3://…``)."""
     sources: tuple[Source, ...] = Field(min_length=1)
     hours: float | None = Field(default=None, gt=0)
     """Synthesized speech, about (recorded speech comes on top)."""
@@ -124,11 +128,15 @@ class SpeechConfig(BaseModel):
     jitter: bool = True
     """Vary the rate, pitch and range of user voices from one utterance to the next."""
     verify: VerifyConfig | None = None
+    guard: GuardConfig = GuardConfig()
+    """The least that people must have made of it."""
     seed: int = 0
     shard_size: int = Field(default=256, gt=0)
     """Utterances a shard, dropped ones included."""
     workers: int = Field(default=1, gt=0)
     """Processes; 1 works in this one. The shards do not depend on it."""
+    ray: str | None = None
+    """Address of a Ray cluster that makes the shards in their place; ``auto`` finds one."""
 
     @model_validator(mode="after")
     def _amount_given(self) -> "SpeechConfig":
@@ -148,6 +156,9 @@ class _Line:
     """A ``tts.Voice`` as text, or ``set/speaker``."""
     source: str
     licence: str
+    human_text: bool
+    seconds: float
+    """About; of a recording, exactly."""
     recording: Path | None = None
 
 
@@ -155,9 +166,11 @@ def build_speech(config: SpeechConfig) -> BuildReport:
     """Synthesize and collect speech into ``config.output/speech-*.tar``.
 
     Raises:
-        UserError: a source, voice or engine is missing, or the folder holds another build.
+        UserError: a source, voice or engine is missing, the folder holds another build, or too
+            little of it is what people made.
     """
     lines = plan_speech(config)
+    config.guard.check(_planned(lines), "the planned speech")
     parts = [
         lines[start : start + config.shard_size]
         for start in range(0, len(lines), config.shard_size)
@@ -172,6 +185,9 @@ def build_speech(config: SpeechConfig) -> BuildReport:
         make,
         workers=config.workers,
         fingerprint=fingerprint.hexdigest(),
+        ray=config.ray,
+        guard=config.guard,
+        source=(line.text for line in lines),
     )
 
 
@@ -189,6 +205,16 @@ def plan_speech(config: SpeechConfig) -> list[_Line]:
         lines += _utterances(config, spoken, rng)
     order = rng.permutation(len(lines))
     return [lines[index] for index in order]
+
+
+def _planned(lines: Sequence[_Line]) -> Shares:
+    """How much people will have made: known before hours of work, but for what is dropped."""
+    recorded = sum(line.seconds for line in lines if line.recording is not None)
+    words = [(len(line.text.split()), line.human_text) for line in lines]
+    return Shares(
+        recorded / (sum(line.seconds for line in lines) or 1),
+        sum(count for count, human in words if human) / (sum(count for count, _ in words) or 1),
+    )
 
 
 def _utterances(
@@ -219,13 +245,16 @@ def _utterances(
         else:
             voice = voices[int(rng.integers(len(voices)))]
             voice = voice.jitter(rng) if config.jitter else voice
-        seconds += _LEAD_SECONDS + len(text) / _CHARACTERS_A_SECOND
+        length = _LEAD_SECONDS + len(text) / _CHARACTERS_A_SECOND
+        seconds += length
         yield _Line(
             id=f"s{config.seed}-{number:07d}",
             text=text,
             voice=str(voice),
             source="quiz" if isinstance(source, QuizSource) else source.path.name,
             licence="Apache-2.0" if isinstance(source, QuizSource) else source.licence,
+            human_text=not isinstance(source, QuizSource) and source.human,
+            seconds=length,
         )
 
 
@@ -286,6 +315,8 @@ def _recordings(source: RecordedSource) -> Iterator[_Line]:
                 voice=f"{row['set']}/{row['speaker']}",
                 source=row["set"],
                 licence=row["licence_source"],
+                human_text=True,
+                seconds=float(row["seconds"]),
                 recording=source.data / row["path"],
             )
 
@@ -321,6 +352,7 @@ def _sample(line: _Line, verification: VerifyConfig | None) -> Sample | Dropped:
         source=line.source,
         licence=line.licence,
         synthetic=line.recording is None,
+        human_text=line.human_text,
         seconds=len(pcm) / SAMPLE_RATE,
         wer=wer,
         pcm=pcm[None],
