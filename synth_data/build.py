@@ -18,6 +18,7 @@ them see: a local or shared disk, or a store such as ``s3://…``.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import multiprocessing
@@ -29,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import (
@@ -289,7 +290,8 @@ def _on_ray(
     This package must be installed on every machine of the cluster.
     """
     try:
-        import ray
+        # Typed here alike whether it is installed or not.
+        ray: Any = importlib.import_module("ray")
     except ImportError as error:
         raise UserError(
             "ray is not installed; it comes with the extra 'cluster' (pip install "

@@ -25,11 +25,19 @@ from audio_codec.errors import UserError
 from audio_codec.files import replacing
 from audio_codec.transformer import TransformerConfig
 from speechlm import convert
-from speechlm.data import Mixture, Source, TextTokenizer, WeightConfig, train_text_tokenizer
+from speechlm.data import (
+    Mixture,
+    Source,
+    TextTokenizer,
+    WeightConfig,
+    shares_of,
+    train_text_tokenizer,
+)
 from speechlm.model import Batch, LMConfig, LMSampling, LossConfig, Losses, SpeechLM
 from speechlm.streams import ABSENT, Streams
 from speechlm.training.run import Average, OptimizerConfig, Run, RunConfig, clip_gradients
 from synth_data import quiz
+from synth_data.mixture import GuardConfig
 from synth_data.text import sentences_from
 
 
@@ -70,6 +78,8 @@ class TrainConfig(BaseModel):
     """The codec of the shards; it says how many codes there are."""
     sources: tuple[Source, ...] = Field(min_length=1)
     """What a step is made of; `rows` are the shares."""
+    guard: GuardConfig = GuardConfig()
+    """The least of the sources, by rows, that people must have made."""
     validation: tuple[Source, ...] = ()
     validation_batches: PositiveInt = 4
     length: PositiveInt = 750
@@ -217,6 +227,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train and write a checkpoint directory; returns its path. Raises UserError on bad data."""
     output = config.output or config.run.dir / "lm"
     checkpoints.check_replaceable(output)
+    if config.guard.asks:  # Shards without an index are read for it.
+        config.guard.check(shares_of(config.sources), "sources")
     run = Run("lm", config.run, config, resume)
     model, tokenizer = build(config, run.dir, resume)
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from audio_codec.audio import SAMPLE_RATE, save
 from audio_codec.errors import UserError
+from synth_data.build import BuildReport
 from synth_data.recipes.speech import SpeechConfig, build_speech, plan_speech
 from synth_data.shards import read, shard_paths
 from synth_data.text import normalize
@@ -216,6 +217,43 @@ def test_recordings_enter_once_each(tmp_path: Path, recordings: Path) -> None:
     assert sample.voices == ("people/ann",) and sample.words == ((),) and not sample.synthetic
     assert sample.pcm is not None and sample.pcm.shape == (1, 12_000)
     assert [dropped.id for dropped in report.dropped] == ["people-b"]
+
+
+def test_the_guard_weighs_recordings_against_synthesis(
+    tmp_path: Path, recordings: Path, sentences: Path
+) -> None:
+    sources = [
+        {"kind": "recorded", "data": recordings, "sets": ["people"]},
+        {"kind": "text", "path": sentences, "licence": "CC0", "human": False},
+    ]
+
+    def build(utterances: int, **guard: float) -> BuildReport:
+        folder = tmp_path / f"out{utterances}"
+        settings = {"sources": sources, "utterances": utterances, "output": folder}
+        return build_speech(config(tmp_path, sentences, guard=guard, **settings))
+
+    with pytest.raises(UserError, match=r"planned speech: recorded_speech is \d"):
+        build(30, recorded_speech=0.2)
+    assert not (tmp_path / "out30").exists()
+    # Planned are two recordings and one utterance; one recording turns out to be broken.
+    with pytest.raises(UserError, match=r"out1: human_text is \d"):
+        build(1, human_text=0.6)
+    report = build(2, recorded_speech=0.1, human_text=0.1)
+    assert report.summary.count("speech", "recorded").samples == 1
+    assert report.summary.count("text", "human").words == 3
+    assert report.summary.count("text", "made").samples == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "no gzip", "no column"])
+def test_a_broken_manifest_is_one_sentence(tmp_path: Path, recordings: Path, damage: str) -> None:
+    path = recordings / "manifest.tsv.gz"
+    stored = path.read_bytes()
+    broken = {"cut": stored[:60], "no gzip": b"set", "no column": gzip.compress(b"set\tid\n")}
+    path.write_bytes(broken[damage])
+    source = {"kind": "recorded", "data": recordings, "sets": ["people"]}
+    settings = SpeechConfig.model_validate({"output": tmp_path / "out", "sources": [source]})
+    with pytest.raises(UserError, match=r"manifest .*(cannot be read|has no column 'split')"):
+        build_speech(settings)
 
 
 def test_an_unknown_set_names_the_choices(tmp_path: Path, recordings: Path) -> None:
