@@ -70,18 +70,18 @@ def describe(sample: Sample) -> Text:
     """What a sample is, and what is said in it: speech in the colour of its channel, text plain."""
     made = "synthetic" if sample.synthetic else "recorded"
     words = "words of people" if sample.human_text else "words not of people"
-    said = Text(f"{sample.id}\n", style="bold")
-    said.append(f"{sample.seconds:.2f} s, {made}, {words}", style="default")
-    said.append(f"; {sample.source} ({sample.licence})", style="default")
+    said = Text()
+    said.append(f"{sample.id}\n", style="bold")
+    said.append(f"{sample.seconds:.2f} s, {made}, {words}; {sample.source} ({sample.licence})")
     if sample.wer is not None:
-        said.append(f"; word error rate {sample.wer:.2f}", style="default")
+        said.append(f"; word error rate {sample.wer:.2f}")
     if sample.codes is not None:
         shape = " × ".join(map(str, sample.codes.shape))
-        said.append(f"; codes {shape} (channels, codebooks, frames)", style="default")
-    said.append("\n", style="default")
+        said.append(f"; codes {shape} (channels, codebooks, frames)")
+    said.append("\n")
     for channel, voice in enumerate(sample.voices):
         said.append(f"■ {_name(sample, channel)}", style=_colour(channel))
-        said.append(f" {voice}\n", style="default")
+        said.append(f" {voice}\n")
     said.append("\n")
     if "segments" in sample.meta:
         _append_segments(said, sample.meta["segments"])
@@ -107,7 +107,7 @@ def _append_segments(said: Text, segments: Sequence[Mapping[str, Any]]) -> None:
             said.append(f"[{segment['text']}]", style=f"bold {_colour(0)}")
             said.append(f"·{frames} ", style="dim")
         else:
-            said.append(f"{segment['text']} ", style="default")
+            said.append(f"{segment['text']} ")
     said.append("\n")
 
 

@@ -266,7 +266,7 @@ def test_turns_are_paired() -> None:
     said = [("system", "Be good."), ("assistant", "Hello."), ("user", "Is it"), ("user", "far - ?")]
     said += [("assistant", "No."), ("user", "Bye.")]
     turns = [{"role": role, "content": text} for role, text in said]
-    assert parse_dialogue({"messages": turns}) == ("Hello.", [Exchange("Is it far", "No.")])
+    assert parse_dialogue({"messages": turns}) == ("Hello.", [Exchange("Is it far?", "No.")])
 
 
 def test_a_guard_is_heard_before_the_work(tmp_path: Path, corpus: Path) -> None:

@@ -236,8 +236,8 @@ def test_the_guard_weighs_recordings_against_synthesis(
         build(30, recorded_speech=0.2)
     assert not (tmp_path / "out30").exists()
     # Planned are two recordings and one utterance; one recording turns out to be broken.
-    with pytest.raises(UserError, match=r"out1: human_text is \d"):
-        build(1, human_text=0.6)
+    with pytest.raises(UserError, match=r"out1: human_text is 50.0%"):
+        build(1, human_text=0.55)
     report = build(2, recorded_speech=0.1, human_text=0.1)
     assert report.summary.count("speech", "recorded").samples == 1
     assert report.summary.count("text", "human").words == 3
