@@ -241,10 +241,14 @@ def test_no_worker_outlives_a_killed_build(tmp_path: Path) -> None:
     )
     out = tmp_path / "out"
     out.mkdir()
-    child = subprocess.Popen([sys.executable, program, out], stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "PYTHONPATH": str(Path(shards.__file__).parents[1])}
+    child = subprocess.Popen(
+        [sys.executable, program, out], stdout=subprocess.DEVNULL, env=environment
+    )
     try:
         deadline = time.monotonic() + 200
         while len(list(out.glob("worker-*"))) < 2 and time.monotonic() < deadline:
+            assert child.poll() is None
             time.sleep(0.2)
     finally:
         child.kill()
