@@ -290,37 +290,100 @@ def train_lm(config: Recipe, overrides: Overrides = None, resume: Resume = False
     _train("lm", config, overrides, resume)
 
 
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: auto, or its address."),
+]
+
+
 @synth_app.command("speech")
-def synth_speech(config: Recipe, overrides: Overrides = None) -> None:
+def synth_speech(config: Recipe, overrides: Overrides = None, ray: Ray = None) -> None:
     """Sentences read aloud in many voices, with word times."""
     from speechlm.config import load_config
-    from synth_data import build
+    from synth_data.recipes import speech
 
-    recipe = load_config(config, overrides or [], build.SpeechConfig)
-    _shards(recipe.output, build.build_speech(recipe))
+    recipe = load_config(config, _where(overrides, ray), speech.SpeechConfig)
+    _shards(recipe.output, speech.build_speech(recipe))
 
 
 @synth_app.command("dialogues")
-def synth_dialogues(config: Recipe, overrides: Overrides = None) -> None:
+def synth_dialogues(config: Recipe, overrides: Overrides = None, ray: Ray = None) -> None:
     """Conversations on two channels, as shards."""
     from speechlm.config import load_config
-    from synth_data import build
+    from synth_data.recipes import dialogues
 
-    recipe = load_config(config, overrides or [], build.DialoguesConfig)
-    _shards(recipe.output, build.build_dialogues(recipe))
+    recipe = load_config(config, _where(overrides, ray), dialogues.DialoguesConfig)
+    _shards(recipe.output, dialogues.build_dialogues(recipe))
 
 
 @synth_app.command("stereo")
 def synth_stereo(config: Recipe, overrides: Overrides = None) -> None:
     """Recorded conversations in moshi-finetune's layout, encoded once, as shards."""
     from speechlm.config import load_config
-    from synth_data import stereo
+    from synth_data.recipes import stereo
 
     recipe = load_config(config, overrides or [], stereo.StereoConfig)
     _shards(recipe.output, stereo.build_stereo(recipe))
 
 
-def _shards(output: Path, made: BuildReport) -> None:
+@synth_app.command("inspect")
+def synth_inspect(
+    shard: Annotated[str, typer.Argument(metavar="SHARD", help="A shard or a folder of them.")],
+    sample: Annotated[
+        str | None, typer.Option("--sample", metavar="KEY", help="Which one [default: the first].")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Its sound and a picture too.")
+    ] = None,
+    model: ModelName = "tiny",
+) -> None:
+    """What is said in a sample, speech in colour; codes are decoded by the model's codec."""
+    from rich.console import Console
+
+    from synth_data import view
+
+    found = view.find(shard, sample)
+    Console().print(view.describe(found))
+    if out is None:
+        return
+    from speechlm import convert
+
+    try:
+        pcm = view.sound(found, lambda: convert.load_codec_of(model))
+    except UserError:
+        view.draw(found, None, out / f"{found.id}.png")  # Its codes can be seen all the same.
+        raise
+    view.draw(found, pcm, out / f"{found.id}.png")
+    view.save_sound(out / f"{found.id}.wav", pcm)
+
+
+@synth_app.command("stats")
+def synth_stats(
+    shards: Annotated[list[str], typer.Argument(metavar="SHARDS...", help="Folders or shards.")],
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="SHARDS", help="What they were made from: how diverse?"),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """How much there is, where it comes from, and how diverse it is."""
+    _check(json)
+    from rich.console import Console
+
+    from speechlm.evaluation.report import Metric
+    from synth_data import view
+
+    summary, figures = view.measure(shards, against)
+    Console().print(view.table(summary))
+    metrics = {name: Metric(**vars(figure)) for name, figure in figures.items()}
+    _report("synth stats", metrics, json)
+
+
+def _where(overrides: list[str] | None, ray: str | None) -> list[str]:
+    return [*(overrides or ()), *((f"ray={ray}",) if ray else ())]
+
+
+def _shards(output: object, made: BuildReport) -> None:
     print(
         f"{output}: {made.samples} samples, {made.seconds / 3600:.2f} h in {made.written} new "
         f"shards; {made.kept} stood already, {len(made.dropped)} samples dropped."

@@ -37,6 +37,7 @@ from speechlm.text_tokenizer import TextTokenizer
 from synth_data import quiz, shards
 from synth_data.dialogue import ASSISTANT, USER
 from synth_data.interleave import InterleaveConfig, Modality, frame_range, interleave
+from synth_data.mixture import HUMAN, MADE, Count, Shares, Summary, shares, summarize
 from synth_data.text import normalize, sentences_from, spell_out
 from synth_data.tts import Word
 
@@ -592,6 +593,8 @@ class SentenceSource(BaseModel):
 
     kind: Literal["sentences"]
     path: Path
+    human: bool = True
+    """Whether people wrote them; false for what a language model wrote."""
     rows: PositiveInt
     max_words: PositiveInt = 60
 
@@ -655,6 +658,25 @@ Source = Annotated[
     DialogueSource | QuizSource | SentenceSource | InterleavedSource | AudioSource | TaskSource,
     Field(discriminator="kind"),
 ]
+
+
+def shares_of(sources: Iterable[Source]) -> Shares:
+    """How much of a mixture people made; each source counts by its rows.
+
+    Raises UserError when there are no shards where a source says.
+    """
+    return shares((source.rows, _summary(source)) for source in sources)
+
+
+def _summary(source: Source) -> Summary:
+    word = Count(words=1)
+    match source:
+        case QuizSource():
+            return Summary(total=word, by={"text": {MADE: word}})
+        case SentenceSource():
+            return Summary(total=word, by={"text": {HUMAN if source.human else MADE: word}})
+        case _:
+            return summarize(source.path)[0]
 
 
 class Documents(Protocol):

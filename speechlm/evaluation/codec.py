@@ -31,12 +31,9 @@ the others' begin with the codec's name.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import logging
 import math
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +54,7 @@ from speechlm.evaluation.conversation import progress_bar
 from speechlm.evaluation.report import Metric, bootstrap_mean, shown
 from speechlm.evaluation.tokenizer import codes_used, heldout_speech, pooled_wer
 from synth_data import quiz
+from synth_data.recipes.speech import MANIFEST, read_manifest
 from synth_data.tts import ASSISTANT, speak
 from synth_data.verify import WordErrors, default_recognizer, word_errors
 
@@ -155,19 +153,12 @@ def recordings(folder: Path, count: int, seed: int) -> list[Item]:
 def _manifest(folder: Path) -> dict[Path, tuple[str | None, str | None]]:
     """Text and speaker of each file that the nearest manifest names."""
     for root in (folder, *folder.parents):
-        path = root / "manifest.tsv.gz"
+        path = root / MANIFEST
         if not path.is_file():
             continue
-        try:
-            with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-        except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
-            raise UserError(f"manifest '{path}' cannot be read: {error}.") from error
-        if rows and "path" not in rows[0]:
-            raise UserError(f"manifest '{path}' has no column 'path'.")
         return {
             root / row["path"]: (row.get("text") or None, row.get("speaker") or None)
-            for row in rows
+            for row in read_manifest(path, ("path",))
             if row["path"]
         }
     return {}

@@ -56,8 +56,8 @@ from speechlm.evaluation.conversation import (
 from speechlm.evaluation.report import Metric, bootstrap_mean, proportion
 from speechlm.evaluation.tokenizer import pad, pooled_wer, read
 from synth_data import quiz
-from synth_data.build import read_manifest
 from synth_data.quiz import CATEGORIES, Question
+from synth_data.recipes.speech import MANIFEST, read_manifest
 from synth_data.tts import ASSISTANT, Voice, speak, user_voices
 from synth_data.verify import Recognizer, save_language_model, word_errors
 
@@ -220,7 +220,7 @@ def recorded_digits(data: Path, count: int, rng: np.random.Generator) -> list[tu
     set of digits.
     """
     groups: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
-    for row in read_manifest(data):
+    for row in read_manifest(data / MANIFEST, ("set", "text", "speaker", "path")):
         if row["set"] == "digits":
             groups[row["text"], row["speaker"]].append(row)
     if not groups:

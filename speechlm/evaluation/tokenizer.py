@@ -70,7 +70,7 @@ from speechlm.evaluation.report import Metric, bootstrap_mean, bootstrap_ratio, 
 from speechlm.training.tokenizer import TrainConfig, transcribe
 from synth_data import quiz
 from synth_data.augment import add_noise, pink
-from synth_data.build import read_manifest
+from synth_data.recipes.speech import MANIFEST, read_manifest
 from synth_data.text import normalize
 from synth_data.tts import Voice, speak, user_voices
 from synth_data.verify import WordErrors, word_errors
@@ -115,7 +115,8 @@ def recorded_speech(data: Path) -> Iterator[tuple[Pcm, str, str]]:
 
     Raises UserError when the folder has no manifest, or the manifest no such sentence.
     """
-    rows = [row for row in read_manifest(data) if row["split"] == "validation" and row["text"]]
+    rows = read_manifest(data / MANIFEST, ("split", "text", "speaker", "path"))
+    rows = [row for row in rows if row["split"] == "validation" and row["text"]]
     if not rows:
         raise UserError(f"recorded '{data}': its manifest has no text in the split 'validation'.")
     return ((load(data / row["path"]), row["text"], row["speaker"]) for row in rows)

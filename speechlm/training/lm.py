@@ -31,7 +31,7 @@ from audio_codec.errors import UserError
 from audio_codec.files import replacing
 from audio_codec.transformer import TransformerConfig
 from speechlm import convert, lora
-from speechlm.data import Mixture, Source, WeightConfig
+from speechlm.data import Mixture, Source, WeightConfig, shares_of
 from speechlm.lora import LoraConfig
 from speechlm.model import Batch, LMConfig, LMSampling, LossConfig, Losses, SpeechLM
 from speechlm.streams import ABSENT, Streams
@@ -43,6 +43,7 @@ from speechlm.text_tokenizer import (
 )
 from speechlm.training.run import Average, OptimizerConfig, Run, RunConfig, clip_gradients
 from synth_data import quiz
+from synth_data.mixture import GuardConfig
 from synth_data.text import sentences_from
 
 
@@ -121,6 +122,8 @@ class TrainConfig(BaseModel):
     """The codec of the shards; it says how many codes there are."""
     sources: tuple[Source, ...] = Field(min_length=1)
     """What a step is made of; `rows` are the shares."""
+    guard: GuardConfig = GuardConfig()
+    """The least of the sources, by rows, that people must have made."""
     validation: tuple[Source, ...] = ()
     validation_batches: PositiveInt = 4
     length: PositiveInt = 750
@@ -424,6 +427,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     output = config.output or config.run.dir / "lm"
     checkpoints.check_replaceable(output)
     config = resolve_shape(config)
+    if config.guard.asks:  # Shards without an index are read for it.
+        config.guard.check(shares_of(config.sources), "sources")
     run = Run("lm", config.run, config, resume)
     model, tokenizer = build(config, run.dir, resume)
     adapted = None

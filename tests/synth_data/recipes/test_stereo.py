@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from audio_codec import checkpoint
 from audio_codec.errors import UserError
 from speechlm.cli import app
-from synth_data import build, stereo
 from synth_data.dialogue import ASSISTANT, USER
+from synth_data.recipes import dialogues, stereo
+from synth_data.recipes.stereo import StereoConfig, build_stereo, read_words
 from synth_data.shards import read
-from synth_data.stereo import StereoConfig, build_stereo, read_words
 from synth_data.tts import Word
 
 RATE = 16_000
@@ -44,7 +44,7 @@ def manifest(tmp_path: Path) -> Path:
         lines.append(json.dumps({"path": f"talks/{name}.wav", "duration": 1.6}))
     (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
     checkpoint.save(tmp_path / "codec", CODEC, small_codec().state_dict(), dtype="fp32")
-    build._codec.cache_clear()
+    dialogues.cached_codec.cache_clear()
     return tmp_path / "train.jsonl"
 
 
@@ -70,9 +70,9 @@ def test_left_is_the_assistant(manifest: Path) -> None:
     assert first.words[ASSISTANT] == (Word("four", 1.0, 1.5),)
     assert first.words[USER] == (Word("five", 0.2, 0.4), Word("dollars", 0.4, 0.6))
     pcm = stereo.load_stereo(manifest.parent / "talks" / "a.wav")
-    alone = build.encode_long(small_codec(), pcm)
+    alone = dialogues.encode_long(small_codec(), pcm)
     assert (first.codes == alone).all() and (second.codes == alone).all()
-    turned = build.encode_long(small_codec(), np.ascontiguousarray(pcm[::-1]))
+    turned = dialogues.encode_long(small_codec(), np.ascontiguousarray(pcm[::-1]))
     assert (first.codes == turned[::-1]).all() and (first.codes != turned).any()
 
 

@@ -31,8 +31,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from audio_codec import checkpoint
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, resample
 from audio_codec.errors import UserError
-from synth_data.build import BuildReport, Dropped, _codec, encode_long, run_shards
+from synth_data.build import BuildReport, Dropped, run_shards
 from synth_data.dialogue import ASSISTANT, USER
+from synth_data.recipes.dialogues import cached_codec, encode_long
 from synth_data.shards import Sample
 from synth_data.text import normalize, spell_out
 from synth_data.tts import Word
@@ -198,7 +199,7 @@ def _samples(recordings: Sequence[_Recording], config: StereoConfig) -> Iterator
         except UserError as error:  # One broken recording does not end a build.
             yield Dropped(recording.id, str(error))
             continue
-        codec = _codec(config.codec, config.device)
+        codec = cached_codec(config.codec, config.device)
         yield Sample(
             id=recording.id,
             text="",
