@@ -317,12 +317,12 @@ def synth_dialogues(config: Recipe, overrides: Overrides = None, ray: Ray = None
 
 
 @synth_app.command("stereo")
-def synth_stereo(config: Recipe, overrides: Overrides = None) -> None:
+def synth_stereo(config: Recipe, overrides: Overrides = None, ray: Ray = None) -> None:
     """Recorded conversations in moshi-finetune's layout, encoded once, as shards."""
     from speechlm.config import load_config
     from synth_data.recipes import stereo
 
-    recipe = load_config(config, overrides or [], stereo.StereoConfig)
+    recipe = load_config(config, _where(overrides, ray), stereo.StereoConfig)
     _shards(recipe.output, stereo.build_stereo(recipe))
 
 
@@ -343,7 +343,7 @@ def synth_inspect(
     from synth_data import view
 
     found = view.find(shard, sample)
-    Console().print(view.describe(found))
+    Console().print(view.describe(found), soft_wrap=True)
     if out is None:
         return
     from speechlm import convert
