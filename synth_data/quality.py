@@ -13,6 +13,7 @@ same text damaged by rule. It is a logistic regression on hashed n-grams: 1 MB, 
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 import zlib
@@ -246,14 +247,26 @@ def damage(text: str, kind: Damage, rng: np.random.Generator, other: Sequence[st
     return " ".join(mixed[i] for i in rng.integers(len(mixed), size=len(words)))
 
 
-def _buckets(text: str) -> npt.NDArray[np.int64]:
-    """Hashed features: word pairs, and character triples within words."""
+class _Features(NamedTuple):
+    """A text as hashed n-grams."""
+
+    buckets: npt.NDArray[np.int64]  # [n]
+    values: npt.NDArray[np.float32]  # [n]
+
+
+def _features(text: str) -> _Features:
+    """Pairs of words, which know order, triples of letters, which know spelling, and one number:
+    the share of words that are repeats of an earlier one.
+
+    The values of either kind of n-gram have the sum 1, so that one does not drown the other.
+    """
     words = ["<", *text.lower().split(maxsplit=_JUDGED_WORDS)[:_JUDGED_WORDS], ">"]
-    pairs = (f"{a} {b}" for a, b in zip(words, words[1:], strict=False))
-    triples = (f"_{w}_"[i : i + 3] for w in words[1:-1] for i in range(len(w)))
-    grams = [*pairs, *triples]
-    hashes = np.fromiter((zlib.crc32(gram.encode()) for gram in grams), np.int64, len(grams))
-    return hashes % _BUCKETS
+    pairs = [f"{a} {b}" for a, b in itertools.pairwise(words)]
+    triples = [f"_{w}_"[i : i + 3] for w in words[1:-1] for i in range(len(w))]
+    hashes = [zlib.crc32(gram.encode()) % _BUCKETS for gram in (*pairs, *triples, "repeats")]
+    values = [1 / len(pairs)] * len(pairs) + [1 / max(1, len(triples))] * len(triples)
+    values.append(1 - len(set(words)) / len(words))
+    return _Features(np.array(hashes, np.int64), np.array(values, np.float32))
 
 
 class Judge(NamedTuple):
@@ -264,9 +277,7 @@ class Judge(NamedTuple):
 
     def score(self, text: str) -> float:
         """Probability in 0..1 that ``text`` is good."""
-        buckets = _buckets(text)
-        z = float(self.weights[buckets].mean()) + self.bias
-        return float(1 / (1 + np.exp(-np.clip(z, -30, 30))))
+        return _probability(self.weights, self.bias, _features(text))
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all."""
@@ -290,25 +301,29 @@ def train_judge(good: Iterable[str], seed: int = 0, epochs: int = 3) -> Judge:
     if len(texts) < 2:
         raise UserError(f"quality.examples: {len(texts)} good texts to learn from, at least 2 needed")
     rng = np.random.default_rng(seed)
-    examples: list[tuple[npt.NDArray[np.int64], float]] = []
+    examples: list[tuple[_Features, float]] = []
     for index, text in enumerate(texts):
         other = texts[int(rng.integers(len(texts)))].split()
         spoiled = damage(text, DAMAGES[index % len(DAMAGES)], rng, other)
-        examples.append((_buckets(text), 1.0))
+        examples.append((_features(text), 1.0))
         if spoiled != text:  # A text of one word has no other order.
-            examples.append((_buckets(spoiled), 0.0))
+            examples.append((_features(spoiled), 0.0))
     weights = np.zeros(_BUCKETS, np.float32)
     squares = np.full(_BUCKETS, 1e-6, np.float32)
     bias, bias_square = 0.0, 1e-6
     for _ in range(epochs):
         for index in rng.permutation(len(examples)):
-            buckets, target = examples[index]
-            z = float(weights[buckets].mean()) + bias
-            error = 1 / (1 + np.exp(-np.clip(z, -30, 30))) - target
-            unique, counts = np.unique(buckets, return_counts=True)
-            slope = (error * counts / len(buckets)).astype(np.float32)
-            squares[unique] += slope**2
-            weights[unique] -= slope / np.sqrt(squares[unique])
+            features, target = examples[index]
+            error = _probability(weights, bias, features) - target
+            buckets, places = np.unique(features.buckets, return_inverse=True)
+            slope = error * np.bincount(places, features.values).astype(np.float32)
+            squares[buckets] += slope**2
+            weights[buckets] -= slope / np.sqrt(squares[buckets])
             bias_square += error**2
             bias -= 0.1 * error / np.sqrt(bias_square)
     return Judge(weights, float(bias))
+
+
+def _probability(weights: npt.NDArray[np.float32], bias: float, features: _Features) -> float:
+    z = float(weights[features.buckets] @ features.values) + bias
+    return float(1 / (1 + np.exp(-np.clip(z, -30, 30))))
