@@ -74,9 +74,7 @@ def measure_dedup(
         pairs = [" ".join(words) for words in (*texts[:500], *edited)]
         verdicts = deduplicate(pairs, config)
         near = [
-            jaccard(
-                shingles(a, config.unit, config.size), shingles(b, config.unit, config.size)
-            )
+            jaccard(shingles(a, config.unit, config.size), shingles(b, config.unit, config.size))
             for a, b in zip(pairs, pairs[len(edited) :], strict=False)
         ]
         figures[f"dedup_recall_edit_{percent}"] = _share(list(verdicts[len(edited) :] != KEPT))

@@ -2,8 +2,8 @@
 
     speechlm synth text configs/synth/text.yaml workers=2
 
-A corpus is any number of sources: plain text, JSON lines, Parquet, Hugging Face datasets, dialogues;
-on this disk or wherever fsspec reaches (``hf://``, ``s3://``, ``https://``). Each is read as a
+A corpus is any number of sources: plain text, JSON lines, Parquet, Hugging Face datasets, or
+dialogues, on this disk or wherever fsspec reaches (``hf://``, ``s3://``, ``https://``). Each is read as a
 stream of ``Document``s, one record at a time, so that nothing need fit in memory.
 
     sources ─ blocks ─┬─ worker: language, personal data, rules, judge, ─┬─ work/clean-*.jsonl
@@ -207,12 +207,11 @@ def read(source: CorpusSource, max_characters: int = 100_000) -> Iterator[Docume
         UserError: the source is missing, of an unknown kind, or broken; or a package that its kind
             needs is not installed.
     """
-    number = 0
-    for record in itertools.islice(_records(source, max_characters), source.limit):
+    records = itertools.islice(_records(source, max_characters), source.limit)
+    for number, record in enumerate(records):
         made = record if isinstance(record, Removed) else _document(record, number, source)
         if isinstance(made, Document) and len(made.text) > max_characters:
             made = Removed(source.label, "too long", made.text[:_EXAMPLE])
-        number += 1
         yield made
 
 
@@ -416,9 +415,7 @@ def _dataset(source: CorpusSource) -> Iterator[Record]:
             if isinstance(found, datasets.DatasetDict):
                 found = found[source.split]
         else:
-            found = datasets.load_dataset(
-                path, source.subset, split=source.split, streaming=True
-            )
+            found = datasets.load_dataset(path, source.subset, split=source.split, streaming=True)
     except Exception as error:  # Whatever a hub, a script or a broken folder can raise.
         first = str(error).partition("\n")[0]
         raise UserError(
@@ -479,12 +476,11 @@ class Cleaner:
             document = _mapped(document, spell_out, " ")
             if not normalize(document.text):
                 return removed("unspeakable")
-        if self.judge is not None and config.quality is not None:
-            if self.judge.score(document.text) < config.quality.threshold:
-                return removed("quality")
-        if self.heldout is not None:
-            if self.heldout.overlap(document.text) > config.heldout_share:
-                return removed("held out")
+        judge, quality = self.judge, config.quality
+        if judge and quality and judge.score(document.text) < quality.threshold:
+            return removed("quality")
+        if self.heldout and self.heldout.overlap(document.text) > config.heldout_share:
+            return removed("held out")
         return document, masked
 
 
@@ -682,17 +678,13 @@ def _prepare(config: TextConfig, work: _Work) -> None:
     """What the workers need to know of the whole: held-out n-grams, the trained judge."""
     if config.heldout and not work.heldout.exists():
         texts = (document.text for document in _documents(config.heldout, config))
-        found = Heldout.of(
-            map(spell_out, texts) if config.spoken else texts, config.heldout_words
-        )
+        found = Heldout.of(map(spell_out, texts) if config.spoken else texts, config.heldout_words)
         _save(work.heldout, found.hashes)
     if config.quality is not None and not work.judge.exists():
         cleaner = Cleaner(config)
         cleaned = (cleaner(document)[0] for document in _documents(config.sources, config))
         good = (made.text for made in cleaned if isinstance(made, Document))
-        judge = train_judge(
-            itertools.islice(good, config.quality.examples), config.quality.seed
-        )
+        judge = train_judge(itertools.islice(good, config.quality.examples), config.quality.seed)
         judge.save(work.judge)
 
 

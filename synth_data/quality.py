@@ -299,7 +299,9 @@ def train_judge(good: Iterable[str], seed: int = 0, epochs: int = 3) -> Judge:
     """
     texts = [text for text in good if text.split()]
     if len(texts) < 2:
-        raise UserError(f"quality.examples: {len(texts)} good texts to learn from, at least 2 needed")
+        raise UserError(
+            f"quality: {len(texts)} texts passed the rules, but at least 2 are needed to learn from"
+        )
     rng = np.random.default_rng(seed)
     examples: list[tuple[_Features, float]] = []
     for index, text in enumerate(texts):

@@ -118,8 +118,7 @@ def test_dialogues_in_their_public_forms(tmp_path: Path) -> None:
 
 def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"text": SENTENCES, "other": [1, 2, 3]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     assert texts(tmp_path / "a.parquet") == SENTENCES
@@ -211,9 +210,7 @@ def clean(text: str, turns: tuple[Turn, ...] = (), **fields: Any) -> Document | 
 def test_a_document_comes_out_in_its_spoken_form() -> None:
     made = clean("Dr. Lee paid $3.50 to ann@example.org & left.")
     assert isinstance(made, Document)
-    assert made.text == (
-        "doctor Lee paid three dollars and fifty cents to email address and left."
-    )
+    assert made.text == ("doctor Lee paid three dollars and fifty cents to email address and left.")
     raw = clean("Dr. Lee paid $3.50 & left.", spoken=False)
     assert isinstance(raw, Document) and raw.text == "Dr. Lee paid $3.50 & left."
 

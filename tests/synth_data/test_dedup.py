@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,7 +60,12 @@ def test_a_key_depends_on_its_text_alone() -> None:
 
 
 def test_the_first_of_a_crowd_stays() -> None:
-    texts = [" ".join(LONG), "Something else entirely here", " ".join(CLOSE), " ".join(LONG).upper()]
+    texts = [
+        " ".join(LONG),
+        "Something else entirely here",
+        " ".join(CLOSE),
+        " ".join(LONG).upper(),
+    ]
     texts += [" ".join(CLOSE), "something else, entirely: here!"]
     assert deduplicate(texts, DedupConfig()).tolist() == [KEPT, KEPT, NEAR, EXACT, EXACT, EXACT]
     exact = deduplicate(texts, DedupConfig(threshold=None)).tolist()
@@ -86,6 +92,16 @@ def test_few_texts(count: int) -> None:
     assert deduplicate(["a b c"] * count, DedupConfig()).tolist() == [KEPT] * count
 
 
+class _Numbered:
+    """Texts that differ where their originals do."""
+
+    def __init__(self, originals: npt.NDArray[np.int64]) -> None:
+        self.originals = originals
+
+    def __call__(self, number: int) -> str:
+        return f"text {self.originals[number]}"
+
+
 def test_bounded_memory_and_the_same_verdicts() -> None:
     """Four times the texts, no more memory but the byte a text; parts change nothing."""
     config = DedupConfig(threshold=None, memory_mb=1)
@@ -95,13 +111,14 @@ def test_bounded_memory_and_the_same_verdicts() -> None:
         numbers = np.arange(total)
         originals = np.where(numbers % 3 == 2, numbers // 9 * 3, numbers)
         keys = (originals.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))[None]
+        text = _Numbered(originals)
         tracemalloc.start()
-        verdicts = duplicates(keys, lambda number: f"text {originals[number]}", config)
+        verdicts = duplicates(keys, text, config)
         peaks[total] = tracemalloc.get_traced_memory()[1] - total
         tracemalloc.stop()
         assert (verdicts == EXACT).sum() == total // 3
         if total == 60_000:
-            ample = duplicates(keys, lambda n: f"text {originals[n]}", DedupConfig(threshold=None))
+            ample = duplicates(keys, text, DedupConfig(threshold=None))
             np.testing.assert_array_equal(verdicts, ample)
     assert max(peaks.values()) < 2**20 + 2**18, peaks
 

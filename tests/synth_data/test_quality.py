@@ -45,7 +45,10 @@ PROSE = (
         ("call 1234567890 9876543210 now", "digits"),
         ("こんにちは 世界 さようなら", "unspeakable"),
         ("... !!! ???", "unspeakable"),
-        ("antidisestablishmentarianism pneumonoultramicroscopic honorificabilitudinitatibus", "word length"),
+        (
+            "Antidisestablishmentarianism, pneumonoultramicroscopic counterrevolutionaries",
+            "word length",
+        ),
         ("Read more at https://example.org today", "web address"),
         ("Please enable JavaScript to go on", "boilerplate"),
         ("Lorem ipsum dolor sit amet", "boilerplate"),
@@ -54,9 +57,12 @@ PROSE = (
         ("\n".join([PROSE] * 2 + ["Home, about, contact"] * 4), "repetition"),
         ("the quick brown fox and the lazy dog of that house " * 12, "repetition"),
         ("\n".join(f"{sentence} ..." for sentence in PROSE.split(".") if sentence), "ellipses"),
-        (" ".join(f"word{chr(97 + i % 26)}{chr(97 + i // 26)}x" for i in range(60)), "no function words"),
+        (
+            " ".join(f"w{chr(97 + i % 26)}{chr(97 + i // 26)}x" for i in range(60)),
+            "no function words",
+        ),
     ],
-)  # fmt: skip
+)
 def test_each_rule_has_its_name(text: str, reason: str | None) -> None:
     assert fault(text, RuleConfig()) == reason
 
@@ -80,15 +86,16 @@ def test_limits_are_settings() -> None:
     [
         ("Mail ann.lee+x@mail.example.org!", "Mail email address!"),
         ("Call (555) 010-9999 or +44 20 7946 0958.", "Call phone number or phone number."),
-        ("Call 555-010-9999, 555-0199 or 020 7946 0958", "Call phone number, phone number or phone number"),
+        ("Call 555-010-9999 or 555-0199", "Call phone number or phone number"),
+        ("Call 020 7946 0958", "Call phone number"),
         ("Card 4111 1111 1111 1111, please", "Card card number, please"),
         ("Card 5500-0000-0000-0004", "Card card number"),
-        ("Order 4111 1111 1111 1112 from 1914-1918", "Order 4111 1111 1111 1112 from 1914-1918"),
-        ("On 2024-05-06 at 3:05 it cost $1,200,000.50 for 10 20 30", "On 2024-05-06 at 3:05 it cost $1,200,000.50 for 10 20 30"),
+        ("Order 4111 1111 1111 1112 from 1914-1918", None),
+        ("On 2024-05-06 at 3:05 it cost $1,200,000.50 for 10 20 30", None),
     ],
-)  # fmt: skip
-def test_personal_data_becomes_words(text: str, masked: str) -> None:
-    assert mask_personal(text)[0] == masked
+)
+def test_personal_data_becomes_words(text: str, masked: str | None) -> None:
+    assert mask_personal(text)[0] == (text if masked is None else masked)
 
 
 def test_masks_are_counted_by_kind() -> None:
@@ -107,7 +114,9 @@ def test_one_digit_in_ten_is_the_check_digit(digits: str) -> None:
 def test_languages_are_told_apart() -> None:
     pytest.importorskip("py3langid")
     assert language_of(PROSE) == "en"
-    assert language_of("Der alte Leuchtturm stand am Rande der Klippe und niemand wohnte dort") == "de"
+    assert (
+        language_of("Der alte Leuchtturm stand am Rande der Klippe und niemand wohnte dort") == "de"
+    )
 
 
 def test_a_missing_language_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

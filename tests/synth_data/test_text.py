@@ -86,19 +86,22 @@ def test_spoken_form_keeps_case_and_punctuation(text: str, spoken: str) -> None:
     ("text", "spoken"),
     [
         ("On 2 Jan. 1984, e.g.", "On the second of January nineteen eighty four, for example"),
-        ("May 5, 2024 to 2024-05-06", "May fifth, twenty twenty four to May sixth, twenty twenty four"),
-        ("1/31/1999 in March 2005", "January thirty first, nineteen ninety nine in March two thousand five"),
+        ("May 5, 2024, 2024-05-06", "May fifth, twenty twenty four, May sixth, twenty twenty four"),
+        ("1/31/1999", "January thirty first, nineteen ninety nine"),
+        ("March 2005", "March two thousand five"),
         ("since 1905, 1914–1918", "since nineteen oh five, nineteen fourteen to nineteen eighteen"),
         ("in the 1990s and '80s", "in the nineteen nineties and eighties"),
-        ("1984 apples, May 10,000 more", "one thousand nine hundred eighty four apples, May ten thousand more"),
+        ("1984 apples", "one thousand nine hundred eighty four apples"),
+        ("May 10,000 come", "May ten thousand come"),
         ("at 3:05 p.m. Then 15:00", "at three oh five pm. Then fifteen hundred"),
         ("at 5 p.m. sharp, 3:00 or 7:30", "at five pm sharp, three o'clock or seven thirty"),
         ("£2.01, €5.5, ¥100", "two pounds and one penny, five point five euros, one hundred yen"),
         ("$3.5 million or $5k", "three point five million dollars or five thousand dollars"),
-        ("5 km/h, 1 kg, 6ft, -5 °C", "five kilometers per hour, one kilogram, six feet, minus five degrees Celsius"),
+        ("5 km/h, 1 kg, 6ft", "five kilometers per hour, one kilogram, six feet"),
+        ("-5 °C", "minus five degrees Celsius"),
         ("5 in the morning, No. 7", "five in the morning, number seven"),
     ],
-)  # fmt: skip
+)
 def test_dates_times_money_and_units(text: str, spoken: str) -> None:
     assert spell_out(text) == spoken
 
