@@ -3,8 +3,8 @@
     speechlm synth text configs/synth/text.yaml workers=2
 
 A corpus is any number of sources: plain text, JSON lines, Parquet, Hugging Face datasets, or
-dialogues, on this disk or wherever fsspec reaches (``hf://``, ``s3://``, ``https://``). Each is read as a
-stream of ``Document``s, one record at a time, so that nothing need fit in memory.
+dialogues, on this disk or wherever fsspec reaches (``hf://``, ``s3://``, ``https://``). Each is read
+as a stream of ``Document``s, one record at a time, so that nothing need fit in memory.
 
     sources ─ blocks ─┬─ worker: language, personal data, rules, judge, ─┬─ work/clean-*.jsonl
       (one reader)    └─ worker: spoken form, held-out overlap, keys   ──┘  work/clean-*.npy

@@ -357,7 +357,6 @@ def default_recognizer() -> Recognizer:
     return Recognizer()
 
 
-@functools.cache
 def get_recognizer(name: str) -> Listener:
     """The process-wide recognizer of a name.
 
@@ -371,13 +370,22 @@ def get_recognizer(name: str) -> Listener:
     kind, _, path = name.partition(":")
     if name == "pocketsphinx":
         return default_recognizer()
-    if kind == "tokenizer" and path:
-        return TokenizerRecognizer(path)
-    if kind == "whisper" and path:
-        return Whisper(path)
-    raise UserError(
-        f"recognizer {name!r} is unknown; choose pocketsphinx, tokenizer:PATH or whisper:PATH"
-    )
+    if kind not in _LOADED or not path:
+        raise UserError(
+            f"recognizer {name!r} is unknown; choose pocketsphinx, tokenizer:PATH or whisper:PATH"
+        )
+    return _loaded(kind, path)
+
+
+_LOADED: Mapping[str, type[TokenizerRecognizer] | type[Whisper]] = {
+    "tokenizer": TokenizerRecognizer,
+    "whisper": Whisper,
+}
+
+
+@functools.cache
+def _loaded(kind: str, path: str) -> Listener:
+    return _LOADED[kind](path)
 
 
 @dataclass(frozen=True)

@@ -360,11 +360,11 @@ def test_the_judge_removes_word_salad(tmp_path: Path) -> None:
     path.write_text("\n".join([*good, "fcna lpiaact ist hwat eht of si, rfo ouy ytcraenl"]))
     config = TextConfig(
         output=tmp_path / "out", sources=(source(path),), dedup=None,
-        quality=QualityConfig(examples=500, threshold=0.3),
+        quality=QualityConfig(examples=500),
     )  # fmt: skip
     report = build_text(config)
     assert report.removed["a.txt"]["quality"] >= 1
-    assert report.kept["a.txt"] > 0.95 * len(good)
+    assert report.kept["a.txt"] > 0.9 * len(good)
     assert "fcna" not in "".join(sentences_from(config.output))
 
 

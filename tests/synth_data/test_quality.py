@@ -32,6 +32,9 @@ PROSE = (
 )
 
 
+LETTERS = [f"w{a}{b}x" for a in "abcdefgh" for b in "abcdefgh"]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -46,7 +49,7 @@ PROSE = (
         ("こんにちは 世界 さようなら", "unspeakable"),
         ("... !!! ???", "unspeakable"),
         (
-            "Antidisestablishmentarianism, pneumonoultramicroscopic counterrevolutionaries",
+            "Antidisestablishmentarianism, counterrevolutionaries, pneumonoconiosis",
             "word length",
         ),
         ("Read more at https://example.org today", "web address"),
