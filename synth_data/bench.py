@@ -24,7 +24,7 @@ EDITS = tuple(range(1, 11))
 _DUPLICATE, _DISTINCT = 0.92, 0.75
 
 
-def measure(documents: int = 2000, seed: int = 0) -> dict[str, Figure]:
+def measure(documents: int = 4000, seed: int = 0) -> dict[str, Figure]:
     """Every figure of ``speechlm bench synth``."""
     return measure_dedup(documents, seed)
 
@@ -33,7 +33,7 @@ def measure(documents: int = 2000, seed: int = 0) -> dict[str, Figure]:
 
 
 def measure_dedup(
-    documents: int = 2000, seed: int = 0, config: DedupConfig | None = None
+    documents: int = 4000, seed: int = 0, config: DedupConfig | None = None
 ) -> dict[str, Figure]:
     """Find planted near duplicates among texts of 20 to 400 words.
 

@@ -3,8 +3,8 @@
     speechlm synth text configs/synth/text.yaml workers=2
 
 A corpus is any number of sources: plain text, JSON lines, Parquet, Hugging Face datasets, or
-dialogues, on this disk or wherever fsspec reaches (``hf://``, ``s3://``, ``https://``). Each is read
-as a stream of ``Document``s, one record at a time, so that nothing need fit in memory.
+dialogues, on this disk or wherever fsspec reaches (``hf://``, ``s3://``, ``https://``). Each is
+read as a stream of ``Document``s, one record at a time, so that nothing need fit in memory.
 
     sources ─ blocks ─┬─ worker: language, personal data, rules, judge, ─┬─ work/clean-*.jsonl
       (one reader)    └─ worker: spoken form, held-out overlap, keys   ──┘  work/clean-*.npy
@@ -58,7 +58,7 @@ from synth_data.quality import (
     mask_personal,
     train_judge,
 )
-from synth_data.text import normalize, spell_out
+from synth_data.text import spell_out, tokenize
 
 Format = Literal["auto", "text", "jsonl", "parquet", "dataset"]
 
@@ -474,7 +474,7 @@ class Cleaner:
             return removed(reason)
         if config.spoken:
             document = _mapped(document, spell_out, " ")
-            if not normalize(document.text):
+            if not tokenize(document.text):
                 return removed("unspeakable")
         judge, quality = self.judge, config.quality
         if judge and quality and judge.score(document.text) < quality.threshold:
@@ -514,8 +514,8 @@ class TextReport:
     """Kept."""
     removed: dict[str, Counter[str]] = field(default_factory=dict)
     """Source → reason → documents."""
-    examples: dict[str, str] = field(default_factory=dict)
-    """Reason → the beginning of the first text it removed."""
+    examples: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Source → reason → the beginning of the first text removed."""
     masked: Counter[str] = field(default_factory=Counter)
     """Kind of personal data → places where it was replaced."""
 
@@ -523,7 +523,8 @@ class TextReport:
         """Count a removal."""
         self.removed.setdefault(removed.source, Counter())[removed.reason] += count
         if removed.example:
-            self.examples.setdefault(removed.reason, removed.example)
+            examples = self.examples.setdefault(removed.source, {})
+            examples.setdefault(removed.reason, removed.example)
 
     def add(self, other: TextReport) -> None:
         """Count what another report counted; the earlier example stands."""
@@ -532,8 +533,9 @@ class TextReport:
         self.words += other.words
         self.masked += other.masked
         for source, reasons in other.removed.items():
+            examples = other.examples.get(source, {})
             for reason, count in reasons.items():
-                self.remove(Removed(source, reason, other.examples.get(reason, "")), count)
+                self.remove(Removed(source, reason, examples.get(reason, "")), count)
 
     def as_json(self) -> str:
         """What ``from_json`` reads."""
@@ -556,15 +558,16 @@ class TextReport:
         """What was removed and why, source by source, most first."""
         total, kept = self.read.total(), self.kept.total()
         table = Table(title=f"{kept} of {total} documents kept, {self.words} words")
-        table.add_column("source")
-        table.add_column("what became of it")
-        table.add_column("documents", justify="right")
-        table.add_column("share", justify="right")
-        table.add_column("for example", overflow="ellipsis", no_wrap=True)
+        table.add_column("source", overflow="fold")
+        table.add_column("what became of it", no_wrap=True)
+        table.add_column("documents", justify="right", no_wrap=True)
+        table.add_column("share", justify="right", no_wrap=True)
+        table.add_column("for example", max_width=40)
         for source, count in sorted(self.read.items()):
             rows = [("kept", self.kept[source], "")]
+            examples = self.examples.get(source, {})
             rows += [
-                (f"removed: {reason}", number, self.examples.get(reason, ""))
+                (f"removed: {reason}", number, examples.get(reason, ""))
                 for reason, number in self.removed.get(source, Counter()).most_common()
             ]
             for what, number, example in rows:
@@ -735,7 +738,8 @@ def _clean(config: TextConfig, work: _Work, progress: Progress) -> int:
     return count
 
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def _in_order(

@@ -8,7 +8,7 @@ What no rule sees, such as words in a random order, a classifier learns from goo
 same text damaged by rule. It is a logistic regression on hashed n-grams: 1 MB, no library.
 
     good      the cat sat on the mat
-    damaged   mat on the sat the cat │ teh cta sta on │ thecatsaton │ the cat the cat the cat │ …
+    damaged   mat on the sat the cat │ eht tca tas no │ thecatsaton │ the cat the cat the cat │ …
 """
 
 from __future__ import annotations

@@ -313,11 +313,12 @@ class Whisper:
 
     def __init__(self, name_or_path: str) -> None:
         """Load the model; UserError when there is none or it is broken."""
-        from transformers import pipeline
+        import transformers
 
+        pipeline: Any = transformers.pipeline  # An overload for every task there is.
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self._pipeline: Any = pipeline(
+            self._pipeline = pipeline(
                 "automatic-speech-recognition", model=name_or_path, device=device
             )
         except (OSError, ValueError, KeyError, ImportError) as error:

@@ -134,8 +134,9 @@ class Isolated:
 
     def synthesize(self, text: str, voice: Voice) -> Utterance:
         """See ``Synthesizer``; EngineFailure after the last try. A mistake is not tried again."""
-        for attempt in range(self.attempts):
-            if attempt:
+        failures: list[EngineFailure] = []
+        while len(failures) < self.attempts:
+            if failures:
                 self.counts["retried"] += 1
             answer = self._ask(text, voice)
             if isinstance(answer, Utterance):
@@ -143,8 +144,9 @@ class Isolated:
             if not isinstance(answer, EngineFailure):
                 raise answer
             log.warning("%s", answer)
+            failures.append(answer)
         self.counts["failed"] += 1
-        raise EngineFailure(f"given up after {self.attempts} tries: {answer}") from answer
+        raise EngineFailure(f"given up after {self.attempts} tries: {failures[-1]}")
 
     def version(self, voice: Voice) -> str:
         """Of the voice's engine."""
@@ -177,18 +179,18 @@ class Isolated:
             # A server forks children that have torch imported already: a new one takes
             # milliseconds. The engines themselves do not survive a fork; the server has none.
             methods = multiprocessing.get_all_start_methods()
-            context = multiprocessing.get_context(
+            context: Any = multiprocessing.get_context(
                 "forkserver" if "forkserver" in methods else "spawn"
             )
-            if isinstance(context, multiprocessing.context.ForkServerContext):
-                context.set_forkserver_preload([__name__])
-            self._pipe, theirs = context.Pipe()
-            self._child = context.Process(target=_serve, args=(theirs,), daemon=True)
-            self._child.start()
+            context.set_forkserver_preload([__name__])
+            pipe, theirs = multiprocessing.Pipe()
+            child: BaseProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
+            child.start()
             theirs.close()  # Else the end of the child would not end the pipe.
-            if not self._pipe.poll(_START_SECONDS):
+            self._pipe, self._child = pipe, child
+            if not pipe.poll(_START_SECONDS):
                 raise EOFError
-            self._pipe.recv()
+            pipe.recv()
         return self._pipe
 
 

@@ -65,8 +65,9 @@ _hash = functools.cache(state_of)
 
 @functools.lru_cache(maxsize=2)
 def _pipeline(model: str) -> Any:
-    from transformers import pipeline
+    import transformers
 
+    pipeline: Any = transformers.pipeline  # An overload for every task there is.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return pipeline("text-to-speech", model=model, device=device)

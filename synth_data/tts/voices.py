@@ -9,7 +9,7 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -258,7 +258,7 @@ def sample_voices(
         if len(drawn) == count:
             break
         base, settings = spans[int(rng.integers(len(spans)))]
-        values = {
+        values: dict[str, Any] = {
             name: float(f"{rng.uniform(low, high):.3g}") for name, (low, high) in settings.items()
         }
         drawn[replace(base, **values)] = None

@@ -270,6 +270,10 @@ def config(tmp_path: Path) -> TextConfig:
     )
 
 
+def sentences_of(config: TextConfig) -> list[str]:
+    return Path(config.sources[0].path).read_text().splitlines()
+
+
 def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -286,6 +290,7 @@ def test_a_build_keeps_what_is_good_and_says_why_not(config: TextConfig) -> None
     assert plain["exact duplicate"] >= 1 and plain["too short"] >= 1 and plain["held out"] >= 3
     assert other == {"near duplicate": 1, "no text": 1}
     assert report.masked == {"e-mail": 1}
+    assert report.examples["plain.txt"]["held out"] in sentences_of(config)[:10]
     assert records[-1]["turns"][1] == {"speaker": "bob", "text": "About five kilometers, I think."}
     assert len({record["id"] for record in records}) == len(records)
     assert not (config.output / "work").exists()
@@ -357,7 +362,7 @@ def test_another_plan_is_refused(config: TextConfig) -> None:
 def test_the_judge_removes_word_salad(tmp_path: Path) -> None:
     good = quiz.sentences("train", 800, 0)
     path = tmp_path / "a.txt"
-    path.write_text("\n".join([*good, "fcna lpiaact ist hwat eht of si, rfo ouy ytcraenl"]))
+    path.write_text("\n".join([*good, "fcna lpiaact tsi hwat eht fo si, rfo ouy ytcraenl"]))
     config = TextConfig(
         output=tmp_path / "out", sources=(source(path),), dedup=None,
         quality=QualityConfig(examples=500),
