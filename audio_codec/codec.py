@@ -14,6 +14,7 @@ from audio_codec.errors import UserError
 from audio_codec.mimi import MimiCodec, read_hf, read_kyutai
 from audio_codec.spectral import SpectralCodec, SpectralConfig
 from audio_codec.speech_tokenizer import SpeechTokenizer, load_tokenizer
+from audio_codec.speech_tokenizer import kind_of as kind_of_tokenizer
 from audio_codec.state import State
 
 
@@ -130,7 +131,7 @@ def load_tokenizer_of(name_or_path: str | Path) -> SpeechTokenizer:
 
     Raises UserError when there is none or it is broken.
     """
-    if "levels" in checkpoints.load(name_or_path).config:
+    if kind_of(name_or_path) is None and kind_of_tokenizer(checkpoints.load(name_or_path).config):
         return load_tokenizer(name_or_path)
     codec = load_codec(name_or_path)
     if not isinstance(codec, SpectralCodec) or codec.tokenizer is None:

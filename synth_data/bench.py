@@ -24,11 +24,6 @@ EDITS = tuple(range(1, 11))
 _DUPLICATE, _DISTINCT = 0.92, 0.75
 
 
-def measure(documents: int = 4000, seed: int = 0) -> dict[str, Figure]:
-    """Every figure of ``speechlm bench synth``."""
-    return measure_dedup(documents, seed)
-
-
 # --- De-duplication -------------------------------------------------------------------------------
 
 

@@ -24,12 +24,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pocketsphinx
 import torch
 
-from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, resample
+from audio_codec.audio import SAMPLE_RATE, resample
 from audio_codec.codec import load_tokenizer_of
 from audio_codec.errors import UserError
 from audio_codec.files import replacing
+from synth_data.phones import DICTIONARY, pronunciations
 from synth_data.text import normalize
 from synth_data.tts import Utterance
 
@@ -170,29 +172,10 @@ def _write_arpa(
     return "\n".join([*lines, "", "\\end\\", ""])
 
 
-def _pocketsphinx() -> Any:
-    try:
-        import pocketsphinx
-    except ImportError:
-        raise UserError(
-            "recognizer 'pocketsphinx' is not installed; run: pip install pocketsphinx"
-        ) from None
-    return pocketsphinx
-
-
-def _dictionary_path() -> Path:
-    return Path(_pocketsphinx().get_model_path("en-us/cmudict-en-us.dict"))
-
-
-@functools.cache
-def _dictionary() -> frozenset[str]:
-    return frozenset(line.split()[0] for line in _dictionary_path().read_text().splitlines())
-
-
 def missing_words(texts: Iterable[str]) -> list[str]:
     """Words that the recognizer has no pronunciation for, sorted: it can never hear them."""
     words = {word for text in texts for word in normalize(text).split()}
-    return sorted(words - _dictionary())
+    return sorted(words - pronunciations().keys())
 
 
 # --- Recognizers ----------------------------------------------------------------------------------
@@ -241,10 +224,10 @@ class Recognizer:
                 # unigram in its language model.
                 dictionary = Path(folder) / "words.dict"
                 added = "".join(f"{word} {phones}\n" for word, phones in pronunciations.items())
-                dictionary.write_text(_dictionary_path().read_text() + added)
+                dictionary.write_text(DICTIONARY.read_text() + added)
                 settings["dict"] = str(dictionary)
             try:
-                self._decoder = _pocketsphinx().Decoder(
+                self._decoder = pocketsphinx.Decoder(
                     samprate=_RECOGNIZER_RATE, cmn="batch", loglevel="FATAL", **settings
                 )
             except RuntimeError as error:
@@ -300,7 +283,8 @@ class TokenizerRecognizer:
         assert pcm.ndim == 1, pcm.shape
         if not len(pcm):
             return ""
-        whole = np.pad(pcm, (0, -len(pcm) % FRAME_SIZE))
+        sound = resample(pcm, SAMPLE_RATE, self._tokenizer.sample_rate)
+        whole = np.pad(sound, (0, -len(sound) % self._tokenizer.frame_size))
         codes = self._tokenizer.encode(torch.from_numpy(whole)[None, None])
         return normalize(self._tokenizer.transcribe(codes)[0])
 

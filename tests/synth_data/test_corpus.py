@@ -392,7 +392,7 @@ def test_a_full_disk_is_one_sentence(config: TextConfig, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(corpus.np, "save", full)
-    with pytest.raises(UserError, match="No space left on device; start again"):
+    with pytest.raises(UserError, match="No space left on device"):
         build_text(config)
     monkeypatch.undo()
     assert build_text(config).kept.total() > 0

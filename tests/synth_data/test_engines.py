@@ -22,7 +22,7 @@ import torch
 
 from audio_codec.audio import SAMPLE_RATE
 from audio_codec.errors import UserError
-from synth_data.build import SpeechConfig, build_speech
+from synth_data.recipes.speech import SpeechConfig, build_speech
 from synth_data.shards import read
 from synth_data.text import tokenize
 from synth_data.tts import (
