@@ -256,6 +256,17 @@ def bench_codec(
     _report("bench codec", metrics, json)
 
 
+@bench_app.command("synth")
+def bench_synth(json: Json = None, seed: Seed = 0) -> None:
+    """How good the making of data is: de-duplication against planted copies."""
+    _check(json)
+    from speechlm.evaluation.report import Metric
+    from synth_data import bench as room
+
+    measured = room.measure_dedup(seed=seed)
+    _report("bench synth", {name: Metric(**vars(f)) for name, f in measured.items()}, json)
+
+
 def _train(trainee: str, config: Path, overrides: list[str] | None, resume: bool) -> None:
     # Each trainee is a module of speechlm.training with a `TrainConfig` and a `train`.
     from speechlm.config import load_config
@@ -288,6 +299,18 @@ def train_token_decoder(
 def train_lm(config: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
     """The language model, on codes."""
     _train("lm", config, overrides, resume)
+
+
+@synth_app.command("text")
+def synth_text(config: Recipe, overrides: Overrides = None) -> None:
+    """Corpora into clean spoken text: filtered, masked, without duplicates."""
+    from rich.console import Console
+
+    from speechlm.config import load_config
+    from synth_data import corpus
+
+    recipe = load_config(config, overrides or [], corpus.TextConfig)
+    Console().print(corpus.build_text(recipe).table())
 
 
 Ray = Annotated[
