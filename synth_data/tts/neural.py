@@ -1,8 +1,9 @@
 """Any text-to-speech model of ``transformers``, from a directory or the hub.
 
 The library's own pipeline knows how each kind of model is asked. Models that draw noise draw it
-from a seed made of text and voice, so an utterance does not depend on what was said before. They
-tell no word times: those are estimated.
+from a seed made of the text, the checkpoint's content and the speaker: an utterance depends neither
+on what was said before nor on the folder the checkpoint lies in, and another rate changes the tempo
+alone. They tell no word times: those are estimated.
 """
 
 import functools
@@ -42,7 +43,8 @@ class Transformers:
         elif voice.rate is not None:
             raise UserError(f"voice {str(voice)!r}: this model has no rate; leave it out")
         options = {"speaker_id": number} if speakers > 1 else {}
-        seed = hashlib.sha256(f"{voice}\n{text}".encode()).digest()[:8]
+        drawn = f"{_weights(voice)}#{number}\n{text}"
+        seed = hashlib.sha256(drawn.encode()).digest()[:8]
         with torch.random.fork_rng():
             torch.manual_seed(int.from_bytes(seed, "little") >> 1)
             made = speak(text, forward_params=options)
@@ -55,9 +57,13 @@ class Transformers:
 
     def version(self, voice: Voice) -> str:
         """Of the libraries, and a hash of the checkpoint where it lies on this disk."""
-        path = Path(model_and_speaker(voice)[0])
-        weights = _hash(path) if path.is_dir() else str(path)
-        return f"{importlib.metadata.version('transformers')} {torch.__version__} {weights}"
+        libraries = f"{importlib.metadata.version('transformers')} {torch.__version__}"
+        return f"{libraries} {_weights(voice)}"
+
+
+def _weights(voice: Voice) -> str:
+    path = Path(model_and_speaker(voice)[0])
+    return _hash(path) if path.is_dir() else str(path)
 
 
 _hash = functools.cache(state_of)

@@ -6,6 +6,7 @@ import ctypes.util
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -207,7 +208,7 @@ def vits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
-def test_transformers_models_speak(vits: Path) -> None:
+def test_transformers_models_speak(vits: Path, tmp_path: Path) -> None:
     engine = get_engine("transformers")
     voice = Voice("transformers", f"{vits}#1")
     made = engine.synthesize("Hello there, you.", voice)
@@ -223,6 +224,10 @@ def test_transformers_models_speak(vits: Path) -> None:
     assert other.pcm.tobytes() != made.pcm.tobytes()
     slow = engine.synthesize("Hello there, you.", Voice("transformers", f"{vits}#1", rate=0.5))
     assert len(slow.pcm) > len(made.pcm)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(vits, moved)
+    again = engine.synthesize("Hello there, you.", Voice("transformers", f"{moved}#1"))
+    np.testing.assert_array_equal(made.pcm, again.pcm)
 
 
 def test_transformers_names_what_is_wrong(vits: Path, tmp_path: Path) -> None:
