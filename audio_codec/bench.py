@@ -30,6 +30,7 @@ from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
 from audio_codec.codec import Codec
 from audio_codec.encodec import random_encodec
 from audio_codec.errors import UserError
+from audio_codec.mimi import MimiCodec, MimiConfig
 from audio_codec.state import State, all_active
 
 OURS: Final = "ours"
@@ -110,10 +111,15 @@ class TransformersMimi:
         return CachedState(all_active(batch), DynamicCache(config=self.model.decoder.config))
 
 
+def _random_mimi() -> MimiCodec:
+    """Ours of the same architecture and bitrate."""
+    return MimiCodec(MimiConfig(num_quantizers=8)).eval().requires_grad_(False)
+
+
 PEERS: Final[Mapping[str, Mapping[str, Callable[[], Codec]]]] = {
     # Its lowest bandwidth is the nearest to ours, and the quickest.
     "encodec": {"encodec": lambda: random_encodec(1.5)},
-    "mimi": {"mimi_transformers": TransformersMimi},
+    "mimi": {"mimi_transformers": TransformersMimi, "mimi": _random_mimi},
 }
 """Peer → its implementations, each under the name of its figures."""
 

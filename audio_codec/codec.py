@@ -14,6 +14,7 @@ from audio_codec.errors import UserError
 from audio_codec.mimi import MimiCodec, read_hf, read_kyutai
 from audio_codec.spectral import SpectralCodec, SpectralConfig
 from audio_codec.speech_tokenizer import SpeechTokenizer, load_tokenizer
+from audio_codec.speech_tokenizer import kind_of as kind_of_tokenizer
 from audio_codec.state import State
 
 
@@ -126,16 +127,16 @@ def load_codec(name_or_path: str | Path, codebooks: int | None = None) -> AnyCod
 
 
 def load_tokenizer_of(name_or_path: str | Path) -> SpeechTokenizer:
-    """The speech tokenizer in a codec, or the one in its own checkpoint directory.
+    """The speech tokenizer inside a codec, or the one in its own checkpoint directory.
 
     Raises UserError when there is none or it is broken.
     """
-    if kind_of(name_or_path) is None and "levels" in checkpoints.load(name_or_path).config:
+    if kind_of(name_or_path) is None and kind_of_tokenizer(checkpoints.load(name_or_path).config):
         return load_tokenizer(name_or_path)
     codec = load_codec(name_or_path)
     if not isinstance(codec, SpectralCodec) or codec.tokenizer is None:
         raise UserError(
-            f"The codec '{name_or_path}' has no speech tokenizer inside: name a tokenizer, or a "
+            f"The codec of '{name_or_path}' has no speech tokenizer inside: name a tokenizer, or a "
             "codec around one."
         )
     return codec.tokenizer

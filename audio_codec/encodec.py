@@ -98,6 +98,10 @@ class EncodecCodec(nn.Module):
         """Codes [B, K' ≤ K, T] → waveform [B, 1, S]; each call alone."""
         return self.model.decode([(codes, None)])
 
+    def embed_semantic(self, codes: Tensor) -> Tensor:
+        """Codes of codebook 0 [B, T] → what they stand for [B, T, 128]."""
+        return self.model.quantizer.decode(codes.unsqueeze(0)).transpose(1, 2)
+
     def new_encoder_state(self, batch: int, max_chunk: int = 1) -> State:
         """A state that remembers nothing: see the module docstring."""
         return State(all_active(batch, next(self.parameters()).device))

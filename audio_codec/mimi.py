@@ -298,6 +298,10 @@ class MimiCodec(nn.Module):
         """Codes [B, K' ≤ K, T] → waveform [B, 1, S]; fewer codebooks give a coarser sound."""
         return self.decode_latent(self.quantizer.decode(codes), state)
 
+    def embed_semantic(self, codes: Tensor) -> Tensor:
+        """Codes of codebook 0 [B, T] → what they stand for [B, T, C]."""
+        return self.quantizer.semantic.decode(codes.unsqueeze(1))
+
     def new_encoder_state(self, batch: int, max_chunk: int = 1) -> MimiEncoderState:
         """Encoder state for chunks of up to `max_chunk` frames."""
         seanet = self.encoder.new_state(batch)

@@ -46,6 +46,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
+from audio_codec.errors import UserError
 from audio_codec.sampling import Sampling, sample
 from audio_codec.speech_tokenizer import ALPHABET, SpeechTokenizer, greedy_text
 from audio_codec.transformer import Transformer, TransformerConfig, TransformerState
@@ -562,7 +563,12 @@ def transcribe(
     batch: int = 64,
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> list[str]:
-    """What the tokenizer's own CTC head reads off codes [T] of any lengths; "" where T is 0."""
+    """What the tokenizer's own CTC head reads off codes [T] of any lengths; "" where T is 0.
+
+    Raises UserError when it has none.
+    """
+    if tokenizer.head is None:
+        raise UserError("The tokenizer has no CTC head (ctc) to read its codes with.")
     device = tokenizer.head.weight.device
     texts = [""] * len(spoken)
     order = sorted(

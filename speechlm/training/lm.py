@@ -4,19 +4,25 @@ A step takes one batch of each source (conversations, the facts as text, …), i
 loss is the mean of theirs, weighted by share.
 
     speechlm train lm configs/lm/shipped.yaml [run.steps=…] [init_from=…]
+
+The stages of a model from nothing each have a recipe in configs/lm/; any of them may begin at a
+causal language model of Hugging Face instead (`init_from=DIRECTORY`), and any may train a small
+difference alone (`lora={}`):
+
+    text ─▶ interleaved ─▶ audio ─▶ post ─▶ duplex          asr, tts, spoken_qa: tasks, at any point
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
@@ -24,12 +30,20 @@ from audio_codec.codec import load_codec
 from audio_codec.errors import UserError
 from audio_codec.files import replacing
 from audio_codec.transformer import TransformerConfig
-from speechlm import convert
-from speechlm.data import Mixture, Source, TextTokenizer, WeightConfig, train_text_tokenizer
+from speechlm import convert, lora
+from speechlm.data import Mixture, Source, WeightConfig, shares_of
+from speechlm.lora import LoraConfig
 from speechlm.model import Batch, LMConfig, LMSampling, LossConfig, Losses, SpeechLM
 from speechlm.streams import ABSENT, Streams
+from speechlm.text_tokenizer import (
+    SentencePieceTokenizer,
+    TextTokenizer,
+    load_text_tokenizer,
+    train_text_tokenizer,
+)
 from speechlm.training.run import Average, OptimizerConfig, Run, RunConfig, clip_gradients
 from synth_data import quiz
+from synth_data.mixture import GuardConfig
 from synth_data.text import sentences_from
 
 
@@ -44,8 +58,10 @@ class ShapeConfig(BaseModel):
     depth: TransformerConfig = TransformerConfig(dim=256, layers=4, heads=4, hidden=512)
     heard: bool = True
     """Whether it writes down what the user says."""
-    acoustic_delay: int = Field(1, ge=0)
-    """Frames of 80 ms; each adds as much to the latency."""
+    acoustic_delay: NonNegativeInt | tuple[NonNegativeInt, ...] = 1
+    """Frames of 80 ms, for all acoustic codebooks or for each; the longest adds to the latency."""
+    predicts_user: bool = False
+    """Whether it can learn the user's codes too (`weights.user`)."""
 
 
 class TextConfig(BaseModel):
@@ -60,16 +76,54 @@ class TextConfig(BaseModel):
     """Text files beside it, one sentence a line."""
 
 
+class RatesConfig(BaseModel):
+    """Learning rates of the parts of the model, as shares of `optimizer.lr`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temporal: float = Field(1.0, ge=0)
+    """The transformer over frames."""
+    depth: float = Field(1.0, ge=0)
+    """The transformer inside a frame, with its embeddings and heads."""
+    text: float = Field(1.0, ge=0)
+    """Embedding and heads of the text pieces (Moshi: 0.75)."""
+    codes: float = Field(1.0, ge=0)
+    """Embeddings of codes and roles: what is new to a model that knew text alone."""
+
+
+Stage = Literal["text", "interleaved", "audio", "post", "duplex", "tasks"]
+
+_TEXT = {"sentences", "quiz"}
+_OWN: dict[Stage, set[str]] = {
+    "text": _TEXT,
+    "interleaved": {"interleaved"},
+    "audio": {"audio"},
+    "post": {"dialogues"},
+    "duplex": {"dialogues"},
+    "tasks": {"asr", "tts", "spoken_qa"},
+}
+"""What makes a stage: at least one source of these. Text may stand beside it everywhere, as it is
+what keeps a model from forgetting what it read."""
+_BESIDE: dict[Stage, set[str]] = {
+    "interleaved": {"audio", "asr", "tts", "spoken_qa"},
+    "tasks": {"interleaved", "audio"},
+}
+
+
 class TrainConfig(BaseModel):
     """A language-model run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: RunConfig
+    stage: Stage | None = None
+    """What the run is for: sources that do not belong there are refused. None takes any."""
     codec: str
     """The codec of the shards; it says how many codes there are."""
     sources: tuple[Source, ...] = Field(min_length=1)
     """What a step is made of; `rows` are the shares."""
+    guard: GuardConfig = GuardConfig()
+    """The least of the sources, by rows, that people must have made."""
     validation: tuple[Source, ...] = ()
     validation_batches: PositiveInt = 4
     length: PositiveInt = 750
@@ -79,6 +133,13 @@ class TrainConfig(BaseModel):
     weights: WeightConfig = WeightConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=8e-4, betas=(0.9, 0.95))
+    rates: RatesConfig = RatesConfig()
+    separate_states: bool = False
+    """Whether sources of text alone have an optimizer state of their own, and an update of their
+    own in each step: their gradients are of another size than those of sound (as in Moshi)."""
+    text_mask: float = Field(0.0, ge=0, le=1)
+    """Share of the assistant's text that is hidden from the input where its voice is there too
+    (Moshi pre-trains with 0.3)."""
     heard_mask: float = Field(0.1, ge=0, le=1)
     """Share of the transcript that is hidden from the input where the user's voice is there too:
     what the model writes down may be wrong, so it must not lean on that alone."""
@@ -90,13 +151,40 @@ class TrainConfig(BaseModel):
     compile: bool = False
     """Compile the transformer blocks: minutes at the start, about a quarter faster after it."""
     init_from: str | None = None
-    """A language-model checkpoint to start from; brings shape and text pieces along."""
+    """A checkpoint to start from, with its shape and text pieces: one of ours, or a causal language
+    model of Hugging Face, which becomes the temporal transformer. `model` may change the window and
+    the acoustic delay; nothing else, as no weight would fit."""
+    lora: LoraConfig | None = None
+    """Train a small difference to `init_from` instead of all weights; the output is an adapter."""
     output: Path | None = None
     """Checkpoint directory written at the end; None means `lm` in the run directory."""
     dtype: checkpoints.StoredType = "bf16"
     """How it is stored."""
     sampling: LMSampling = LMSampling()
     """How the finished model is drawn by default."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainConfig:
+        kinds = {source.kind for source in self.sources}
+        if self.stage is not None:
+            own = _OWN[self.stage]
+            if strange := kinds - own - _TEXT - _BESIDE.get(self.stage, set()):
+                raise ValueError(
+                    f"stage {self.stage} and data do not match: a source of kind {min(strange)} "
+                    f"belongs to another stage than {self.stage}"
+                )
+            if not kinds & own:
+                raise ValueError(
+                    f"stage {self.stage} and data do not match: none of the sources is of kind "
+                    f"{' or '.join(sorted(own))}"
+                )
+        if self.loss.text == self.loss.heard == self.loss.audio == 0:
+            raise ValueError("loss.text, loss.heard and loss.audio are all 0; nothing is learned")
+        if self.lora is not None and self.init_from is None:
+            raise ValueError("lora is a difference to a model; name it in init_from")
+        if self.separate_states and not (kinds & _TEXT and kinds - _TEXT):
+            raise ValueError("separate_states needs sources of text alone and of sound")
+        return self
 
 
 class Objective(nn.Module):
@@ -113,12 +201,24 @@ class Objective(nn.Module):
 
 def mask_heard(batch: Batch, streams: Streams, share: float, rng: np.random.Generator) -> Batch:
     """Hide a share of the `heard` inputs in columns that have the user's codes."""
-    if not streams.heard or share == 0:
+    if not streams.heard:
+        return batch
+    return _mask(batch, streams.heard_index, streams.user.start, share, rng)
+
+
+def mask_text(batch: Batch, streams: Streams, share: float, rng: np.random.Generator) -> Batch:
+    """Hide a share of the text inputs in columns that have the assistant's codes."""
+    return _mask(batch, streams.text_index, streams.own.start, share, rng)
+
+
+def _mask(batch: Batch, text: int, voice: int, share: float, rng: np.random.Generator) -> Batch:
+    """Hide a share of one stream's inputs in columns where another's are."""
+    if share == 0:
         return batch
     inputs = batch.inputs.clone()
-    heard, voiced = inputs[:, streams.heard_index], inputs[:, streams.user.start] != ABSENT
-    hidden = torch.from_numpy(rng.random(heard.shape) < share).to(heard.device) & voiced
-    inputs[:, streams.heard_index] = heard.masked_fill(hidden, ABSENT)
+    written, voiced = inputs[:, text], inputs[:, voice] != ABSENT
+    hidden = torch.from_numpy(rng.random(written.shape) < share).to(written.device) & voiced
+    inputs[:, text] = written.masked_fill(hidden, ABSENT)
     return replace(batch, inputs=inputs)
 
 
@@ -133,7 +233,7 @@ def mask_user(batch: Batch, streams: Streams, share: float, rng: np.random.Gener
     return replace(batch, inputs=inputs)
 
 
-def make_tokenizer(config: TextConfig, seed: int) -> TextTokenizer:
+def make_tokenizer(config: TextConfig, seed: int) -> SentencePieceTokenizer:
     """Learn the text pieces of a new model. Raises UserError when there is no text."""
     texts = quiz.sentences("train", config.quiz, seed)
     for file in config.files:
@@ -145,43 +245,152 @@ def make_tokenizer(config: TextConfig, seed: int) -> TextTokenizer:
     return train_text_tokenizer(texts, config.vocab)
 
 
+# No weight depends on these.
+_FREE = {"acoustic_delay", "temporal.window"}
+
+
+def resolve_shape(config: TrainConfig) -> TrainConfig:
+    """The config with the shape written out that `init_from` brings.
+
+    Raises UserError when `model` says another one, or there is no such checkpoint.
+    """
+    if config.init_from is None:
+        return config
+    given = config.model
+    if lora.base_of(checkpoints.resolve(config.init_from)) is not None:
+        raise UserError(
+            f"init_from '{config.init_from}' is an adapter; make it a model first: speechlm merge."
+        )
+    if convert.names_hf(config.init_from):
+        if config.lora is not None:
+            raise UserError(
+                f"lora is a difference to a model that speaks; init_from '{config.init_from}' is a "
+                "language model of text: train it whole first."
+            )
+        temporal = convert.hf_transformer(config.init_from, given.temporal.window)
+        brought = given.model_copy(update={"temporal": temporal})
+    else:
+        source = convert.lm_config(config.init_from)
+        delay = source.streams.acoustic_delay
+        brought = ShapeConfig(
+            temporal=source.temporal,
+            depth=source.depth,
+            heard=source.streams.heard,
+            acoustic_delay=delay,
+            predicts_user=source.predicts_user,
+        )
+        if "acoustic_delay" in given.model_fields_set:
+            brought = brought.model_copy(update={"acoustic_delay": given.acoustic_delay})
+        if "window" in given.temporal.model_fields_set and "temporal" in given.model_fields_set:
+            changed = {"window": given.temporal.window}
+            temporal = brought.temporal.model_copy(update=changed)
+            brought = brought.model_copy(update={"temporal": temporal})
+    for name, wanted, found in _differences(given, brought):
+        raise UserError(
+            f"model.{name} is {wanted}, but init_from '{config.init_from}' has {found}; leave it "
+            "out or train another model."
+        )
+    return config.model_copy(update={"model": brought})
+
+
+def _differences(given: BaseModel, brought: BaseModel, where: str = "") -> Iterator[Any]:
+    """Name, value and other value of each field that was given and is another in `brought`."""
+    for name in sorted(given.model_fields_set):
+        one, other = getattr(given, name), getattr(brought, name)
+        if isinstance(one, BaseModel):
+            yield from _differences(one, other, f"{where}{name}.")
+        elif one != other and f"{where}{name}" not in _FREE:
+            yield f"{where}{name}", one, other
+
+
 def build(config: TrainConfig, run_dir: Path, resume: bool) -> tuple[SpeechLM, TextTokenizer]:
-    """The model to train and its text pieces. Raises UserError when codec and model disagree."""
+    """The model to train and its text pieces, of a config with its shape resolved.
+
+    Raises UserError when codec, losses and model disagree.
+    """
     codebooks = load_codec(config.codec).codebooks
-    if config.init_from is not None:
+    if config.weights.user > 0 and not config.model.predicts_user:
+        raise UserError(
+            f"weights.user is {config.weights.user:g}, but the model does not predict the user's "
+            "codes: set model.predicts_user from the first stage on."
+        )
+    source = None
+    tokenizer: TextTokenizer
+    if config.init_from is None:
+        tokenizer = _own_tokenizer(config, run_dir, resume)
+    elif convert.names_hf(config.init_from):
+        tokenizer = load_text_tokenizer(checkpoints.resolve(config.init_from))
+    else:
         source, tokenizer = convert.load_lm(config.init_from)
         if source.streams.codebooks != codebooks:
             raise UserError(
                 f"codec '{config.codec}' has codebooks {codebooks}, but init_from "
                 f"'{config.init_from}' was trained on {source.streams.codebooks}."
             )
-        shape = source.config.model_copy(
-            update={"codec": config.codec, "sampling": config.sampling}
+        if source.streams.text_size != tokenizer.size:
+            raise UserError(
+                f"vocabulary of '{config.init_from}': {tokenizer.FILE} has {tokenizer.size} "
+                f"pieces, but the model was trained with {source.streams.text_size}."
+            )
+    shape = config.model
+    model = SpeechLM(
+        LMConfig(
+            streams=Streams(
+                text_size=tokenizer.size,
+                codebooks=codebooks,
+                heard=shape.heard,
+                acoustic_delay=shape.acoustic_delay,
+            ),
+            temporal=shape.temporal,
+            depth=shape.depth,
+            codec=config.codec,
+            predicts_user=shape.predicts_user,
+            sampling=config.sampling,
         )
-        model = SpeechLM(shape)
+    )
+    if source is not None:
         model.load_state_dict(source.state_dict())
-        return model.train(), tokenizer
-    kept = run_dir / convert.TEXT_MODEL
+    elif config.init_from is not None:
+        convert.fill_from_hf(model, config.init_from)
+    return model.train(), tokenizer
+
+
+def _own_tokenizer(config: TrainConfig, run_dir: Path, resume: bool) -> TextTokenizer:
+    """The text pieces of a model from nothing; a resumed run keeps its own."""
+    kept = run_dir / SentencePieceTokenizer.FILE
     if resume and kept.exists():
-        tokenizer = TextTokenizer(kept.read_bytes())
-    else:
-        tokenizer = make_tokenizer(config.text, config.run.seed)
-        with replacing(kept) as temporary:
-            temporary.write_bytes(tokenizer.model)
-    streams = Streams(
-        text_size=tokenizer.size,
-        codebooks=codebooks,
-        heard=config.model.heard,
-        acoustic_delay=config.model.acoustic_delay,
-    )
-    shape = LMConfig(
-        streams=streams,
-        temporal=config.model.temporal,
-        depth=config.model.depth,
-        codec=config.codec,
-        sampling=config.sampling,
-    )
-    return SpeechLM(shape), tokenizer
+        return load_text_tokenizer(run_dir)
+    tokenizer = make_tokenizer(config.text, config.run.seed)
+    with replacing(kept) as temporary:
+        temporary.write_bytes(tokenizer.model)
+    return tokenizer
+
+
+_RATE_OF = {
+    "temporal": "temporal",
+    "depth": "depth",
+    "text": "text",
+    "text_head": "text",
+    "heard_head": "text",
+    "codes": "codes",
+    "user_role": "codes",
+    "heard_role": "codes",
+}
+"""Which of `RatesConfig` a part of the model follows."""
+
+
+def set_rates(optimizer: torch.optim.Optimizer, model: SpeechLM, rates: RatesConfig) -> None:
+    """Split an optimizer's groups by part of the model; `scale` is a group's share of the rate."""
+    if rates == RatesConfig():
+        return
+    part = {id(p): _RATE_OF[name.split(".")[0]] for name, p in model.named_parameters()}
+    groups = []
+    for group in optimizer.param_groups:
+        for name, scale in rates.model_dump().items():
+            members = [p for p in group["params"] if part[id(p)] == name]
+            if members:
+                groups.append({**group, "params": members, "scale": scale})
+    optimizer.param_groups = groups
 
 
 def _named(sources: Sequence[Source]) -> list[str]:
@@ -217,8 +426,15 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train and write a checkpoint directory; returns its path. Raises UserError on bad data."""
     output = config.output or config.run.dir / "lm"
     checkpoints.check_replaceable(output)
+    config = resolve_shape(config)
+    if config.guard.asks:  # Shards without an index are read for it.
+        config.guard.check(shares_of(config.sources), "sources")
     run = Run("lm", config.run, config, resume)
     model, tokenizer = build(config, run.dir, resume)
+    adapted = None
+    if config.lora is not None:
+        assert config.init_from is not None
+        adapted = lora.attach(model, config.lora, config.init_from)
 
     def mixture(sources: Sequence[Source], rank: int) -> Mixture:
         return Mixture(
@@ -239,21 +455,37 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         held_out = [unseen.next() for _ in range(config.validation_batches)]
     model.to(run.device)  # before anything copies its weights
     optimizer = config.optimizer.build(model)
+    set_rates(optimizer, model, config.rates)
+    text_optimizer = None
+    if config.separate_states:
+        text_optimizer = config.optimizer.build(model)
+        set_rates(text_optimizer, model, config.rates)
     run.restore(model, optimizer)
     average = Average(model, config.ema) if config.ema > 0 else None
     if (saved := run.load()) is not None:
         data.load_state_dict(saved["data"])
+        if text_optimizer is not None:
+            text_optimizer.load_state_dict(saved["text_optimizer"])
         if average is not None and saved["average"]:
             average.load(saved["average"])
     if config.compile:
         for block in (*model.temporal.blocks, *model.depth.transformer.blocks):
             block.compile()
     objective, optimizer = run.accelerator.prepare(Objective(model, config.loss), optimizer)
+    # An update is made of some of the sources: of all of them, or of text and of sound in turn.
+    updates: list[tuple[Any, Sequence[int]]] = [(optimizer, range(len(names)))]
+    if text_optimizer is not None:
+        text_optimizer = run.accelerator.prepare(text_optimizer)
+        kinds = [source.kind in _TEXT for source in config.sources]
+        alone = [number for number, text in enumerate(kinds) if text]
+        sound = [number for number, text in enumerate(kinds) if not text]
+        updates = [(text_optimizer, alone), (optimizer, sound)]
 
     def state() -> dict[str, Any]:
         return {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "text_optimizer": None if text_optimizer is None else text_optimizer.state_dict(),
             "data": data.state_dict(),
             "average": {} if average is None else average.weights,
         }
@@ -276,18 +508,22 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     def train_step(step: int) -> tuple[float, dict[str, dict[str, Tensor]]]:
         """One update of the weights; the gradient's norm and the numbers of each source."""
         rate = config.optimizer.rate(step, config.run.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        parts, rng = {}, run.rng(step)
-        for name, (share, batch) in zip(names, data.next(), strict=True):
-            seen = mask_heard(batch.to(run.device), model.streams, config.heard_mask, rng)
-            seen = mask_user(seen, model.streams, config.user_mask, rng)
-            losses = objective(seen)
-            run.accelerator.backward(share * losses.total)
-            parts[name] = losses.parts
-        norm = clip_gradients(objective, config.optimizer.clip).item()
-        optimizer.step()
-        optimizer.zero_grad()
+        parts, rng, batches = {}, run.rng(step), data.next()
+        for chosen, numbers in updates:
+            for group in chosen.param_groups:
+                group["lr"] = rate * group.get("scale", 1.0)
+            total = sum(batches[number][0] for number in numbers)
+            for number in numbers:
+                share, batch = batches[number]
+                seen = mask_heard(batch.to(run.device), model.streams, config.heard_mask, rng)
+                seen = mask_user(seen, model.streams, config.user_mask, rng)
+                seen = mask_text(seen, model.streams, config.text_mask, rng)
+                losses = objective(seen)
+                run.accelerator.backward(share / total * losses.total)
+                parts[names[number]] = losses.parts
+            norm = clip_gradients(objective, config.optimizer.clip).item()
+            chosen.step()
+            chosen.zero_grad()
         if average is not None:
             average.update(model, step)
         return norm, parts
@@ -309,6 +545,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         average.swap(model)
     card = {
         "trainee": "lm",
+        "stage": config.stage,
         "steps": run.done,
         "parameters": sum(p.numel() for p in model.parameters()),
         "codec": config.codec,
@@ -317,4 +554,6 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         "rows": sum(source.rows for source in config.sources),
         "length": config.length,
     }
+    if adapted is not None:
+        return lora.save(output, adapted, card)
     return convert.save(output, model, tokenizer, dtype=config.dtype, card=card)

@@ -293,6 +293,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     output = config.output or config.run.dir / "text_to_token"
     checkpoints.check_replaceable(output)
     tokenizer = load_speech_tokenizer_of(config.tokenizer)
+    transcribe(tokenizer, ())  # One that cannot read shows here, before the training.
     run = Run("text-to-token", config.run, config, resume)
     size, data = math.prod(tokenizer.codebook), config.data
     pairs = load_pairs(data.train, size, data.max_seconds)

@@ -21,14 +21,13 @@ import hashlib
 import itertools
 import json
 import lzma
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Literal, NamedTuple, cast
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from audio_codec import checkpoint
@@ -38,6 +37,7 @@ from audio_codec.memory import tune_allocator
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from synth_data import quiz
 from synth_data.build import BuildReport, Dropped, run_shards
+from synth_data.corpus import bounded_lines
 from synth_data.interleave import (
     QUESTION_RULES,
     SPAN_RULES,
@@ -53,7 +53,8 @@ from synth_data.interleave import (
     question_answer,
     repetition,
 )
-from synth_data.shards import Sample
+from synth_data.mixture import GuardConfig, Shares
+from synth_data.shards import Folder, Sample
 from synth_data.text import Token, spell_out, tokenize
 from synth_data.text_to_token import (
     GenerationConfig,
@@ -71,7 +72,7 @@ _PLAIN_RULES: tuple[Rule, ...] = (*SPAN_RULES, "asr", "tts", "continuation")
 
 
 class DocumentsSource(BaseModel):
-    """Documents as ``speechlm synth text`` writes them: JSON, an object a line.
+    """JSON, an object a line: what ``speechlm synth text`` wrote, or a file of that kind.
 
     An object has a ``text``, or a ``question`` and an ``answer``; its own ``source`` and
     ``licence``, where it has them, go before the ones here.
@@ -81,8 +82,10 @@ class DocumentsSource(BaseModel):
 
     kind: Literal["documents"]
     path: Path
-    """A ``.jsonl`` or ``.jsonl.xz`` file."""
+    """A ``.jsonl`` or ``.jsonl.xz`` file, or a folder of ``synth text``."""
     licence: str
+    human: bool = True
+    """Whether people wrote it; false for what a language model wrote."""
 
 
 class SentencesSource(BaseModel):
@@ -94,6 +97,8 @@ class SentencesSource(BaseModel):
     path: Path
     """A ``.txt`` or ``.txt.xz`` file."""
     licence: str
+    human: bool = True
+    """Whether people wrote it."""
     lines: int = Field(default=8, gt=0)
     """Sentences a document."""
 
@@ -127,8 +132,8 @@ class InterleaveRecipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    output: Path
-    """Folder of the shards."""
+    output: Folder
+    """Folder of the shards, or its URL in a store (``s3://…``)."""
     model: str
     """Checkpoint of the text-to-token model."""
     sources: tuple[Source, ...] = Field(min_length=1)
@@ -156,6 +161,8 @@ class InterleaveRecipe(BaseModel):
     """How many times as long as expected a document's speech takes: uniform."""
     generation: GenerationConfig = GenerationConfig()
     check: CheckConfig | None = None
+    guard: GuardConfig = GuardConfig()
+    """The least that people must have made of it; its speech never is."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of the products of the model's transformer."""
     device: str = "cpu"
@@ -164,7 +171,9 @@ class InterleaveRecipe(BaseModel):
     shard_size: int = Field(default=1000, gt=0)
     """Documents a shard, before cutting and dropping."""
     workers: int = Field(default=1, gt=0)
-    """Processes of one thread each; 1 works in this one. The shards do not depend on it."""
+    """Processes; 1 works in this one. The shards do not depend on it."""
+    ray: str | None = None
+    """Address of a Ray cluster that makes the shards in their place; ``auto`` finds one."""
 
     @field_validator("mixture")
     @classmethod
@@ -179,6 +188,8 @@ class Part:
     """The documents of one shard: where they lie."""
 
     source: int
+    file: int
+    """Which of the source's."""
     first: int
     """Number of the first document in its source."""
     offset: int
@@ -190,20 +201,30 @@ def build_interleaved(config: InterleaveRecipe) -> BuildReport:
     """Write interleaved documents into ``config.output/interleave-*.tar``.
 
     Raises:
-        UserError: a source or model is missing or cannot be read, or the folder holds another
-            build.
+        UserError: a source or model is missing or cannot be read, the folder holds another build,
+            or too little of it is what people made.
     """
+    human = any(getattr(source, "human", False) for source in config.sources)
+    config.guard.check(Shares(0.0, float(human)), "the planned documents")
     load_text_to_token(config.model)  # A broken one shows here, before hours of work.
     weights = [checkpoint.digest(config.model)]
     if config.check is not None:
         load_tokenizer_of(config.check.tokenizer)
         weights.append(checkpoint.digest(config.check.tokenizer))
     parts, contents = plan(config)
-    described = config.model_dump_json(exclude={"workers", "output"})
+    described = config.model_dump_json(exclude={"workers", "output", "ray", "guard"})
     fingerprint = hashlib.sha256(repr((described, weights, contents)).encode()).hexdigest()
     make = functools.partial(_interleaved, config=config)
     return run_shards(
-        config.output, "interleave", parts, make, workers=config.workers, fingerprint=fingerprint
+        config.output,
+        "interleave",
+        parts,
+        make,
+        workers=config.workers,
+        fingerprint=fingerprint,
+        ray=config.ray,
+        guard=config.guard,
+        source=_texts(parts, config),
     )
 
 
@@ -221,34 +242,47 @@ def plan(config: InterleaveRecipe) -> tuple[list[Part], list[str]]:
         if isinstance(source, QuestionsSource):
             firsts = range(0, source.documents, config.shard_size)
             parts += [
-                Part(number, first, 0, min(config.shard_size, source.documents - first))
+                Part(number, 0, first, 0, min(config.shard_size, source.documents - first))
                 for first in firsts
             ]
             continue
         group = source.lines if isinstance(source, SentencesSource) else 1
-        digest, offsets, count = hashlib.sha256(), list[int](), 0
-        with _opened(source.path, ".txt" if source.kind == "text" else ".jsonl") as file:
-            for offset, line in _lines(file):
-                if count % (group * config.shard_size) == 0:
-                    offsets.append(offset)
-                digest.update(line or b"\0")
-                count += 1
-        if count == 0:
+        first = 0
+        for which, path in enumerate(_files(source)):
+            digest, offsets, lines = hashlib.sha256(), list[int](), 0
+            with _opened(path) as file:
+                for offset, line in _lines(file):
+                    if lines % (group * config.shard_size) == 0:
+                        offsets.append(offset)
+                    digest.update(line or b"\0")
+                    lines += 1
+            documents = -(-lines // group)
+            for done, offset in zip(itertools.count(step=config.shard_size), offsets):
+                count = min(config.shard_size, documents - done)
+                parts.append(Part(number, which, first + done, offset, count))
+            first += documents
+            contents.append(digest.hexdigest())
+        if first == 0:
             raise UserError(f"source {str(source.path)!r} holds no document")
-        documents = -(-count // group)
-        for shard, offset in enumerate(offsets):
-            first = shard * config.shard_size
-            parts.append(Part(number, first, offset, min(config.shard_size, documents - first)))
-        contents.append(digest.hexdigest())
     return parts, contents
 
 
-@contextmanager
-def _opened(path: Path, kind: str) -> Iterator[IO[bytes]]:
+def _files(source: DocumentsSource | SentencesSource) -> list[Path]:
+    """Raises UserError when there is none of the right kind."""
+    path, kind = source.path, ".txt" if source.kind == "text" else ".jsonl"
+    if path.is_dir() and source.kind == "documents":
+        if found := sorted(path.glob("text-*.jsonl")):
+            return found
+        raise UserError(f"source {str(path)!r} holds no text-*.jsonl of speechlm synth text")
     if not path.is_file():
         raise UserError(f"source {str(path)!r} is not a file")
     if not path.name.endswith((kind, kind + ".xz")):
         raise UserError(f"source {str(path)!r} must end in {kind} or {kind}.xz")
+    return [path]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
         with lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb") as file:
             yield cast(IO[bytes], file)
@@ -257,18 +291,12 @@ def _opened(path: Path, kind: str) -> Iterator[IO[bytes]]:
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """Non-empty lines, each with where it begins; None for one that is longer than any document."""
-    while True:
-        offset = file.tell()
-        line = file.readline(_LONGEST_LINE)
-        if not line:
-            return
-        if not line.endswith(b"\n") and len(line) == _LONGEST_LINE:
-            while (more := file.readline(_LONGEST_LINE)) and not more.endswith(b"\n"):
-                pass
-            yield offset, None
-        elif line.strip():
+    """Lines that are not empty, each with where it begins; None for one longer than a document."""
+    offset = file.tell()
+    for line in bounded_lines(file, _LONGEST_LINE):
+        if line is None or line.strip():
             yield offset, line
+        offset = file.tell()
 
 
 class Document(NamedTuple):
@@ -278,6 +306,7 @@ class Document(NamedTuple):
     utterances: tuple[str, ...]
     source: str
     licence: str
+    human: bool
 
 
 def documents(part: Part, config: InterleaveRecipe) -> Iterator[Document | Dropped]:
@@ -293,9 +322,9 @@ def documents(part: Part, config: InterleaveRecipe) -> Iterator[Document | Dropp
             category = quiz.CATEGORIES[int(rng.integers(len(quiz.CATEGORIES)))]
             drawn = quiz.draw(rng, source.split, category)
             said = (spell_out(drawn.text), spell_out(drawn.answer))
-            yield Document(name, said, "quiz", "Apache-2.0")
+            yield Document(name, said, "quiz", "Apache-2.0", human=False)
         return
-    with _opened(source.path, ".txt" if source.kind == "text" else ".jsonl") as file:
+    with _opened(_files(source)[part.file]) as file:
         file.seek(part.offset)
         lines = (line for _, line in _lines(file))
         for name in names:
@@ -313,7 +342,7 @@ def _joined(
     except UnicodeDecodeError as error:
         return Dropped(name, f"not UTF-8 text: {error}")
     spoken = spell_out(" ".join(sentences))
-    return Document(name, (spoken,), source.path.name, source.licence)
+    return Document(name, (spoken,), source.path.name, source.licence, source.human)
 
 
 def _parsed(name: str, line: bytes | None, source: DocumentsSource) -> Document | Dropped:
@@ -321,7 +350,7 @@ def _parsed(name: str, line: bytes | None, source: DocumentsSource) -> Document 
         return Dropped(name, f"its line is longer than {_LONGEST_LINE} bytes")
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Dropped(name, f"no JSON: {error}")
     keys = ("question", "answer") if isinstance(found, dict) and "question" in found else ("text",)
     texts = [found.get(key) for key in keys] if isinstance(found, dict) else []
@@ -333,7 +362,16 @@ def _parsed(name: str, line: bytes | None, source: DocumentsSource) -> Document 
         spoken,
         str(found.get("source", source.path.name)),
         str(found.get("licence", source.licence)),
+        source.human,
     )
+
+
+def _texts(parts: Iterable[Part], config: InterleaveRecipe) -> Iterator[str]:
+    """What all documents say, in order."""
+    for part in parts:
+        for document in documents(part, config):
+            if isinstance(document, Document):
+                yield from document.utterances
 
 
 def sentence_ends(text: str, tokens: Sequence[Token]) -> list[int]:
@@ -470,16 +508,7 @@ def _tokenizer(name: str, device: str) -> SpeechTokenizer:
 
 
 def _interleaved(part: Part, config: InterleaveRecipe) -> Iterator[Sample | Dropped]:
-    """The samples of one shard. On one thread: sums must not depend on how many there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield from _samples(part, config)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _samples(part: Part, config: InterleaveRecipe) -> Iterator[Sample | Dropped]:
+    """The samples of one shard."""
     laid: list[_Laid] = []
     for number, document in enumerate(documents(part, config), start=part.first):
         if isinstance(document, Dropped):
@@ -499,6 +528,7 @@ def _samples(part: Part, config: InterleaveRecipe) -> Iterator[Sample | Dropped]
         tokenizer = _tokenizer(config.check.tokenizer, config.device)
         heard = transcribe(tokenizer, [said.codes for said in spoken], 64, config.precision)
     said = iter(zip(lines, spoken, heard, strict=True))
+    spans = config.spans.model_dump()
     for made in laid:
         segments: list[WrittenSegment] = []
         codes: list[np.typing.NDArray[np.uint16]] = []
@@ -538,13 +568,13 @@ def _samples(part: Part, config: InterleaveRecipe) -> Iterator[Sample | Dropped]
             source=made.document.source,
             licence=made.document.licence,
             synthetic=True,
+            human_text=made.document.human,
             seconds=len(row) / model.config.rate,
             wer=wer,
             meta={
                 "rule": made.layout.rule,
-                "unit": config.spans.unit,
-                "order": config.spans.order,
                 "model": config.model,
+                **({"spans": spans} if made.layout.rule in SPAN_RULES else {}),
                 "segments": [segment.model_dump() for segment in segments],
             },
             codes=row[None, None],

@@ -5,11 +5,12 @@ if it says so, and recordings with their transcripts; each is heard once by the 
 
     speechlm synth pairs configs/synth/pairs.yaml workers=2
 
-Shapes: B utterances, S samples, T frames.
+Shapes: S samples, T codes.
 """
 
 import functools
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -19,18 +20,17 @@ import torch
 from pydantic import Field
 
 from audio_codec import checkpoint
+from audio_codec.audio import SAMPLE_RATE, resample
 from audio_codec.codec import load_tokenizer_of
 from audio_codec.memory import tune_allocator
 from audio_codec.speech_tokenizer import SpeechTokenizer
-from synth_data.build import (
-    BuildReport,
-    Dropped,
+from synth_data.build import BuildReport, Dropped, run_shards
+from synth_data.recipes.speech import (
+    Line,
     SpeechConfig,
-    VerifyConfig,
-    _Line,
-    _speech,
     plan_speech,
-    run_shards,
+    planned_shares,
+    speak_lines,
 )
 from synth_data.shards import Sample
 
@@ -52,11 +52,13 @@ def build_pairs(config: PairsConfig) -> BuildReport:
     """Write samples with text, word times and codes [1, 1, T] into ``config.output/pairs-*.tar``.
 
     Raises:
-        UserError: a source, voice, engine or tokenizer is missing, or the folder holds another
-            build.
+        UserError: a source, voice, engine or tokenizer is missing, the folder holds another build,
+            or too little of it is what people made.
     """
+    _tokenizer(config.tokenizer, config.device)  # A broken one shows here, before hours of work.
     weights = checkpoint.digest(config.tokenizer)
     lines = plan_speech(config)
+    config.guard.check(planned_shares(lines), "the planned pairs")
     parts = [
         lines[start : start + config.shard_size]
         for start in range(0, len(lines), config.shard_size)
@@ -70,6 +72,9 @@ def build_pairs(config: PairsConfig) -> BuildReport:
         make,
         workers=config.workers,
         fingerprint=hashlib.sha256(repr(plan).encode()).hexdigest(),
+        ray=config.ray,
+        guard=config.guard,
+        source=(line.text for line in lines),
     )
 
 
@@ -79,24 +84,31 @@ def tokenize(
     batch: int = 16,
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> list[npt.NDArray[np.uint16]]:
-    """Sounds [S] of any lengths → their codes [T], the last frame filled up with silence."""
-    device = tokenizer.head.weight.device
-    size = tokenizer.frame_size
+    """Sounds [S] at 24 kHz, of any lengths → their codes [T], the last filled up with silence.
+
+    Where codes come late (look-ahead), the ones that come before the sound's are left out.
+    """
+    device = next(tokenizer.parameters()).device
+    size, rate = tokenizer.config.code_size, tokenizer.sample_rate
+    late = round(tokenizer.delay / size)
+    heard = [resample(sound, SAMPLE_RATE, rate) for sound in sounds]
+    if math.isinf(tokenizer.lookahead_ms):
+        batch = 1  # Every code hears the whole row, and so what fills it up.
     found: dict[int, npt.NDArray[np.uint16]] = {}
-    # Equals in length together; the tokenizer is causal, so what pads a sound changes nothing.
-    order = sorted(range(len(sounds)), key=lambda at: (len(sounds[at]), at))
+    # Equals in length together.
+    order = sorted(range(len(heard)), key=lambda at: (len(heard[at]), at))
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        frames = [-(-len(sounds[at]) // size) for at in chosen]
-        pcm = np.zeros((len(chosen), 1, max(frames) * size), np.float32)
+        frames = [-(-len(heard[at]) // size) for at in chosen]
+        pcm = np.zeros((len(chosen), 1, (max(frames) + late) * size), np.float32)
         for row, at in zip(pcm, chosen, strict=True):
-            row[0, : len(sounds[at])] = sounds[at]
+            row[0, : len(heard[at])] = heard[at]
         lower = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         with torch.inference_mode(), lower:
             codes = tokenizer.encode(torch.from_numpy(pcm).to(device)).cpu().numpy()
         for row, at, count in zip(codes, chosen, frames, strict=True):
-            found[at] = row[:count].astype(np.uint16)
-    return [found[at] for at in range(len(sounds))]
+            found[at] = row[late : late + count].astype(np.uint16)
+    return [found[at] for at in range(len(heard))]
 
 
 @functools.cache
@@ -105,11 +117,10 @@ def _tokenizer(name: str, device: str) -> SpeechTokenizer:
     return load_tokenizer_of(name).to(device)
 
 
-def _pairs(lines: Sequence[_Line], config: PairsConfig) -> Iterator[Sample | Dropped]:
-    verification: VerifyConfig | None = config.verify
+def _pairs(lines: Sequence[Line], config: PairsConfig) -> Iterator[Sample | Dropped]:
     heard: list[Sample] = []
     sounds: list[npt.NDArray[np.float32]] = []
-    for made in _speech(lines, verification):
+    for made in speak_lines(lines, config.verify, config.synthesis):
         if isinstance(made, Dropped):
             yield made
         elif not made.text:

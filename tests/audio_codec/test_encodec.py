@@ -84,6 +84,16 @@ def test_fewer_codebooks_are_the_first_of_more(file: Path) -> None:
 
 
 @torch.inference_mode()
+def test_the_first_codebook_stands_for_what_it_decodes_to(file: Path) -> None:
+    codec = load_encodec(file, 1.5)
+    codes = codec.encode(noise(2))
+    meant = codec.embed_semantic(codes[:, 0])
+    assert meant.shape == (2, 12, 128)
+    alone = codec.model.decoder(meant.transpose(1, 2))
+    torch.testing.assert_close(alone, codec.decode(codes[:, :1]))
+
+
+@torch.inference_mode()
 def test_every_call_is_coded_alone(file: Path) -> None:
     codec, pcm = load_encodec(file), noise(2, 24)
     encoder, decoder = codec.new_encoder_state(2), codec.new_decoder_state(2)

@@ -144,14 +144,16 @@ def test_in_float32_all_but_ties_agree(small: Path) -> None:
 @torch.no_grad()
 def test_the_true_architecture_has_the_same_numbers_past_ten_seconds(tmp_path: Path) -> None:
     make_peer({}).save_pretrained(tmp_path / "hf")
-    peer, codec = Peer.from_pretrained(tmp_path / "hf").eval(), load_codec(tmp_path / "hf")
+    codec = load_codec(tmp_path / "hf")
     assert isinstance(codec, MimiCodec) and codec.config.num_quantizers == 32
     assert codec.frame_size == 1920 and codec.sample_rate == 24_000
     pcm = 0.3 * noise(1, 1, 150 * 1920)  # 12 s
     # A tie that rounding tips changes every later level of its frame, so float32 is held to the
     # eight levels that Moshi uses.
     for dtype, levels, equal in ((torch.float32, 8, 0.999), (torch.float64, 32, 1.0)):
-        peer, codec, pcm = peer.to(dtype), codec.to(dtype), pcm.to(dtype)
+        # Read anew: the peer keeps its codebooks in the precision of their first use.
+        peer = Peer.from_pretrained(tmp_path / "hf").eval().to(dtype)
+        codec, pcm = codec.to(dtype), pcm.to(dtype)
         codes = peer.encode(pcm).audio_codes
         assert codes.shape == (1, 32, 150) and codes.unique().numel() > 1000
         same = codec.encode(pcm)[:, :levels] == codes[:, :levels]
@@ -274,6 +276,13 @@ def test_it_is_a_codec(codec: MimiCodec) -> None:
     assert found.decode(codes).shape == (2, 1, 7 * SMALL_FRAME)
     with pytest.raises(AssertionError, match="whole frames"):
         found.encode(torch.zeros(1, 1, SMALL_FRAME + 1))
+
+
+def test_the_first_codebook_stands_for_what_it_decodes_to(codec: MimiCodec) -> None:
+    codes = codec.encode(noise(2, 1, 7 * SMALL_FRAME))
+    meant = codec.embed_semantic(codes[:, 0])
+    assert meant.shape == (2, 7, SMALL["hidden_size"])
+    torch.testing.assert_close(codec.decode_latent(meant), codec.decode(codes[:, :1]))
 
 
 def test_any_number_of_codebooks(small: Path) -> None:

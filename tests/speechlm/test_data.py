@@ -19,10 +19,14 @@ from speechlm.data import (
     Packer,
     QuizSource,
     SentenceSource,
-    TextTokenizer,
     WeightConfig,
 )
 from speechlm.streams import ABSENT, BOS, EOS, EPAD, PAD, SPEECH, TEXT, Streams
+from speechlm.text_tokenizer import (
+    SentencePieceTokenizer,
+    TextTokenizer,
+    train_text_tokenizer,
+)
 from synth_data import quiz, shards
 from synth_data.tts import Word
 
@@ -31,7 +35,7 @@ WEIGHTS = WeightConfig()
 
 @pytest.fixture(scope="module")
 def tokenizer() -> TextTokenizer:
-    return data.train_text_tokenizer(quiz.sentences("train", 400, 0), 300)
+    return train_text_tokenizer(quiz.sentences("train", 400, 0), 300)
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +85,14 @@ class TestTokenizer:
         assert tokenizer.pieces()[:7] == [""] * 7
 
     def test_the_same_texts_give_the_same_pieces(self, tokenizer: TextTokenizer) -> None:
-        again = data.train_text_tokenizer(quiz.sentences("train", 400, 0), 300)
+        again = train_text_tokenizer(quiz.sentences("train", 400, 0), 300)
         assert again.model == tokenizer.model
 
     def test_mistakes_are_named(self) -> None:
         with pytest.raises(UserError, match="vocab is 10"):
-            data.train_text_tokenizer(["a"], 10)
+            train_text_tokenizer(["a"], 10)
         with pytest.raises(UserError, match="not a SentencePiece model"):
-            TextTokenizer(b"nothing")
+            SentencePieceTokenizer(b"nothing")
 
 
 class TestPlace:
@@ -272,10 +276,10 @@ class TestLaidOut:
     ) -> None:
         sample = laid_out("tts", list(self.SPANS), 5)
         beyond = sample.model_copy(update={"codes": np.full((1, 1, 5), 6, np.uint16)})
-        with pytest.raises(UserError, match="beyond the codebooks"):
+        with pytest.raises(UserError, match="code 6 in codebook 0"):
             data.lay_out(beyond, streams, tokenizer)
         more = sample.model_copy(update={"codes": np.zeros((1, 4, 5), np.uint16)})
-        with pytest.raises(UserError, match="more than the 3 codebooks"):
+        with pytest.raises(UserError, match="4 codebooks, but the model has 3"):
             data.lay_out(more, streams, tokenizer)
         with pytest.raises(ValueError, match="layout.unit"):
             InterleavedSource.model_validate(

@@ -17,7 +17,9 @@ from small import TOKENIZER, small_text_to_token
 from audio_codec import checkpoint
 from audio_codec.errors import UserError
 from audio_codec.speech_tokenizer import SpeechTokenizer
-from synth_data.interleave import read_segments
+from synth_data.corpus import TextConfig, build_text
+from synth_data.interleave import SPAN_RULES, read_segments
+from synth_data.mixture import read_index
 from synth_data.recipes import interleave as room
 from synth_data.recipes.interleave import (
     InterleaveRecipe,
@@ -55,6 +57,7 @@ def corpus(tmp_path: Path) -> list[dict[str, Any]]:
         json.dumps({"title": "no text"}),
         json.dumps({"text": "..."}),
         json.dumps(["a list"]),
+        "[" * 99_999,
         json.dumps({"text": "x" * 2**20}),
         json.dumps({"text": "The last one."}),
     ]
@@ -106,6 +109,7 @@ def test_every_word_is_said_or_written_and_codes_are_where_they_belong(
         "neither a text nor a question and an answer in it",
         "no JSON",
         "no JSON",
+        "no JSON",
     ]
     rules = set()
     for sample in samples:
@@ -132,6 +136,12 @@ def test_every_word_is_said_or_written_and_codes_are_where_they_belong(
     mine = [s for s in samples if s.source == "me"]
     assert mine and all(s.licence == "CC0" and "twenty one" in s.text for s in mine)
     assert all(s.synthetic and s.voices == ("text-to-token",) for s in samples)
+    assert all(s.human_text == (s.source != "quiz") for s in samples)
+    spans = config.spans.model_dump()
+    assert spans["unit"] == "word" and spans["order"] == "random" and spans["min_gap"] == 1
+    laid = {True: spans, False: None}
+    for sample in samples:
+        assert sample.meta.get("spans") == laid[sample.meta["rule"] in SPAN_RULES]
 
 
 class Killed(BaseException):
@@ -202,7 +212,7 @@ def test_a_shard_reads_its_own_lines_alone(
     config = config_of(tmp_path / "out", model, corpus)
     parts, _ = plan(config)
     assert [(p.source, p.first, p.count) for p in parts] == [
-        (0, 0, 4), (0, 4, 2), (1, 0, 4), (1, 4, 4), (1, 8, 1), (2, 0, 4), (2, 4, 4), (2, 8, 4),
+        (0, 0, 4), (0, 4, 2), (1, 0, 4), (1, 4, 4), (1, 8, 2), (2, 0, 4), (2, 4, 4), (2, 8, 4),
     ]  # fmt: skip
     large = config.model_copy(update={"shard_size": 1000})
     whole, _ = plan(large)
@@ -227,6 +237,53 @@ def test_what_is_said_is_read_back(
     report = build_interleaved(strict)
     assert report.samples == sum(s.wer is None for s in lenient)
     assert any(dropped.reason.startswith("word error rate") for dropped in report.dropped)
+
+
+def test_clean_text_is_a_source(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("\n".join(SENTENCES))
+    clean = {
+        "output": tmp_path / "clean",
+        "sources": [{"path": str(tmp_path / "some.txt"), "licence": "CC0", "name": "some"}],
+        "dedup": None,
+        "shard_characters": 900,
+    }
+    build_text(TextConfig.model_validate(clean))
+    files = sorted((tmp_path / "clean").glob("text-*.jsonl"))
+    source = {"kind": "documents", "path": tmp_path / "clean", "licence": "?", "human": False}
+    config = config_of(tmp_path / "out", model, [source])
+    parts, contents = plan(config)
+    assert len(files) > 1 and len(contents) == len(files) == 1 + max(p.file for p in parts)
+    assert [p.first for p in parts[1:]] == list(itertools.accumulate(p.count for p in parts))[:-1]
+    found = [d for part in parts for d in documents(part, config)]
+    assert [d.utterances for d in found if isinstance(d, room.Document)] == [
+        (s,) for s in SENTENCES
+    ]
+    samples = built(config)
+    assert samples and {(s.source, s.licence, s.human_text) for s in samples} == {
+        ("some", "CC0", False)
+    }
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="holds no text-"):
+        plan(config_of(tmp_path / "o", model, [{**source, "path": tmp_path / "none"}]))
+
+
+def test_too_little_of_people_is_refused(
+    model: Path, corpus: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    config = config_of(tmp_path / "out", model, corpus, guard={"human_text": 0.99})
+    with pytest.raises(UserError, match="human_text is"):
+        build_interleaved(config)
+    assert read_index(tmp_path / "out") == {}
+    hopeless = config_of(tmp_path / "none", model, corpus[2:], guard={"human_text": 0.01})
+    with pytest.raises(UserError, match="planned documents: human_text is 0.0%"):
+        build_interleaved(hopeless)
+    assert not (tmp_path / "none").exists()
+    build_interleaved(
+        config.model_copy(update={"guard": config.guard.model_copy(update={"human_text": 0.1})})
+    )
+    index = read_index(tmp_path / "out")["interleave"]
+    assert index.source is not None and index.source.words > 50
+    assert index.diversity.frames > 50 and index.diversity.codes > 1
 
 
 @pytest.mark.parametrize(

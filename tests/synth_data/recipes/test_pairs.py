@@ -14,8 +14,8 @@ from audio_codec import checkpoint
 from audio_codec.codec import load_tokenizer_of
 from audio_codec.errors import UserError
 from audio_codec.speech_tokenizer import SpeechTokenizer
-from synth_data.build import SpeechConfig, build_speech
 from synth_data.recipes.pairs import PairsConfig, build_pairs, tokenize
+from synth_data.recipes.speech import SpeechConfig, build_speech
 from synth_data.shards import read
 
 pytest.importorskip("espeakng_loader", reason="speech engine espeak is not installed")
