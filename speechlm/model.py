@@ -191,7 +191,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for begin in range(0, len(x), block):
                 part = slice(begin, begin + block)
                 rows = x[part].to(dtype)
-                logits = (rows @ matrix.T).float()
+                logits = rows @ matrix.T
+                logits = logits if logits.dtype == torch.float64 else logits.float()
                 top = logits.amax(1)
                 right = logits.gather(1, target[part, None]).squeeze(1)
                 hit[part] = right >= top
@@ -400,6 +401,7 @@ class SpeechLM(nn.Module):
                     parts["semantic_accuracy"] = hit[learned].float().mean()
                 else:
                     detail.append(mean)
+                    parts[f"acoustic/{codebook}"] = mean
             if detail:
                 parts["acoustic"] = torch.stack(detail).mean()
         return Losses(total, parts)
