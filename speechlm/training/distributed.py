@@ -152,13 +152,14 @@ def shard(module: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh) -> No
 
 
 def touch(module: nn.Module) -> Tensor:
-    """Nothing, from every parameter: all ranks then have a gradient of each.
+    """Nothing, from every parameter that is whole at the moment: all ranks then have its gradient.
 
     A batch need not use all of a model, and another rank's batch may use more of it; ranks that
-    bring different gradients to one exchange wait for each other for ever.
+    bring different gradients to one exchange wait for each other for ever. For the end of the
+    outermost forward: the `units` have given their parameters back by then, and are always used.
     """
-    zeros = [p.flatten()[0] * 0 for p in module.parameters() if p.requires_grad and p.numel()]
-    return torch.stack(zeros).sum()
+    gathered = (p for p in module.parameters() if not isinstance(p, DTensor) and p.requires_grad)
+    return torch.stack([p.flatten()[0] * 0 for p in gathered]).sum()
 
 
 def drop_untouched(module: nn.Module) -> None:

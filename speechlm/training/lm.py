@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from audio_codec.codec import load_codec
 from audio_codec.errors import UserError
 from audio_codec.files import replacing
 from audio_codec.transformer import TransformerConfig
-from speechlm import convert
+from speechlm import convert, generate
 from speechlm.data import (
     Mixture,
     Placed,
@@ -40,7 +40,6 @@ from speechlm.data import (
     together,
     train_text_tokenizer,
 )
-from speechlm.generate import new_state, step
 from speechlm.model import Batch, LMConfig, LMSampling, LossConfig, SpeechLM
 from speechlm.streams import ABSENT, Streams
 from speechlm.training import distributed
@@ -184,8 +183,16 @@ def make_tokenizer(config: TextConfig, seed: int) -> TextTokenizer:
     return train_text_tokenizer(texts, config.vocab)
 
 
-def build(config: TrainConfig, run_dir: Path, resume: bool) -> tuple[SpeechLM, TextTokenizer]:
-    """The model to train and its text pieces. Raises UserError when codec and model disagree."""
+def build(
+    config: TrainConfig,
+    run_dir: Path,
+    resume: bool,
+    scattered: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> tuple[SpeechLM, TextTokenizer]:
+    """The model to train and its text pieces; it is made inside `scattered()`.
+
+    Raises UserError when codec and model disagree.
+    """
     codebooks = load_codec(config.codec).codebooks
     if config.init_from is not None:
         source, tokenizer = convert.load_lm(config.init_from)
@@ -197,8 +204,9 @@ def build(config: TrainConfig, run_dir: Path, resume: bool) -> tuple[SpeechLM, T
         shape = source.config.model_copy(
             update={"codec": config.codec, "sampling": config.sampling}
         )
-        model = SpeechLM(shape)
-        model.load_state_dict(source.state_dict())
+        with scattered():
+            model = SpeechLM(shape)
+            model.load_state_dict(source.state_dict())
         return model.train(), tokenizer
     kept = run_dir / convert.TEXT_MODEL
     if resume and kept.exists():
@@ -220,7 +228,8 @@ def build(config: TrainConfig, run_dir: Path, resume: bool) -> tuple[SpeechLM, T
         codec=config.codec,
         sampling=config.sampling,
     )
-    return SpeechLM(shape), tokenizer
+    with scattered():
+        return SpeechLM(shape), tokenizer
 
 
 def _named(sources: Sequence[Source]) -> list[str]:
@@ -243,8 +252,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     run = Run("lm", config.run, config, resume, sharded=True)
     if config.listen_every and run.mesh is not None:
         raise UserError("listen_every is for runs of one process; leave it 0.")
-    with run.scattered():
-        model, tokenizer = build(config, run.dir, resume)
+    model, tokenizer = build(config, run.dir, resume, run.scattered)
     streams, amount = model.streams, work(model, config.length)
     schedule = config.optimizer.proposed(body_parameters(model))
     run.record(config.model_copy(update={"optimizer": schedule}))
@@ -296,8 +304,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         if (saved := run.load()) is not None:
             loader.load_state_dict(saved["data"])
             counts.update(saved.get("counts", {}))
-            if average is not None and saved["average"]:
-                average.load(saved["average"])
+            if average is not None:
+                begun = {name: p.detach() for name, p in model.named_parameters()}
+                average.load(saved["average"] or begun)
 
     def state() -> dict[str, Any]:
         return {
@@ -325,9 +334,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             for batches in held_out:
                 total = 0.0
                 for name, (share, batch) in zip(held_out_names, batches, strict=True):
-                    losses = objective(batch.to(run.device))
-                    meter.add(f"validation/{name}", losses.parts)
-                    total += share * float(losses.total)
+                    loss, parts = objective(batch.to(run.device))
+                    meter.add(f"validation/{name}", parts)
+                    total += share * float(loss)
                 meter.add("validation", {"loss": total})
         objective.train()
         if average is not None and averaged():
@@ -339,7 +348,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         rate, rng = schedule.rate(step, config.run.steps), run.rng(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batches = [(share, batch.to(run.device)) for share, batch in loader.next()]
+        batches = loader.next()
         saw = sum((Counts.of(batch, streams) for _, batch in batches), Counts())
         if run.passes_over(step):
             return 0.0, math.nan, {}, saw
@@ -354,10 +363,10 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 has = masses(piece, streams)
                 shares = {kind: has[kind] / mass[kind] if mass[kind] else 0.0 for kind in mass}
                 with run.accelerator.autocast():
-                    losses = objective(piece, shares)
-                if losses.total.requires_grad:
-                    (share * losses.total).backward()
-                for key, value in {"loss": losses.total, **losses.parts}.items():
+                    loss, parts = objective(piece.to(run.device), shares)
+                if loss.requires_grad:
+                    (share * loss).backward()
+                for key, value in {"loss": loss.detach(), **parts}.items():
                     found[key] = found.get(key, 0.0) + float(value)
         if run.mesh is not None:
             distributed.drop_untouched(objective)
@@ -367,8 +376,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         else:
             counts["bad_gradients"] += 1
         optimizer.zero_grad()
-        loss = sum(share * numbers[name]["loss"] for name, (share, _) in zip(names, batches))
-        return norm, sum(distributed.collect(loss)), numbers, saw
+        shares_of = zip(names, batches, strict=True)
+        mean = sum(share * numbers[name]["loss"] for name, (share, _) in shares_of)
+        return norm, sum(distributed.collect(mean)), numbers, saw
 
     meter, began, saw = Meter(), time.monotonic(), Counts()
     go_on()
@@ -390,21 +400,22 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 average.add(model, counts["averaged"])
             saw = saw + seen
             if (step + 1) % config.run.log_every == 0:
-                spent = (time.monotonic() - began) / run.world
-                rate = schedule.rate(step, config.run.steps)
+                spent = time.monotonic() - began
+                done = amount.training(saw.columns, saw.frames)
+                share = done / spent / peak_flops(run.device, config.run.precision)
+                pace = run.world / spent  # every rank counts its own rows
                 run.log(
                     step,
                     {
                         "loss": loss,
                         **meter.read(together=run.mesh is not None),
                         "norm": norm,
-                        "lr": rate,
+                        "lr": schedule.rate(step, config.run.steps),
                         "bad_gradients": counts["bad_gradients"],
-                        "columns_per_second": saw.columns / spent,
-                        "tokens_per_second": saw.tokens / spent,
-                        "audio_hours_per_second": saw.audio / FRAME_RATE / 3600 / spent,
-                        "mfu": amount.training(saw.columns, saw.frames)
-                        / (spent * peak_flops(run.device, config.run.precision)),
+                        "columns_per_second": saw.columns * pace,
+                        "tokens_per_second": saw.tokens * pace,
+                        "audio_hours_per_second": saw.audio / FRAME_RATE / 3600 * pace,
+                        "mfu": share,
                         "loader_busy": loader.busy(),
                     },
                 )
@@ -460,9 +471,9 @@ def _listener(
 
     def listen() -> Tensor:
         model.eval()
-        state, frames = new_state(model, 1), []
+        state, frames = generate.new_state(model, 1), []
         for frame in user.T.to(model.text_head.weight.device):
-            drawn = step(model, frame[None], state)
+            drawn = generate.step(model, frame[None], state)
             if bool(drawn.ready[0]):
                 frames.append(drawn.codes[0])
         model.train()

@@ -20,7 +20,7 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
-from speechlm.model import Batch, LossConfig, Losses, SpeechLM
+from speechlm.model import Batch, LossConfig, SpeechLM
 from speechlm.streams import Streams
 from speechlm.training import distributed
 
@@ -68,22 +68,27 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config, self.sharded = model, config, sharded
 
-    def forward(self, batch: Batch, shares: Mapping[str, float] | None = None) -> Losses:
+    def forward(
+        self, batch: Batch, shares: Mapping[str, float] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch, or its part in that of a larger one of which it is these shares.
 
-        Of the numbers in `parts` too only the shares come back, so that those of all pieces add up.
+        With it come the numbers of `Losses.parts`, of them too only the shares, so that those of
+        all pieces add up. (A tuple, for FSDP2 looks for tensors in nothing but containers: with a
+        dataclass it would not notice the backward pass begin.)
         """
         batch = replace(batch, weights=batch.weights.to(self.model.text_head.weight.dtype))
         if shares is None:
             losses = self.model.loss(batch, self.config)
+            total, parts = losses.total, losses.parts
         else:
             update = {kind: getattr(self.config, kind) * share for kind, share in shares.items()}
             losses = self.model.loss(batch, self.config.model_copy(update=update))
+            total = losses.total
             parts = {name: value * _share(name, shares) for name, value in losses.parts.items()}
-            losses = replace(losses, parts=parts)
         if self.sharded and torch.is_grad_enabled():
-            losses = replace(losses, total=losses.total + distributed.touch(self))
-        return losses
+            total = total + distributed.touch(self)
+        return total, parts
 
 
 def _share(part: str, shares: Mapping[str, float]) -> float:
