@@ -429,6 +429,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         "trainee": "lm",
         "steps": run.done,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "body_parameters": body_parameters(model),
         "codec": config.codec,
         "init_from": config.init_from,
         "sources": [source.model_dump(mode="json") for source in config.sources],
