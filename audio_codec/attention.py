@@ -90,7 +90,8 @@ def attend_documents(
 
         bounds, longest = documents.bounds, documents.longest
         sides = (-1 if window is None else window - 1, 0)
-        out = varlen_attn(*flat, bounds, bounds, longest, longest, window_size=sides)
+        q, k, v = flat
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=sides)
         assert isinstance(out, Tensor)
     else:
         sizes = documents.bounds.diff().tolist()

@@ -7,10 +7,10 @@ A step is all of it: forward in bf16 autocast where the run has it, loss, backwa
 A ratio is taken within its round, so that whatever else the machine does slows all alike.
 
 *The peer* is this model with its transformers, norms and heads written with `transformers`' Moshi
-classes: `MoshiModel` over time, `MoshiDecoderLayer` over codebooks (with one set of weights for all
-of them, as here). Embeddings, attention kernel, optimizer, batch and losses are shared; a test holds
+classes: `MoshiModel` over time, `MoshiDecoderLayer` over codebooks (one set of weights for all of
+them, as here). Embeddings, attention kernel, optimizer, batch and losses are shared; a test holds
 it to the same loss for the same weights. It goes over every column in the depth transformer, as
-`MoshiForConditionalGeneration` does; "gathered", it is told which columns have anything to learn.
+`MoshiForConditionalGeneration` does; "gathered", it is told which columns have something to learn.
 
     speechlm bench train --against transformers
 
@@ -133,9 +133,7 @@ class MoshiPeer(nn.Module):
         self.text_heads = nn.ModuleList(
             nn.Linear(config.temporal.dim, size, bias=False) for _ in range(heads)
         )
-        inner: Any = MoshiDepthConfig(
-            vocab_size=size, num_codebooks=self.k, **_shape(config.depth)
-        )
+        inner: Any = MoshiDepthConfig(vocab_size=size, num_codebooks=self.k, **_shape(config.depth))
         inner._attn_implementation = KERNEL
         self.inputs, self.depth_text = ours.depth.inputs, ours.depth.text
         self.depth_codes = ours.depth.codes

@@ -847,8 +847,8 @@ class Packer:
         for number in waiting:
             document = self._document(lane, number)
             size = document.weights.shape[1]
-            if not document.whole:
-                size = min(size, room)
+            if not document.whole:  # it fits into any room, and is never passed over
+                return number if best is None else best
             if longest < size <= room:
                 best, longest = number, size
         return best

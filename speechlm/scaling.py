@@ -93,7 +93,9 @@ def read_run(run_dir: Path, metric: str = "validation/loss") -> Point:
         losses = [record[metric] for record in map(json.loads, lines) if metric in record]
         size, columns = card["body_parameters"], card["steps"] * card["rows"] * card["length"]
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"'{run_dir}' is no finished run of the language model: {error}.") from error
+        raise UserError(
+            f"'{run_dir}' is no finished run of the language model: {error}."
+        ) from error
     if not losses:
         raise UserError(f"'{run_dir}' never logged '{metric}'; it needs validation data.")
     return Point(run_dir.name, float(size), float(columns), float(losses[-1]))
@@ -110,7 +112,7 @@ def bootstrap(points: Sequence[Point], law: Law, seed: int = 0) -> list[Law]:
     """The laws of runs drawn anew, with replacement, as many as there are."""
     rng = np.random.default_rng(seed)
     begin = np.array([_vector(law), *_starts(points)[:3]])
-    laws = []
+    laws: list[Law] = []
     while len(laws) < RESAMPLES:
         drawn = [points[index] for index in rng.integers(len(points), size=len(points))]
         if len({point.name for point in drawn}) >= min(LEAST, len(points)):
@@ -167,9 +169,7 @@ def _starts(points: Sequence[Point]) -> Floats:
 def _best(points: Sequence[Point], starts: Floats) -> Floats:
     logs = _arrays(points)
     bounds = [(None, None), (None, None), (None, float(logs[2].min())), (1e-3, 3.0), (1e-3, 3.0)]
-    found = [
-        minimize(_objective, x, (logs,), "L-BFGS-B", jac=True, bounds=bounds) for x in starts
-    ]
+    found = [minimize(_objective, x, (logs,), "L-BFGS-B", jac=True, bounds=bounds) for x in starts]
     return np.asarray(min(found, key=lambda one: float(one.fun)).x)
 
 
@@ -228,6 +228,8 @@ def plot(points: Sequence[Point], law: Law, path: Path) -> None:
     right.set(xscale="log", yscale="log", xlabel="FLOPs, 6·N·D", title="what a budget is best for")
     right.legend()
     drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(
+        drawn, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None
+    )
     with replacing(path) as temporary:
         temporary.write_bytes(drawn.getvalue())

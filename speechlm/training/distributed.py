@@ -26,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -218,12 +219,12 @@ def save(folder: Path, content: dict[str, Any]) -> None:
     rest = [buffer.getvalue()]
     dist.broadcast_object_list(rest, src=0)
     tensors[_REST] = torch.frombuffer(bytearray(rest[0]), dtype=torch.uint8)
-    dcp.save(tensors, checkpoint_id=folder)
+    state_dict_saver.save(tensors, checkpoint_id=folder)
 
 
 def load(folder: Path, mesh: DeviceMesh | None) -> dict[str, Any]:
     """Read what `save` wrote, sharded over `mesh`, or whole without one."""
-    reader = dcp.FileSystemReader(folder)
+    reader = FileSystemReader(folder)
     tensors: dict[str, Tensor] = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata), name
@@ -235,7 +236,7 @@ def load(folder: Path, mesh: DeviceMesh | None) -> dict[str, Any]:
             )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=mesh is None)
+        state_dict_loader.load(tensors, storage_reader=reader, no_dist=mesh is None)
     rest = torch.load(io.BytesIO(tensors.pop(_REST).numpy().tobytes()), weights_only=True)
 
     def put(tree: Any) -> Any:

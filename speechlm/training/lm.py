@@ -149,6 +149,7 @@ class TrainConfig(BaseModel):
 
 LISTEN_FRAMES = 100
 
+
 def mask_heard(batch: Batch, streams: Streams, share: float, rng: np.random.Generator) -> Batch:
     """Hide a share of the `heard` inputs in columns that have the user's codes."""
     if not streams.heard or share == 0:

@@ -1,9 +1,9 @@
 """The optimizer and what watches over it: rates, clipping, averages, spikes, recomputation.
 
-    wsd        ╱‾‾‾‾‾‾‾‾‾‾╲        warm-up, stable, 1 − √x over the last share `decay`
-    cosine     ╱‾‾╲__              warm-up, half a cosine to the end
-    infinite   ╱╲____╱╲____╲       warm-up, cool-down to `hold`, on for as long as there is data;
-                     └ `rewarm`: up once more where other data begins
+wsd        ╱‾‾‾‾‾‾‾‾‾‾╲        warm-up, stable, 1 − √x over the last share `decay`
+cosine     ╱‾‾╲__              warm-up, half a cosine to the end
+infinite   ╱╲____╱╲____╲       warm-up, cool-down to `hold`, on for as long as there is data;
+                 └ `rewarm`: up once more where other data begins
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ class OptimizerConfig(BaseModel):
         lr, decay = self.lr, self.weight_decay
         if lr is None:
             lr = math.exp(-0.4214 * math.log(parameters) - 0.5535)
-        return self.model_copy(
-            update={"lr": lr, "weight_decay": 0.1 if decay is None else decay}
-        )
+        return self.model_copy(update={"lr": lr, "weight_decay": 0.1 if decay is None else decay})
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step (0 … steps−1)."""

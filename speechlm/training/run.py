@@ -44,7 +44,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.tensorboard import SummaryWriter
 

@@ -72,9 +72,7 @@ def config_of(made: Path, run_dir: Path, **changes: object) -> TrainConfig:
 def numbers(run_dir: Path) -> list[dict[str, float]]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     clock = ("per_second", "mfu", "loader_busy")
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.endswith(clock)} for line in lines
-    ]
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith(clock)} for line in lines]
 
 
 def test_only_what_can_be_heard_is_hidden() -> None:

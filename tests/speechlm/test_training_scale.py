@@ -319,7 +319,9 @@ def test_a_run_tells_what_any_of_its_steps_saw(made: Path, tmp_path: Path) -> No
 def test_more_epochs_than_allowed_are_refused_before_the_run(made: Path, tmp_path: Path) -> None:
     parts = [{"path": str(made / "shards"), "epochs": 4}]
     changes = {"sources": [{"kind": "dialogues", "path": parts, "rows": 4}], "validation": []}
-    with pytest.raises(UserError, match=r"would be seen 7\.1 times in 12 steps; its epochs allow 4"):
+    with pytest.raises(
+        UserError, match=r"would be seen 7\.1 times in 12 steps; its epochs allow 4"
+    ):
         lm.train(config_of(made, tmp_path, **changes))
     assert not (tmp_path / "metrics.jsonl").read_text()
 
