@@ -104,68 +104,46 @@ def _no_mask(*args: Any, **options: Any) -> None:
     """The kernel needs none: it is causal."""
 
 
-class MoshiPeer(nn.Module):
-    """The same model, written with `transformers`' Moshi classes."""
+class MoshiPeer(SpeechLM):
+    """The same model, its transformers written with `transformers`' Moshi classes."""
 
     def __init__(self, config: LMConfig, length: int, gathered: bool = False) -> None:
         """Rows may have up to `length` columns, no more than the model's window."""
-        super().__init__()
         from transformers import AttentionInterface, MoshiConfig, MoshiDepthConfig, MoshiModel
         from transformers.masking_utils import AttentionMaskInterface
         from transformers.models.moshi.modeling_moshi import MoshiDecoderLayer, MoshiRMSNorm
 
+        super().__init__(config)
         assert length <= (config.temporal.window or length), "the peer knows no window"
         AttentionInterface.register(KERNEL, _kernel)
         AttentionMaskInterface.register(KERNEL, _no_mask)
-        self.config, self.gathered, self.k = config, gathered, config.streams.k
-        ours = SpeechLM(config)
-        self.text, self.codes, self.user_role = ours.text, ours.codes, ours.user_role
-        self.heard_role = ours.heard_role
+        self.gathered = gathered
+        del self.temporal, self.depth.transformer
         shape: Any = MoshiConfig(
-            vocab_size=1,
-            max_position_embeddings=length,
-            num_codebooks=self.k,
-            **_shape(config.temporal),
+            vocab_size=1, max_position_embeddings=length, **_shape(config.temporal)
         )
-        self.temporal: Any = MoshiModel._from_config(shape, attn_implementation=KERNEL)
-        heads = 1 + config.streams.heard
-        size = config.streams.text_size
-        self.text_heads = nn.ModuleList(
-            nn.Linear(config.temporal.dim, size, bias=False) for _ in range(heads)
-        )
-        inner: Any = MoshiDepthConfig(vocab_size=size, num_codebooks=self.k, **_shape(config.depth))
-        inner._attn_implementation = KERNEL
-        self.inputs, self.depth_text = ours.depth.inputs, ours.depth.text
-        self.depth_codes = ours.depth.codes
+        inner: Any = MoshiDepthConfig(**_shape(config.depth))
+        shape._attn_implementation = inner._attn_implementation = KERNEL
+        self.body: Any = MoshiModel(shape)
+        del self.body.embed_tokens  # nothing looks a word up there
         self.layers = nn.ModuleList(
             MoshiDecoderLayer(inner, number, use_flexible_linear=False, use_rope=False)
             for number in range(config.depth.layers)
         )
         self.norm = MoshiRMSNorm(config.depth.dim, eps=1e-6)
-        self.heads = nn.ModuleList(
-            nn.Linear(config.depth.dim, codes, bias=False) for codes in config.streams.code_sizes
-        )
 
-    embed = SpeechLM.embed
-
-    @property
-    def streams(self) -> Streams:
-        """What the columns hold."""
-        return self.config.streams
-
-    def forward(self, batch: Batch, losses: LossConfig) -> Tensor:
+    def objective(self, batch: Batch, losses: LossConfig) -> Tensor:
         """The loss of `SpeechLM.loss`."""
-        streams = self.streams
-        hidden = self.temporal(inputs_embeds=self.embed(batch.inputs)).last_hidden_state
-        rows, shares = [streams.text_index], [losses.text]
-        if streams.heard:
-            rows, shares = [*rows, streams.heard_index], [*shares, losses.heard]
+        streams, depth = self.streams, self.depth
+        hidden = self.body(inputs_embeds=self.embed(batch.inputs)).last_hidden_state
+        heads = [(self.text_head, streams.text_index, losses.text)]
+        if self.heard_head is not None:
+            heads.append((self.heard_head, streams.heard_index, losses.heard))
         total = hidden.new_zeros(())
-        for head, row, share in zip(self.text_heads, rows, shares, strict=True):
-            logits = head(hidden).flatten(0, 1)
-            total = total + share * _mean_loss(
-                logits, batch.targets[:, row].flatten(), batch.weights[:, row].flatten()
-            )
+        for head, row, share in heads:
+            weight = batch.weights[:, row].flatten()
+            loss = _loss(head(hidden).flatten(0, 1), batch.targets[:, row].flatten(), weight)
+            total = total + share * loss / weight.sum()
         weights = batch.weights[:, streams.own].transpose(1, 2).flatten(0, 1)  # [B T, K]
         codes = batch.targets[:, streams.own].transpose(1, 2).flatten(0, 1)
         text = batch.targets[:, streams.text_index].flatten()
@@ -173,17 +151,17 @@ class MoshiPeer(nn.Module):
         if self.gathered:
             index = (weights > 0).any(-1).nonzero().squeeze(1)
             weights, codes, text, hidden = (x[index] for x in (weights, codes, text, hidden))
-        x = self.inputs(hidden).view(len(hidden), self.k, -1)
-        previous = self.depth_text(text[:, None])[:, None]
-        if self.depth_codes is not None:
-            previous = torch.cat((previous, self.depth_codes.each(codes[:, :-1])), dim=1)
+        x = depth.inputs(hidden).view(len(hidden), depth.k, -1)
+        previous = depth.text(text[:, None])[:, None]
+        if depth.codes is not None:
+            previous = torch.cat((previous, depth.codes.each(codes[:, :-1])), dim=1)
         x = x + previous
         for layer in self.layers:
             x = layer(x)
         x = self.norm(x)
         whole = weights.sum()
-        for book, head in enumerate(self.heads):
-            loss = _summed_loss(head(x[:, book]), codes[:, book], weights[:, book])
+        for book in range(depth.k):
+            loss = _loss(depth.logits(x[:, book], book), codes[:, book], weights[:, book])
             total = total + losses.audio * loss / whole
         return total
 
@@ -201,13 +179,9 @@ def _shape(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _summed_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def _loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     seen = target.masked_fill(weight == 0, 0)  # what is not learned may be no class
     return (F.cross_entropy(logits.float(), seen, reduction="none") * weight).sum()
-
-
-def _mean_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    return _summed_loss(logits, target, weight) / weight.sum()
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -264,11 +238,9 @@ def measure(
     sizes = {"ours": sum(p.numel() for p in ours.parameters())}
     if against:
         for name, gathered in (("transformers", False), ("transformers_gathered", True)):
-            peer = MoshiPeer(config, length, gathered).to(device)
-            trainees[name] = Trainee(peer, _bound(peer, losses), precision)
-            # `MoshiModel` has a table of embeddings, of one word here, that nothing looks up.
-            unused = peer.temporal.embed_tokens.weight.numel()
-            sizes[name] = sum(p.numel() for p in peer.parameters()) - unused
+            rival = MoshiPeer(config, length, gathered).to(device)
+            trainees[name] = Trainee(rival, _bound(rival, losses), precision)
+            sizes[name] = sum(p.numel() for p in rival.parameters())
     packer = Packer(Talks(config.streams), config.streams, rows, length)
     seconds: dict[str, list[float]] = {name: [] for name in trainees}
     seen, busy = Counts(), []
@@ -308,4 +280,4 @@ def measure(
 
 
 def _bound(peer: MoshiPeer, losses: LossConfig) -> Losses:
-    return lambda batch: peer(batch, losses)
+    return lambda batch: peer.objective(batch, losses)

@@ -44,17 +44,9 @@ def copy_blocks(ours: nn.Module, theirs: nn.Module, config: TransformerConfig, r
 @torch.no_grad()
 def same(ours: SpeechLM, gathered: bool) -> bench.MoshiPeer:
     peer = bench.MoshiPeer(ours.config, 60, gathered)
-    copy_blocks(ours.temporal, peer.temporal.layers, CONFIG.temporal, rope=True)
+    copy_blocks(ours.temporal, peer.body.layers, CONFIG.temporal, rope=True)
     copy_blocks(ours.depth.transformer, peer.layers, CONFIG.depth, rope=False)
-    peer.text, peer.codes, peer.user_role = ours.text, ours.codes, ours.user_role
-    peer.heard_role = ours.heard_role
-    peer.inputs, peer.depth_text = ours.depth.inputs, ours.depth.text
-    peer.depth_codes = ours.depth.codes
-    assert ours.heard_head is not None
-    peer.text_heads[0].weight.copy_(ours.text_head.weight)
-    peer.text_heads[1].weight.copy_(ours.heard_head.weight)
-    for head, weight in zip(peer.heads, ours.depth.heads, strict=True):
-        head.weight.copy_(weight)
+    peer.load_state_dict(ours.state_dict(), strict=False)
     return peer
 
 
@@ -65,16 +57,19 @@ def test_the_peer_has_our_loss_gradients_and_size(gathered: bool) -> None:
     batch = Packer(bench.Talks(CONFIG.streams, 200), CONFIG.streams, 2, 60).next()
     assert 0.3 < float((batch.weights[:, CONFIG.streams.own] > 0).any(1).float().mean()) < 0.7
     expected = ours.loss(batch, LossConfig()).total
-    found = peer(batch, LossConfig())
+    found = peer.objective(batch, LossConfig())
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-    for loss in (expected, found):
-        ours.zero_grad()
-        loss.backward()
-        grad = ours.depth.inputs.weight.grad
-        assert grad is not None
-        if loss is expected:
-            kept = grad.clone()
-    assert torch.allclose(kept, grad, rtol=1e-4, atol=1e-7)
+    expected.backward()
+    found.backward()
+    shared = dict(ours.named_parameters())
+    compared = 0
+    for name, parameter in peer.named_parameters():
+        if name in shared:
+            grad, other = parameter.grad, shared[name].grad
+            assert grad is not None and other is not None
+            assert torch.allclose(grad, other, rtol=1e-3, atol=1e-6), name
+            compared += 1
+    assert compared >= 10
     size = sum(p.numel() for p in peer.parameters())
     assert size == pytest.approx(sum(p.numel() for p in ours.parameters()), rel=0.02)
 
