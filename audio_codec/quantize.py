@@ -201,24 +201,30 @@ class EMAVQ(nn.Module):
         self.ready.fill_(True)
 
     def forward(
-        self, x: Tensor, generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[..., D] → (nearest codes' vectors [..., D], codes [...], commitment loss).
 
+        In training, `valid` ([...] bool) picks what the codes learn from and the loss is taken of.
         The vectors carry no gradient; put the straight-through estimator where it belongs (once
         around a whole residual stack).
         """
         if not self.training:
             codes = self.nearest(x)
             return self.decode(codes), codes, x.new_zeros(())
-        flat = x.detach().float().reshape(-1, self.dim)
+        seen = (x if valid is None else x[valid]).float().reshape(-1, self.dim)
+        flat = seen.detach()
         if not bool(self.ready):
             self.initialize(flat, generator)
-        codes = self.nearest(flat)
-        vectors = self.decode(codes).view(x.shape)
-        loss = F.mse_loss(x.float(), vectors)
-        self.update(flat, codes, generator)
-        return vectors, codes.view(x.shape[:-1]), loss
+        codes = self.nearest(x.detach())
+        vectors = self.decode(codes)
+        caught, near = (codes, vectors) if valid is None else (codes[valid], vectors[valid])
+        loss = F.mse_loss(seen, near.reshape(-1, self.dim))
+        self.update(flat, caught.reshape(-1), generator)
+        return vectors, codes, loss
 
 
 class ResidualVQ(nn.Module):

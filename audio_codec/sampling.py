@@ -40,6 +40,14 @@ def uniform(seed: Tensor, counter: Tensor) -> Tensor:
     return (((bits >> 41) & 0x7FFFFF).float() + 0.5) / 2**23
 
 
+def normal(seed: Tensor, counter: Tensor) -> Tensor:
+    """A standard normal number for each pair of two int64 shapes that broadcast, in float32.
+
+    By inversion, so that each takes one uniform number; none is beyond ±5.3.
+    """
+    return torch.special.ndtri(uniform(seed, counter))
+
+
 def sample(
     logits: Tensor,
     seed: Tensor,

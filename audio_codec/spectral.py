@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
@@ -85,6 +85,17 @@ class SpectralConfig(BaseModel):
     decoder_latent_blocks: int = Field(3, ge=0)
     decoder_dim: PositiveInt = 352
     decoder_blocks: int = Field(6, ge=0)
+
+    @model_validator(mode="after")
+    def _one_code_a_frame(self) -> SpectralConfig:
+        heard = self.tokenizer
+        now = (heard.rate, heard.frame_size, heard.lookahead_ms, heard.causal)
+        if now != (12.5, FRAME_SIZE, 0, True):
+            raise ValueError(
+                "tokenizer must give a code a frame at once: rate=12.5, causal=true, "
+                "lookahead_ms=0, no block_ms above 80, and hear 24 kHz"
+            )
+        return self
 
 
 @dataclass(slots=True)
@@ -170,6 +181,17 @@ class Synthesis(nn.Module):
         return TailState(all_active(batch, tail.device), tail)
 
 
+def spectrum_head(dim: int, window: int) -> nn.Sequential:
+    """What makes of a hop [..., dim] the log-magnitudes and phases that `Synthesis` takes."""
+    spectrum = nn.Linear(dim, window + 2)
+    # Start near silence: the log-magnitudes of speech lie well below 0.
+    bins = window // 2 + 1
+    nn.init.normal_(spectrum.weight, std=0.02)
+    nn.init.constant_(spectrum.bias[:bins], -1.0)
+    nn.init.uniform_(spectrum.bias[bins:], -torch.pi, torch.pi)
+    return nn.Sequential(nn.LayerNorm(dim), spectrum)
+
+
 @dataclass
 class SpectralOutput:
     """One training forward."""
@@ -229,7 +251,7 @@ class SpectralCodec(nn.Module):
             self.semantic_vq = SemanticVQ(config.encoder_latent_dim, config.semantic)
             numbers = config.semantic.dim
         else:
-            numbers = len(config.tokenizer.levels)
+            numbers = config.tokenizer.numbers
         self.semantic = nn.Sequential(
             nn.Linear(numbers, 256), nn.GELU(), nn.Linear(256, config.latent)
         )
@@ -240,20 +262,14 @@ class SpectralCodec(nn.Module):
         )
         self.up = nn.Linear(config.decoder_latent_dim, HOPS * config.decoder_dim)
         self.back = ConvNeXtStack(config.decoder_dim, config.decoder_blocks)
-        spectrum = nn.Linear(config.decoder_dim, config.window + 2)
-        self.head = nn.Sequential(nn.LayerNorm(config.decoder_dim), spectrum)
+        self.head = spectrum_head(config.decoder_dim, config.window)
         self.synthesis = Synthesis(config.window)
-        # Start near silence: the log-magnitudes of speech lie well below 0.
-        bins = config.window // 2 + 1
-        nn.init.normal_(spectrum.weight, std=0.02)
-        nn.init.constant_(spectrum.bias[:bins], -1.0)
-        nn.init.uniform_(spectrum.bias[bins:], -torch.pi, torch.pi)
 
     @property
     def codebooks(self) -> tuple[tuple[int, ...], ...]:
         """Factor sizes of each of the K codebooks."""
         semantic = self.config.semantic
-        first = self.config.tokenizer.levels if semantic is None else (semantic.size,)
+        first = self.config.tokenizer.codebook if semantic is None else (semantic.size,)
         return (first, *((size,) for size in self.config.codebooks))
 
     def keep_codebooks(self, count: int) -> None:

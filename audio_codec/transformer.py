@@ -1,10 +1,11 @@
 """The one transformer everybody uses: tokenizer, codec, text-to-token and language model.
 
 Pre-norm blocks with rotary positions (RoFormer, arXiv 2104.09864), grouped-query heads
-(arXiv 2305.13245), a gated or plain MLP, and an optional sliding window.
+(arXiv 2305.13245), a gated or plain MLP, an optional sliding window, and, for a decoder, attention
+to a second sequence, its memory.
 
 Shapes: B batch (slots), T positions, C width, H query heads, G key/value heads, D head size,
-R ring entries.
+R ring entries, N positions of the memory, E its width.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from audio_codec.attention import Documents, attend, attend_documents
@@ -33,29 +34,58 @@ class TransformerConfig(BaseModel):
     heads: PositiveInt
     kv_heads: PositiveInt | None = None
     """Key/value heads G; None means as many as `heads`, 1 is multi-query."""
+    head_dim: PositiveInt | None = None
+    """Size D of a head; None means dim / heads."""
+    qkv_bias: bool = False
+    """Queries, keys and values have a bias, as in Qwen 2."""
+    qk_norm: bool = False
+    """Normalize the query and the key of each head (RMSNorm), as in Qwen 3."""
     hidden: PositiveInt | None = None
     """Width of the MLP; None means 4·dim plain, 8/3·dim gated (rounded up to 32)."""
     norm: Literal["rms", "layer"] = "rms"
+    norm_eps: PositiveFloat | None = None
+    """Added to the variance; None means 1e-6 (rms) or 1e-5 (layer)."""
     gated: bool = True
     """SwiGLU (arXiv 2002.05202) instead of a plain GELU MLP."""
     window: PositiveInt | None = None
     """A query sees itself and the window−1 positions before it; None means all."""
     rope: bool = True
     rope_theta: float = 10_000.0
+    rope_frequencies: tuple[PositiveFloat, ...] | None = None
+    """Radians a position, one for each pair of a head; None means powers of `rope_theta`."""
     causal: bool = True
+    block: PositiveInt = 1
+    """Block-causal where above 1: a query also sees what lies ahead of it in its own block of so
+    many positions. Chunks of a stream are then whole blocks, all but its last."""
     layer_scale: float | None = None
     """Initial value of a learned per-channel scale on each residual branch."""
     final_norm: bool = True
     """Normalize what leaves the stack; Mimi does not."""
     dropout: float = 0.0
+    bias: bool = False
+    """On every projection, as in Whisper (its keys have none, but no softmax hears one)."""
+    memory: PositiveInt | None = None
+    """Width E of a second sequence that each block attends to as well; None: there is none."""
 
     @model_validator(mode="after")
     def _divisible(self) -> TransformerConfig:
-        if self.dim % self.heads or (self.dim // self.heads) % 2:
+        if (self.head_dim is None and self.dim % self.heads) or self.head_size % 2:
             raise ValueError(f"dim={self.dim} must give an even size to each of {self.heads} heads")
+        if self.rope_frequencies is not None and 2 * len(self.rope_frequencies) != self.head_size:
+            raise ValueError(
+                f"rope_frequencies has {len(self.rope_frequencies)} numbers; heads of size "
+                f"{self.head_size} need {self.head_size // 2}"
+            )
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        if self.block > 1 and not self.causal:
+            raise ValueError(f"block={self.block} needs causal=true")
         return self
+
+    @property
+    def head_size(self) -> int:
+        """Size D of a head after the default is filled in."""
+        return self.head_dim or self.dim // self.heads
 
     @property
     def mlp_hidden(self) -> int:
@@ -65,19 +95,26 @@ class TransformerConfig(BaseModel):
         return -(-8 * self.dim // 3 // 32) * 32 if self.gated else 4 * self.dim
 
 
-def make_norm(kind: Literal["rms", "layer"], dim: int) -> nn.Module:
+def make_norm(kind: Literal["rms", "layer"], dim: int, eps: float | None = None) -> nn.Module:
     """RMSNorm (arXiv 1910.07467) or LayerNorm over the last axis."""
-    return nn.RMSNorm(dim, eps=1e-6) if kind == "rms" else nn.LayerNorm(dim, eps=1e-5)
+    return nn.RMSNorm(dim, eps=eps or 1e-6) if kind == "rms" else nn.LayerNorm(dim, eps=eps or 1e-5)
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+def rotary(
+    positions: Tensor, head_dim: int, theta: float, frequencies: Sequence[float] | None = None
+) -> Tensor:
     """Rotations e^{iφ}, complex128 [..., T, D/2], for integer positions [..., T].
 
+    Pair p turns by θ^(−2p/D) a position, or by what `frequencies` [D/2] say.
     The angle is taken in float64: after an hour at 100 positions a second a float32 angle would be
     wrong in its third digit, and tokens would drift with the length of a conversation.
     """
-    half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
-    angle = positions.to(torch.float64).unsqueeze(-1) * theta ** (-half / head_dim)
+    if frequencies is None:
+        half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
+        turns = theta ** (-half / head_dim)
+    else:
+        turns = torch.tensor(frequencies, device=positions.device, dtype=torch.float64)
+    angle = positions.to(torch.float64).unsqueeze(-1) * turns
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -117,6 +154,8 @@ class _Positions:
     slots: Tensor | None  # [B, T] ring entry each new key goes to
     documents: Documents | None = None  # instead of a mask, for a kernel that knows documents
     window: int | None = None  # of that kernel
+    memory: Tensor | None = None  # [B, N, E]
+    memory_mask: Tensor | None = None  # [B, 1, 1, N] True may be seen
 
 
 class Attention(nn.Module):
@@ -126,11 +165,18 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
-        self.head_dim = config.dim // config.heads
+        self.head_dim = config.head_size
         self.qkv = nn.Linear(
-            config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False
+            config.dim,
+            (self.heads + 2 * self.kv_heads) * self.head_dim,
+            bias=config.bias or config.qkv_bias,
         )
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=config.bias)
+        self.query_norm: nn.RMSNorm | None = None
+        self.key_norm: nn.RMSNorm | None = None
+        if config.qk_norm:
+            self.query_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps or 1e-6)
+            self.key_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps or 1e-6)
 
     def forward(self, x: Tensor, where: _Positions, state: AttentionState | None) -> Tensor:
         """[B, T, C] → [B, T, C]."""
@@ -140,6 +186,9 @@ class Attention(nn.Module):
             .view(batch, time, -1, self.head_dim)
             .split((self.heads + self.kv_heads, self.kv_heads), dim=2)
         )
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = qk.to(self.query_norm.weight.dtype).split((self.heads, self.kv_heads), dim=2)
+            qk = torch.cat((self.query_norm(q), self.key_norm(k)), dim=2).to(v.dtype)
         if where.rotation is not None:
             qk = rotate(qk, where.rotation)
         q, k = qk.transpose(1, 2).split((self.heads, self.kv_heads), dim=1)
@@ -165,14 +214,35 @@ class Attention(nn.Module):
         )
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention to the memory."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        assert config.memory is not None, "there is no memory to attend to"
+        self.heads = config.heads
+        self.query = nn.Linear(config.dim, config.dim, bias=config.bias)
+        self.kv = nn.Linear(config.memory, 2 * config.dim, bias=config.bias)
+        self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, T, C], [B, N, E], bool [B, 1, 1, N] → [B, T, C]."""
+        query, key, value = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for y in (self.query(x), *self.kv(memory).chunk(2, dim=-1))
+        )
+        return self.out(attend(query, key, value, mask).transpose(1, 2).flatten(2))
+
+
 class MLP(nn.Module):
     """SwiGLU or plain GELU."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.gated = config.gated
-        self.up = nn.Linear(config.dim, config.mlp_hidden * (2 if config.gated else 1), bias=False)
-        self.down = nn.Linear(config.mlp_hidden, config.dim, bias=False)
+        up = config.mlp_hidden * (2 if config.gated else 1)
+        self.up = nn.Linear(config.dim, up, bias=config.bias)
+        self.down = nn.Linear(config.mlp_hidden, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] → [..., C]."""
@@ -187,9 +257,13 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = make_norm(config.norm, config.dim)
+        self.attention_norm = make_norm(config.norm, config.dim, config.norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = make_norm(config.norm, config.dim)
+        self.cross: CrossAttention | None = None
+        if config.memory is not None:
+            self.cross_norm = make_norm(config.norm, config.dim, config.norm_eps)
+            self.cross = CrossAttention(config)
+        self.mlp_norm = make_norm(config.norm, config.dim, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.scales: nn.ParameterList | None = None
@@ -202,6 +276,9 @@ class Block(nn.Module):
         """[B, T, C] → [B, T, C]."""
         y = self.attention(self.attention_norm(x), where, state)
         x = x + self.dropout(y if self.scales is None else y * self.scales[0])
+        if self.cross is not None:
+            assert where.memory is not None, "a decoder needs its memory"
+            x = x + self.dropout(self.cross(self.cross_norm(x), where.memory, where.memory_mask))
         y = self.mlp(self.mlp_norm(x))
         return x + self.dropout(y if self.scales is None else y * self.scales[1])
 
@@ -213,19 +290,30 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = make_norm(config.norm, config.dim) if config.final_norm else nn.Identity()
+        self.norm: nn.Module = nn.Identity()
+        if config.final_norm:
+            self.norm = make_norm(config.norm, config.dim, config.norm_eps)
         # GPT-2's rule: residual branches start small, so that depth does not blow the stream up.
         for name, parameter in self.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.normal_(parameter, std=0.02 / (2 * config.layers) ** 0.5)
             elif name.endswith(("qkv.weight", "up.weight")):
                 nn.init.normal_(parameter, std=config.dim**-0.5 * 0.7)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
 
     def forward(
-        self, x: Tensor, state: TransformerState | None = None, segments: Tensor | None = None
+        self,
+        x: Tensor,
+        state: TransformerState | None = None,
+        segments: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
     ) -> Tensor:
         """[B, T, C] → [B, T, C].
 
+        `memory` ([B, N, E]) is what a decoder also attends to, `memory_mask` ([B, N] bool) which of
+        it may be seen; all when None.
         `segments` ([B, T] int, offline only) packs several documents into a row: attention never
         crosses from one number to another and positions start anew with each document.
         With a `state`, T may be any number up to the `max_chunk` it was made for.
@@ -235,6 +323,8 @@ class Transformer(nn.Module):
             # and a mask keeps no NaN out (0 · NaN is NaN).
             x = x.masked_fill(~state.active.view(-1, 1, 1), 0)
         where = self._offline(x, segments) if state is None else self._streaming(x, state)
+        where.memory = memory
+        where.memory_mask = None if memory_mask is None else memory_mask[:, None, None]
         for index, block in enumerate(self.blocks):
             x = block(x, where, None if state is None else state.layers[index])
         if state is not None:
@@ -260,28 +350,35 @@ class Transformer(nn.Module):
     def _rotation(self, positions: Tensor) -> Tensor | None:
         if not self.config.rope:
             return None
-        head_dim = self.config.dim // self.config.heads
-        return rotary(positions, head_dim, self.config.rope_theta).unsqueeze(2)
+        config = self.config
+        turned = rotary(positions, config.head_size, config.rope_theta, config.rope_frequencies)
+        return turned.unsqueeze(2)
+
+    def _ahead(self, positions: Tensor) -> Tensor:
+        """How many positions of its own block lie ahead of each."""
+        return self.config.block - 1 - positions % self.config.block
 
     def _offline(self, x: Tensor, segments: Tensor | None) -> _Positions:
         time = x.shape[1]
         window = self.config.window
         positions = torch.arange(time, device=x.device)[None]  # [1, T]
         mask = documents = None
-        within = segments is not None or (window is not None and window < time)
+        blocks = self.config.block > 1
+        within = segments is not None or blocks or (window is not None and window < time)
         half = torch.is_autocast_enabled(x.device.type) or x.dtype.itemsize == 2
-        by_documents = within and self.config.causal and half and x.is_cuda
+        by_documents = within and self.config.causal and not blocks and half and x.is_cuda
         if within and not by_documents:
             back = positions[0, :, None] - positions[0, None, :]  # [T, T] query minus key
             mask = torch.ones_like(back, dtype=torch.bool)
             if self.config.causal:
-                mask = back >= 0
+                mask = back >= -self._ahead(positions[0])[:, None]
             if window is not None:
-                mask = mask & (back.abs() < window)
+                mask = mask & ((back if self.config.causal else back.abs()) < window)
             mask = mask[None, None]
         if by_documents and segments is None:
             documents = Documents.of(torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device))
         if segments is not None:
+            assert not blocks, "blocks of packed rows are not told"
             if mask is not None:
                 mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
             fresh = torch.ones_like(segments, dtype=torch.bool)
@@ -303,5 +400,6 @@ class Transformer(nn.Module):
         # Entry r holds the newest position p ≤ last with p ≡ r (mod R); negative: nothing yet.
         held = last - (last - entry) % ring  # [B, R]
         back = now[:, :, None] - held[:, None, :]  # [B, T, R]
-        seen = (back >= 0) & (back < self.config.window) & (held >= 0)[:, None, :]
+        near = (back >= -self._ahead(now)[:, :, None]) & (back < self.config.window)
+        seen = near & (held >= 0)[:, None, :]
         return _Positions(self._rotation(now), seen.unsqueeze(1), False, now % ring)

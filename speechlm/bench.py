@@ -65,7 +65,8 @@ class Talks:
         pieces = rng.integers(7, streams.text_size, (2, frames)).astype(np.int32)
         said = np.where(turns & (rng.random(frames) < 0.3), pieces[0], PAD)
         heard = np.where(~turns & (rng.random(frames) < 0.3), pieces[1], PAD)
-        dialogue = Dialogue(np.stack(codes, 1).astype(np.uint16), said, heard, turns)
+        near = np.stack((turns, ~turns))
+        dialogue = Dialogue(np.stack(codes, 1).astype(np.uint16), said, heard, near)
         return dialogue_document(dialogue, streams, WeightConfig(), rng)
 
 

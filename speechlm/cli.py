@@ -1,4 +1,4 @@
-"""The front door: `speechlm chat|serve|talk|demo|codec|bench|train|synth|eval|scaling`.
+"""The front door: `speechlm chat|serve|talk|demo|codec|bench|train|merge|synth|eval|card|scaling`.
 
 Every command parses its arguments, calls one function of a room and writes what came back. Rooms
 are imported inside the commands, so that `speechlm --help` answers at once.
@@ -10,7 +10,7 @@ import importlib
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -19,6 +19,7 @@ from audio_codec.files import check_writable
 
 if TYPE_CHECKING:
     from audio_codec.transcode import Direction
+    from speechlm.evaluation.report import Metric
     from synth_data.build import BuildReport
 
 app = typer.Typer(
@@ -302,6 +303,14 @@ def train_codec(config: Recipe, overrides: Overrides = None, resume: Resume = Fa
     _train("codec", config, overrides, resume)
 
 
+@train_app.command("token-decoder")
+def train_token_decoder(
+    config: Recipe, overrides: Overrides = None, resume: Resume = False
+) -> None:
+    """The token decoder: speech from a frozen tokenizer's codes alone."""
+    _train("token_decoder", config, overrides, resume)
+
+
 @train_app.command("lm")
 def train_lm(config: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
     """The language model, on codes."""
@@ -379,27 +388,100 @@ def scaling_fit(
         scaling.plot(points, law, plot)
 
 
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: auto, or its address."),
+]
+
+
 @synth_app.command("speech")
-def synth_speech(config: Recipe, overrides: Overrides = None) -> None:
+def synth_speech(config: Recipe, overrides: Overrides = None, ray: Ray = None) -> None:
     """Sentences read aloud in many voices, with word times."""
     from speechlm.config import load_config
-    from synth_data import build
+    from synth_data.recipes import speech
 
-    recipe = load_config(config, overrides or [], build.SpeechConfig)
-    _shards(recipe.output, build.build_speech(recipe))
+    recipe = load_config(config, _where(overrides, ray), speech.SpeechConfig)
+    _shards(recipe.output, speech.build_speech(recipe))
 
 
 @synth_app.command("dialogues")
-def synth_dialogues(config: Recipe, overrides: Overrides = None) -> None:
+def synth_dialogues(config: Recipe, overrides: Overrides = None, ray: Ray = None) -> None:
     """Conversations on two channels, as shards."""
     from speechlm.config import load_config
-    from synth_data import build
+    from synth_data.recipes import dialogues
 
-    recipe = load_config(config, overrides or [], build.DialoguesConfig)
-    _shards(recipe.output, build.build_dialogues(recipe))
+    recipe = load_config(config, _where(overrides, ray), dialogues.DialoguesConfig)
+    _shards(recipe.output, dialogues.build_dialogues(recipe))
 
 
-def _shards(output: Path, made: BuildReport) -> None:
+@synth_app.command("stereo")
+def synth_stereo(config: Recipe, overrides: Overrides = None) -> None:
+    """Recorded conversations in moshi-finetune's layout, encoded once, as shards."""
+    from speechlm.config import load_config
+    from synth_data.recipes import stereo
+
+    recipe = load_config(config, overrides or [], stereo.StereoConfig)
+    _shards(recipe.output, stereo.build_stereo(recipe))
+
+
+@synth_app.command("inspect")
+def synth_inspect(
+    shard: Annotated[str, typer.Argument(metavar="SHARD", help="A shard or a folder of them.")],
+    sample: Annotated[
+        str | None, typer.Option("--sample", metavar="KEY", help="Which one [default: the first].")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Its sound and a picture too.")
+    ] = None,
+    model: ModelName = "tiny",
+) -> None:
+    """What is said in a sample, speech in colour; codes are decoded by the model's codec."""
+    from rich.console import Console
+
+    from synth_data import view
+
+    found = view.find(shard, sample)
+    Console().print(view.describe(found))
+    if out is None:
+        return
+    from speechlm import convert
+
+    try:
+        pcm = view.sound(found, lambda: convert.load_codec_of(model))
+    except UserError:
+        view.draw(found, None, out / f"{found.id}.png")  # Its codes can be seen all the same.
+        raise
+    view.draw(found, pcm, out / f"{found.id}.png")
+    view.save_sound(out / f"{found.id}.wav", pcm)
+
+
+@synth_app.command("stats")
+def synth_stats(
+    shards: Annotated[list[str], typer.Argument(metavar="SHARDS...", help="Folders or shards.")],
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="SHARDS", help="What they were made from: how diverse?"),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """How much there is, where it comes from, and how diverse it is."""
+    _check(json)
+    from rich.console import Console
+
+    from speechlm.evaluation.report import Metric
+    from synth_data import view
+
+    summary, figures = view.measure(shards, against)
+    Console().print(view.table(summary))
+    metrics = {name: Metric(**vars(figure)) for name, figure in figures.items()}
+    _report("synth stats", metrics, json)
+
+
+def _where(overrides: list[str] | None, ray: str | None) -> list[str]:
+    return [*(overrides or ()), *((f"ray={ray}",) if ray else ())]
+
+
+def _shards(output: object, made: BuildReport) -> None:
     print(
         f"{output}: {made.samples} samples, {made.seconds / 3600:.2f} h in {made.written} new "
         f"shards; {made.kept} stood already, {len(made.dropped)} samples dropped."
@@ -408,8 +490,22 @@ def _shards(output: Path, made: BuildReport) -> None:
 
 def _evaluate(question: str, model: str | None, json: Path | None, **options: Any) -> None:
     _check(json)
-    module = importlib.import_module(f"speechlm.evaluation.{question.replace('-', '_')}")
-    _report(f"eval {question}", module.evaluate(model, **options), json)
+    _report(f"eval {question}", _measure(question, model, **options), json)
+
+
+def _measure(
+    question: str, model: str | None, *, report: Path | None = None, title: str = "", **options: Any
+) -> dict[str, Metric]:
+    """The metrics; with `report`, for questions that can draw their answer, also that document."""
+    name = f"speechlm.evaluation.{question.replace('-', '_')}"
+    if report is None:
+        return importlib.import_module(name).evaluate(model, **options)
+    from speechlm.evaluation import report as writer
+
+    writer.check_report(report)
+    compared = importlib.import_module(name).compare(model, **options)
+    writer.write_report(report, title, compared.document())
+    return compared.metrics()
 
 
 @eval_app.command("codec")
@@ -439,25 +535,54 @@ def eval_codec(
     first = model if model or codec else "tiny"
     options: dict[str, Any] = {"seed": seed, "utterances": utterances, "codecs": codec or ()}
     options |= {"audio": audio, "levels": levels}
-    if report is None:
-        return _evaluate("codec", first, json, **options)
-    _check(json)
-    from speechlm.evaluation import report as writer
-
-    writer.check_report(report)
-    from speechlm.evaluation.codec import compare
-
-    compared = compare(first, **options)
-    writer.write_report(report, "What survives the codec", compared.document())
-    _report("eval codec", compared.metrics(), json)
+    options |= {"report": report, "title": "What survives the codec"}
+    _evaluate("codec", first, json, **options)
 
 
 @eval_app.command("tokenizer")
 def eval_tokenizer(
-    model: ModelName = "tiny", json: Json = None, seed: Seed = 0, utterances: Utterances = 300
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Whose tokenizer to measure [default: tiny, or the sweep]."),
+    ] = None,
+    twin: Annotated[
+        str | None, typer.Option("--twin", help="The model's twin, trained without a bottleneck.")
+    ] = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option("--sweep", metavar="FOLDER", help="Compare all finished runs below FOLDER."),
+    ] = None,
+    recorded: Annotated[
+        Path | None, typer.Option(help="A data folder with recorded people, to hear them too.")
+    ] = None,
+    codes: Annotated[
+        int, typer.Option("--codes", min=0, help="Judge the codebook's usage by so many at least.")
+    ] = 0,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FOLDER", help="Table and pictures too.")
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option("--decoder", help="A token decoder that speaks its codes again.")
+    ] = None,
+    json: Json = None,
+    seed: Seed = 0,
+    utterances: Utterances = 300,
 ) -> None:
-    """How well words can be read off the semantic codes."""
-    _evaluate("tokenizer", model, json, seed=seed, utterances=utterances)
+    """How well words can be read off the semantic codes, of one tokenizer or of a sweep."""
+    # A sweep stands alone; a model is measured beside it when asked for.
+    first = model if model or sweep else "tiny"
+    options: dict[str, Any] = {"seed": seed, "utterances": utterances, "recorded": recorded}
+    options |= {"twin": twin, "sweep": sweep, "codes": codes}
+    options |= {"report": report, "title": "What semantic codes keep"}
+    if decoder is not None and first is None:
+        raise UserError("--decoder speaks the codes of one tokenizer: name that with --model.")
+    _check(json)
+    metrics = _measure("tokenizer", first, **options)
+    if first is not None and decoder is not None:
+        from speechlm.evaluation.resynthesis import evaluate
+
+        metrics |= evaluate(first, decoder, seed=seed)
+    _report("eval tokenizer", metrics, json)
 
 
 Engines = Annotated[
@@ -505,6 +630,23 @@ def eval_duplex(
     """Turn taking: does it answer, wait, stop and keep silent when it should?"""
     engines = tuple(engine or ("espeak", "flite"))
     _evaluate("duplex", model, json, seed=seed, trials=trials, engines=engines)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Its folder, or hf://….")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new checkpoint.")],
+    dtype: Annotated[str, typer.Option(help="How it is stored: fp32, bf16 or int8.")] = "bf16",
+) -> None:
+    """Add a LoRA adapter to its base: one checkpoint, as fast as the base."""
+    from typing import get_args
+
+    from audio_codec.checkpoint import StoredType
+    from speechlm import convert
+
+    if dtype not in get_args(StoredType):
+        raise UserError(f"--dtype is {dtype}; choices: {', '.join(get_args(StoredType))}.")
+    print(convert.merge_adapter(adapter, output, cast("StoredType", dtype)))
 
 
 @app.command()

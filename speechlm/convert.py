@@ -4,9 +4,15 @@ A checkpoint directory holds
 
     config.json          LMConfig
     model.safetensors    the language model
-    text.model           its text pieces
+    text.model           its text pieces (tokenizer.json of one that began at Hugging Face's)
     card.json            what it was trained on, its measured scores
     codec/               the codec of its codes, a checkpoint of its own
+
+An adapter's directory (`speechlm.lora`) stands for its base with the difference beside it.
+
+A causal language model of Hugging Face (Llama, Mistral, Qwen 2 and 3, SmolLM: RMSNorm, rotary
+positions, grouped queries, gated MLP) comes in as the temporal transformer with its text
+vocabulary (`hf_transformer`, `fill_from_hf`). On text alone it then says what it said before.
 """
 
 from __future__ import annotations
@@ -18,46 +24,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.codec import AnyCodec, kind_of, load_codec
 from audio_codec.errors import UserError
 from audio_codec.spectral import SpectralCodec
 from audio_codec.speech_tokenizer import SpeechTokenizer
+from audio_codec.speech_tokenizer import kind_of as kind_of_tokenizer
 from audio_codec.speech_tokenizer import load_tokenizer as load_speech_tokenizer
-from speechlm.data import TextTokenizer
+from audio_codec.transformer import TransformerConfig
+from speechlm import lora
 from speechlm.duplex import Duplex
 from speechlm.model import LMConfig, SpeechLM
-
-TEXT_MODEL = "text.model"
+from speechlm.streams import BOS, EOS
+from speechlm.text_tokenizer import SPECIAL, HFTokenizer, TextTokenizer, load_text_tokenizer
 
 checkpoints.register_shipped("tiny", Path(__file__).parent / "pretrained" / "tiny")
 
 
-def load_tokenizer(path: Path) -> TextTokenizer:
-    """The text pieces in a checkpoint directory. Raises UserError when there are none."""
-    try:
-        return TextTokenizer((path / TEXT_MODEL).read_bytes())
-    except OSError as error:
-        raise UserError(f"model '{path}' has no {TEXT_MODEL}: {error.strerror}.") from error
+def _base(name_or_path: str | Path) -> str | Path:
+    """The checkpoint with the whole model: the one named, or the base of the adapter named."""
+    return lora.base_of(checkpoints.resolve(name_or_path)) or name_or_path
+
+
+def lm_config(name_or_path: str | Path) -> LMConfig:
+    """Shape of a model. Raises UserError when there is no such model or it is broken."""
+    path = checkpoints.resolve(_base(name_or_path))
+    config = checkpoints.read_json(path / "config.json")
+    return checkpoints.parse_config(LMConfig, checkpoints.Checkpoint(path, config, {}))
 
 
 def load_lm(name_or_path: str | Path) -> tuple[SpeechLM, TextTokenizer]:
-    """Language model and text pieces, without the codec.
+    """Language model and text pieces, without the codec; an adapter stays unmerged.
 
     Raises UserError when there is no such model or it is broken.
     """
-    found = checkpoints.load(name_or_path)
+    found = checkpoints.load(_base(name_or_path))
     model = SpeechLM(checkpoints.parse_config(LMConfig, found))
     checkpoints.restore(model, found)
-    return model.eval(), load_tokenizer(found.path)
+    path = checkpoints.resolve(name_or_path)
+    if lora.base_of(path) is not None:
+        lora.load(model, path)
+    return model.eval(), load_text_tokenizer(found.path)
 
 
 def find_codec(name_or_path: str | Path) -> str:
     """Where the codec of a model is: the folder in its checkpoint, or what its config names."""
-    found = checkpoints.load(name_or_path)
-    named = checkpoints.parse_config(LMConfig, found).codec
-    inside = found.path / named
+    named = lm_config(name_or_path).codec
+    inside = checkpoints.resolve(_base(name_or_path)) / named
     return str(inside) if inside.is_dir() else named
 
 
@@ -79,7 +94,7 @@ def load_speech_tokenizer_of(name_or_path: str | Path) -> SpeechTokenizer:
 
     Raises UserError when there is none or it is broken.
     """
-    if "levels" in checkpoints.load(name_or_path).config:
+    if kind_of_tokenizer(checkpoints.load(_base(name_or_path)).config) is not None:
         return load_speech_tokenizer(name_or_path)
     codec = load_codec_of(name_or_path)
     if not isinstance(codec, SpectralCodec) or codec.tokenizer is None:
@@ -91,7 +106,8 @@ def load_speech_tokenizer_of(name_or_path: str | Path) -> SpeechTokenizer:
 
 
 def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Duplex:
-    """The whole model, ready to talk: `"tiny"` (shipped), a directory or `hf://org/name`.
+    """The whole model, ready to talk: `"tiny"` (shipped), a directory or `hf://org/name`; of a
+    checkpoint, or of an adapter, which then runs beside its base.
 
     Raises UserError when there is no such model or it is broken.
     """
@@ -120,7 +136,7 @@ def save(
         config,
         model.state_dict(),
         dtype=dtype,
-        files={TEXT_MODEL: tokenizer.model},
+        files={tokenizer.FILE: tokenizer.model},
         card=card,
     )
     try:
@@ -131,3 +147,169 @@ def save(
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     return target
+
+
+def merge_adapter(
+    name_or_path: str | Path, directory: str | Path, dtype: checkpoints.StoredType = "bf16"
+) -> Path:
+    """Write the checkpoint of an adapter's base with the difference added to its weights.
+
+    Raises UserError when `name_or_path` is no adapter's directory, or is broken.
+    """
+    path = checkpoints.resolve(name_or_path)
+    base = lora.base_of(path)
+    if base is None:
+        raise UserError(f"model '{name_or_path}' has no {lora.ADAPTER_CONFIG}; name an adapter.")
+    checkpoints.check_replaceable(directory)
+    model, tokenizer = load_lm(base)
+    model = lora.merge(lora.load(model, path))
+    model.config = model.config.model_copy(update={"codec": find_codec(base)})
+    card = path / "card.json"
+    return save(
+        directory,
+        model,
+        tokenizer,
+        dtype=dtype,
+        card=checkpoints.read_json(card) if card.exists() else None,
+    )
+
+
+# ------------------------------------------------------------------- language models, Hugging Face
+
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_FREQUENCIES = ("linear", "llama3")  # Ways to stretch rotary positions that are other frequencies.
+
+
+def names_hf(name_or_path: str | Path) -> bool:
+    """Whether a directory is a model of Hugging Face's `transformers`, not one of ours."""
+    config = checkpoints.resolve(name_or_path) / "config.json"
+    return config.exists() and "model_type" in checkpoints.read_json(config)
+
+
+def _hf_config(path: Path) -> Any:
+    from transformers import AutoConfig  # seconds, for those who use it
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"init_from '{path}' cannot be read: {reason}") from error
+
+
+def hf_transformer(name_or_path: str | Path, window: int | None) -> TransformerConfig:
+    """Our shape of a causal language model of Hugging Face, with a window of at most `window`.
+
+    Raises UserError, naming what is there and what is possible, for a model of another make.
+    """
+    path = checkpoints.resolve(name_or_path)
+    config = _hf_config(path)
+
+    def demand(name: str, found: object, *choices: object) -> None:
+        if found not in choices:
+            raise UserError(
+                f"init_from '{path}': {name} is {found!r}; choices: "
+                f"{', '.join(map(repr, choices))}."
+            )
+
+    demand("model_type", config.model_type, *_FAMILIES)
+    demand("hidden_act", config.hidden_act, "silu")
+    for name in ("attention_bias", "mlp_bias"):
+        demand(name, getattr(config, name, False), False)
+    rope = config.rope_parameters
+    demand("rope_type", rope["rope_type"], "default", *_FREQUENCIES)
+    demand("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0)
+    frequencies = None
+    if rope["rope_type"] != "default":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        turns, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+        frequencies = tuple(turns.tolist())
+    kinds = set(getattr(config, "layer_types", None) or ())
+    sliding: Any = getattr(config, "sliding_window", None)
+    if not kinds and sliding is not None:
+        kinds = {"sliding_attention"}
+    if len(kinds) > 1:
+        raise UserError(f"init_from '{path}': its layers differ in attention: {sorted(kinds)}.")
+    if kinds == {"sliding_attention"}:
+        window = int(sliding) if window is None else min(int(sliding), window)
+    return TransformerConfig(
+        dim=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None),
+        qkv_bias=config.model_type == "qwen2",
+        qk_norm=config.model_type == "qwen3",
+        hidden=config.intermediate_size,
+        norm_eps=config.rms_norm_eps,
+        rope_theta=rope["rope_theta"],
+        rope_frequencies=frequencies,
+        window=window,
+    )
+
+
+def _pairs(rows: Tensor, size: int) -> Tensor:
+    """Rows [H·D, …] of heads whose halves are rotated against each other → of neighbours."""
+    return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
+
+
+@torch.no_grad()
+def fill_from_hf(model: SpeechLM, name_or_path: str | Path) -> None:
+    """Take temporal transformer and text pieces over from a causal language model.
+
+    The pieces that it has no equal for begin as average ones, codes at a piece's size. Embeddings
+    and head, where it ties them, part here. Raises UserError when a tensor is missing, unknown or
+    of another shape, or the text pieces are more than it has.
+    """
+    path = checkpoints.resolve(name_or_path)
+    config, found = _hf_config(path), checkpoints.load(path)
+    left = {n: t for n, t in found.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+
+    def take(name: str) -> Tensor:
+        if name not in left:
+            raise UserError(f"weights in '{path}': tensor '{name}' is missing.")
+        return left.pop(name)
+
+    shape, size = model.config.temporal, model.config.temporal.head_size
+    temporal = {"norm.weight": take("model.norm.weight")}
+    for layer in range(shape.layers):
+        here, there = f"blocks.{layer}", f"model.layers.{layer}"
+        for kind in ("weight", "bias") if shape.qkv_bias else ("weight",):
+            q, k, v = (take(f"{there}.self_attn.{part}_proj.{kind}") for part in "qkv")
+            temporal[f"{here}.attention.qkv.{kind}"] = torch.cat(
+                (_pairs(q, size), _pairs(k, size), v)
+            )
+        if shape.qk_norm:
+            for own, name in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
+                scale = take(f"{there}.self_attn.{name}.weight")
+                temporal[f"{here}.attention.{own}.weight"] = _pairs(scale, size)
+        temporal[f"{here}.attention.out.weight"] = take(f"{there}.self_attn.o_proj.weight")
+        gate, up = (take(f"{there}.mlp.{part}_proj.weight") for part in ("gate", "up"))
+        temporal[f"{here}.mlp.up.weight"] = torch.cat((gate, up))
+        temporal[f"{here}.mlp.down.weight"] = take(f"{there}.mlp.down_proj.weight")
+        temporal[f"{here}.attention_norm.weight"] = take(f"{there}.input_layernorm.weight")
+        temporal[f"{here}.mlp_norm.weight"] = take(f"{there}.post_attention_layernorm.weight")
+    checkpoints.restore(model.temporal, checkpoints.Checkpoint(path, {}, temporal))
+
+    embedding = take("model.embed_tokens.weight")
+    head = left.pop("lm_head.weight", embedding)
+    if left:
+        raise UserError(f"weights in '{path}': tensor '{min(left)}' has no place in this model.")
+    pieces = model.streams.text_size - SPECIAL
+    if pieces > len(embedding):
+        raise UserError(
+            f"vocabulary of '{path}': its {HFTokenizer.FILE} has {pieces} ids, but there are "
+            f"embeddings for {len(embedding)}."
+        )
+    rows = model.text.weight[: model.text.absent_row]
+    rows.normal_().mul_(embedding.std()).add_(embedding.mean(0))
+    model.codes.weight.mul_(embedding.std() / model.codes.weight.std())
+    heads = [h.weight for h in (model.text_head, model.heard_head) if h is not None]
+    for weight in heads:
+        weight[:SPECIAL] = head.mean(0)
+    for weight, public in ((rows, embedding), *((weight, head) for weight in heads)):
+        weight[SPECIAL : SPECIAL + pieces] = public[:pieces]
+        for piece, theirs in ((BOS, config.bos_token_id), (EOS, config.eos_token_id)):
+            first = theirs[0] if isinstance(theirs, list) else theirs
+            if first is not None:
+                weight[piece] = public[first]

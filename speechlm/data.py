@@ -18,17 +18,16 @@ Shapes: S streams, K codebooks, T frames or columns, B rows.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import sentencepiece
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
@@ -36,93 +35,17 @@ from audio_codec.audio import FRAME_RATE
 from audio_codec.errors import UserError
 from speechlm.model import Batch
 from speechlm.streams import ABSENT, BOS, EOS, EPAD, PAD, SPEECH, TEXT, Streams
+from speechlm.text_tokenizer import TextTokenizer
 from synth_data import quiz, shards
 from synth_data.dialogue import ASSISTANT, USER
-from synth_data.interleave import InterleaveConfig, frame_range, interleave
+from synth_data.interleave import InterleaveConfig, Modality, frame_range, interleave
+from synth_data.mixture import HUMAN, MADE, Count, Shares, Summary, shares, summarize
 from synth_data.text import normalize, sentences_from, spell_out
 from synth_data.tts import Word
 
 Ids = npt.NDArray[np.int32]
 Weights = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.integer[Any]]
-
-# ------------------------------------------------------------------------------------ text pieces
-
-_SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<epad>", "<speech>", "<text>")
-
-
-class TextTokenizer:
-    """Words ↔ pieces (SentencePiece unigram, arXiv 1808.06226), lower-case, one word at a time."""
-
-    def __init__(self, model: bytes) -> None:
-        """`model` is the content of a `text.model`. Raises UserError when it is not one of ours."""
-        self.model = model
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(f"text.model is not a SentencePiece model: {error}") from error
-        self.size: int = self._processor.get_piece_size()
-        found = tuple(self._processor.id_to_piece(i) for i in range(min(self.size, len(_SPECIAL))))
-        if found != _SPECIAL:
-            raise UserError(f"text.model begins with the pieces {found}, expected {_SPECIAL}.")
-        self._words: dict[str, tuple[int, ...]] = {}
-
-    def word(self, text: str) -> tuple[int, ...]:
-        """Pieces of one word."""
-        if text not in self._words:
-            self._words[text] = tuple(self._processor.encode(text.lower()))
-        return self._words[text]
-
-    def encode(self, text: str) -> list[int]:
-        """Pieces of a sentence; numbers and symbols are spelled out, punctuation is dropped."""
-        return [piece for word in normalize(spell_out(text)).split() for piece in self.word(word)]
-
-    def pieces(self) -> list[str]:
-        """What each id adds to a text; special pieces add nothing."""
-        texts = [self._processor.id_to_piece(i).replace("▁", " ") for i in range(self.size)]
-        return ["" if number < len(_SPECIAL) else text for number, text in enumerate(texts)]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text that pieces spell; special pieces are passed over."""
-        pieces = self.pieces()
-        return "".join(pieces[i] for i in ids).strip()
-
-
-def train_text_tokenizer(texts: Iterable[str], vocab: int = 2000) -> TextTokenizer:
-    """Learn a vocabulary of at most `vocab` pieces from sentences.
-
-    The same texts give the same vocabulary. Raises UserError when `vocab` has no room for the
-    special pieces and the letters.
-    """
-    sentences = (normalize(spell_out(text)) for text in texts)
-    model = io.BytesIO()
-    letters = "abcdefghijklmnopqrstuvwxyz'"
-    least = len(_SPECIAL) + 2 * len(letters)
-    if vocab < least:
-        raise UserError(f"vocab is {vocab}; at least {least} are needed.")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(sentence for sentence in sentences if sentence),
-        model_writer=model,
-        vocab_size=vocab,
-        hard_vocab_limit=False,  # a small corpus may have fewer pieces
-        model_type="unigram",
-        character_coverage=1.0,
-        required_chars=letters,
-        byte_fallback=False,
-        normalization_rule_name="identity",
-        pad_id=0,
-        unk_id=1,
-        bos_id=2,
-        eos_id=3,
-        pad_piece=_SPECIAL[0],
-        unk_piece=_SPECIAL[1],
-        bos_piece=_SPECIAL[2],
-        eos_piece=_SPECIAL[3],
-        control_symbols=list(_SPECIAL[4:]),
-        num_threads=1,
-        minloglevel=2,
-    )
-    return TextTokenizer(model.getvalue())
 
 
 def place(
@@ -169,15 +92,24 @@ class WeightConfig(BaseModel):
     semantic: float = Field(3.0, ge=0)
     """Weight of a semantic code, beside 1 of an acoustic one."""
     question: float = Field(0.2, ge=0)
-    """Weight of the question's pieces in a text-only document: what a user asks is free."""
+    """Weight of the pieces that are given: of a question without sound, since what a user asks is
+    free, and of what is to be read aloud."""
     silence: float = Field(0.15, ge=0, le=1)
     """Share of the assistant's silent frames whose codes are learned, far from its speech."""
     margin: float = Field(1.0, ge=0)
     """Seconds around its speech in which all are."""
     lead: int = 0
     """Frames that the assistant's text runs ahead of its voice."""
+    jitter: float = Field(0.0, ge=0)
+    """Seconds by which that text is moved at most, forth or back, another time in each document: so
+    that the model learns to take text that is not quite in time (Moshi pre-trains with 0.6)."""
     heard_delay: int = Field(2, ge=0)
     """Frames after the end of a user's word before it is written down."""
+    speech: bool = True
+    """Whether the codes inside interleaved documents are learned, or their text alone (as in
+    InSerter, arXiv 2503.02769)."""
+    user: float = Field(0.0, ge=0)
+    """Weight of the user's codes, beside the assistant's; only for a model that predicts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +152,7 @@ class Dialogue:
     codes: npt.NDArray[np.uint16]  # [2, K, T], assistant and user
     text: Ids  # [T]
     heard: Ids  # [T]
-    near: npt.NDArray[np.bool_]  # [T] at or around the assistant's speech
+    near: npt.NDArray[np.bool_]  # [2, T] at or around each speaker's speech
     name: str = ""
 
 
@@ -236,23 +168,48 @@ def encode_dialogue(
             f"sample '{sample.id}' has codes of {channels} channels × {k} codebooks; "
             f"expected 2 × {streams.k}."
         )
+    check_codes(sample, streams)
     said, asked = sample.words[ASSISTANT], sample.words[USER]
     delay = config.heard_delay
     return Dialogue(
         codes=sample.codes,
         text=place(said, frames, tokenizer, at="start", offset=-config.lead),
         heard=place(asked, frames, tokenizer, at="end", offset=delay, epad=False),
-        near=speaking_frames(said, frames, config.margin),
+        near=np.stack([speaking_frames(w, frames, config.margin) for w in (said, asked)]),
         name=sample.id,
     )
+
+
+def check_codes(sample: shards.Sample, streams: Streams) -> None:
+    """Raise UserError when a sample's codes are not of this model's codebooks."""
+    assert sample.codes is not None
+    k = sample.codes.shape[1]
+    if k > streams.k:
+        raise UserError(
+            f"sample '{sample.id}' has codes of {k} codebooks, but the model has {streams.k}."
+        )
+    for book, size in enumerate(streams.code_sizes[:k]):
+        if sample.codes[:, book].size and (largest := int(sample.codes[:, book].max())) >= size:
+            raise UserError(
+                f"sample '{sample.id}' has the code {largest} in codebook {book}, which has but "
+                f"{size}: its shards were made with another codec."
+            )
+
+
+def exchanged(sample: shards.Sample) -> shards.Sample:
+    """A two-channel sample in which the speakers have changed roles."""
+    codes = None if sample.codes is None else sample.codes[::-1]
+    voices, words = sample.voices[::-1], sample.words[::-1]
+    return sample.model_copy(update={"codes": codes, "words": words, "voices": voices})
 
 
 def dialogue_document(
     dialogue: Dialogue, streams: Streams, config: WeightConfig, rng: np.random.Generator
 ) -> Document:
-    """A duplex document; `rng` picks the silent frames whose codes are learned."""
-    frames = np.empty((streams.count, len(dialogue.text)), np.int32)
-    frames[streams.text_index] = dialogue.text
+    """A duplex document; `rng` moves the text and picks the silent frames that are learned."""
+    text = _moved(dialogue.text, config, rng)
+    frames = np.empty((streams.count, len(text)), np.int32)
+    frames[streams.text_index] = text
     frames[streams.own] = dialogue.codes[ASSISTANT]
     frames[streams.user] = dialogue.codes[USER]
     if streams.heard:
@@ -260,16 +217,34 @@ def dialogue_document(
     columns = _assemble(streams, frames)
     targets = columns[:, 1:]
     weights = np.zeros(targets.shape, np.float32)
-    weights[streams.text_index] = _text_weights(dialogue.text, 1.0, config.pad)
+    weights[streams.text_index] = _text_weights(text, 1.0, config.pad)
     if streams.heard:
         weights[streams.heard_index] = _text_weights(dialogue.heard, 1.0, config.pad)
-    kept = dialogue.near | (rng.random(len(dialogue.near)) < config.silence)
+    kept = dialogue.near[ASSISTANT] | (rng.random(len(text)) < config.silence)
     weights[streams.own] = _code_weights(targets[streams.own], streams, config) * kept
+    if config.user > 0:
+        kept = dialogue.near[USER] | (rng.random(len(text)) < config.silence)
+        learned = _code_weights(targets[streams.user], streams, config) * kept
+        weights[streams.user] = config.user * learned
     return Document(columns, weights, name=dialogue.name)
 
 
+def _moved(row: Ids, config: WeightConfig, rng: np.random.Generator) -> Ids:
+    """A row of text, earlier or later by chance; what leaves its frames is dropped."""
+    if config.jitter == 0:
+        return row
+    most = round(config.jitter * FRAME_RATE)
+    by = int(rng.integers(-most, most + 1))
+    moved = np.full_like(row, PAD)
+    if by < 0:
+        moved[:by] = row[-by:]
+    else:
+        moved[by:] = row[: len(row) - by]
+    return moved
+
+
 def _code_weights(codes: Ids, streams: Streams, config: WeightConfig) -> Weights:
-    """Weights of own codes [K, T]: none in the delay gap."""
+    """Weights of one speaker's codes [K, T]: none in the delay gap."""
     sizes = np.array(streams.code_sizes)[:, None]
     weights = np.ones(codes.shape, np.float32)
     weights[0] = config.semantic
@@ -340,47 +315,250 @@ def sentence_document(sentence: str, streams: Streams, tokenizer: TextTokenizer)
     return Document(_silent(streams, frames), weights, whole=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """What one person says: codes, and the words in them."""
+
+    codes: Codes  # [K or fewer, T]; a text-to-token model writes the semantic ones alone
+    words: tuple[Word, ...]
+    """Empty where their times are unknown."""
+    text: tuple[str, ...]
+    """The words without times; empty where they are unknown too."""
+    name: str = ""
+    """Of the sample that it comes from."""
+
+
+def spoken(sample: shards.Sample, streams: Streams) -> list[Spoken]:
+    """The channels of a sample with codes. Raises UserError when they are not for this model."""
+    if sample.codes is None:
+        return []
+    check_codes(sample, streams)
+    found = []
+    for codes, words in zip(sample.codes, sample.words, strict=True):
+        text = tuple(word.text for word in words)
+        if not text and len(sample.words) == 1:
+            text = tuple(normalize(spell_out(sample.text)).split())
+        found.append(Spoken(codes, words, text, sample.id))
+    return found
+
+
+_BREATH = 0.1  # Seconds of sound kept around a turn.
+
+
+def exchanges(sample: shards.Sample, streams: Streams) -> list[tuple[Spoken, Spoken]]:
+    """The questions of a conversation with the answers that follow, each cut out of its channel.
+
+    Whoever speaks next has the turn; a backchannel takes none. Raises UserError when the codes are
+    not for this model.
+    """
+    if sample.codes is None or len(sample.codes) != 2:
+        return []
+    check_codes(sample, streams)
+    aside = [(e.start, e.end) for e in sample.events if e.kind == "backchannel"]
+    said = [
+        (word, channel)
+        for channel, words in enumerate(sample.words)
+        for word in words
+        if channel != USER or not any(a <= word.start + 1e-6 < b for a, b in aside)
+    ]
+    turns: list[tuple[int, list[Word]]] = []
+    for word, channel in sorted(said, key=lambda pair: pair[0].start):
+        if not turns or turns[-1][0] != channel:
+            turns.append((channel, []))
+        turns[-1][1].append(word)
+
+    def cut(channel: int, words: Sequence[Word]) -> Spoken:
+        assert sample.codes is not None
+        first = max(0, math.floor((words[0].start - _BREATH) * FRAME_RATE))
+        last = math.ceil((words[-1].end + _BREATH) * FRAME_RATE)
+        begin = first / FRAME_RATE
+        here = [replace(w, start=w.start - begin, end=w.end - begin) for w in words]
+        text = tuple(word.text for word in words)
+        return Spoken(sample.codes[channel, :, first:last], tuple(here), text, sample.id)
+
+    return [
+        (cut(*asked), cut(*answered)) for asked, answered in pairwise(turns) if asked[0] == USER
+    ]
+
+
+Role = Literal["own", "user"]
+"""Who speaks."""
+
+
+def monologue_document(
+    said: Spoken,
+    streams: Streams,
+    tokenizer: TextTokenizer,
+    config: WeightConfig,
+    rng: np.random.Generator,
+    role: Role = "own",
+) -> Document:
+    """One person's speech with its words in time: in the role `own` as the inner monologue of a
+    voice, in the role `user` as the transcript of what is heard. The other side is absent.
+
+    `rng` moves the monologue. Without word times, speech is learned alone.
+    """
+    time = said.codes.shape[1]
+    frames = np.full((streams.count, time), ABSENT, np.int32)
+    side = streams.own if role == "own" else streams.user
+    frames[side][: len(said.codes)] = said.codes
+    if role == "user":
+        frames[streams.text_index] = PAD  # who listens is silent
+        if streams.heard:
+            delay = config.heard_delay
+            frames[streams.heard_index] = place(
+                said.words, time, tokenizer, at="end", offset=delay, epad=False
+            )
+    elif said.words:
+        text = place(said.words, time, tokenizer, at="start", offset=-config.lead)
+        frames[streams.text_index] = _moved(text, config, rng)
+    columns = _assemble(streams, frames)
+    # Where nobody is there are no start ids either, but for the first column's.
+    columns[:, 1:][(frames == ABSENT).all(axis=1)] = ABSENT
+    targets = columns[:, 1:]
+    weights = np.zeros(targets.shape, np.float32)
+    if role == "own":
+        weights[streams.text_index] = _text_weights(targets[streams.text_index], 1.0, config.pad)
+        weights[streams.own] = _code_weights(targets[streams.own], streams, config)
+    else:
+        if streams.heard:
+            heard = targets[streams.heard_index]
+            weights[streams.heard_index] = _text_weights(heard, 1.0, config.pad)
+        learned = _code_weights(targets[streams.user], streams, config)
+        weights[streams.user] = config.user * learned
+    return Document(columns, weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A part of a document in one modality."""
+
+    content: Sequence[int] | Codes  # pieces, or codes [K or fewer, T]
+    role: Role = "own"
+    """Whose codes they are."""
+    text: float = 1.0
+    """Weight of its pieces; of speech, of the switch tokens around it and the PADs inside."""
+    codes: bool = True
+    """Whether its codes are learned: the assistant's wholly, the user's as `weights.user` says."""
+
+
+def span_document(spans: Sequence[Span], streams: Streams, config: WeightConfig) -> Document:
+    """Text and speech in turn, between BOS and EOS.
+
+    `<speech>` opens a span of frames whose text is PAD; delays apply within it and its trailing
+    columns come before the `<text>` that closes it:
+
+        text     <s>  the  quick  <speech>  ·  ·  ·  ·  <text>  jumped  </s>
+        own 0                               s0 s1 s2
+        own 1                               ▷  a0 a1 a2                        · is PAD
+    """
+    parts: list[Ids] = []
+    losses: list[Weights] = []
+
+    def text(pieces: Sequence[int], weight: float) -> None:
+        part = np.full((streams.count, len(pieces)), ABSENT, np.int32)
+        part[streams.text_index] = pieces
+        loss = np.zeros(part.shape, np.float32)
+        loss[streams.text_index] = weight
+        parts.append(part)
+        losses.append(loss)
+
+    def speech(span: Span, codes: Codes) -> None:
+        side = streams.own if span.role == "own" else streams.user
+        frames = np.full((streams.count, codes.shape[1]), ABSENT, np.int32)
+        frames[side][: len(codes)] = codes
+        part = streams.delay(torch.from_numpy(frames)).numpy()
+        # Codes that are not there take no column to come late in.
+        part = part[:, : codes.shape[1] + max(streams.code_delays[: len(codes)])]
+        absent = np.ones(streams.count, bool)
+        absent[side.start : side.start + len(codes)] = False
+        part[absent] = ABSENT  # no start ids there either
+        part[streams.text_index] = PAD
+        loss = np.zeros(part.shape, np.float32)
+        loss[streams.text_index] = config.pad * span.text
+        if span.codes:
+            weight = 1.0 if span.role == "own" else config.user
+            loss[side] = weight * _code_weights(part[side], streams, config)
+        parts.append(part)
+        losses.append(loss)
+
+    text([BOS], 1.0)
+    for span in spans:
+        if isinstance(span.content, np.ndarray):
+            text([SPEECH], span.text)
+            speech(span, span.content)
+            text([TEXT], span.text)
+        else:
+            text(span.content, span.text)
+    text([EOS], 1.0)
+    columns, weights = np.concatenate(parts, axis=1), np.concatenate(losses, axis=1)
+    return Document(_silent(streams, columns), weights, whole=True)
+
+
 def interleaved_document(
     spans: Sequence[Sequence[int] | Codes],
     streams: Streams,
     config: WeightConfig,
-    role: Literal["own", "user"] = "own",
+    role: Role | Sequence[Role] = "own",
 ) -> Document:
-    """Text and speech in turn: a span is a list of pieces or codes [K, T].
+    """Spans of pieces and of codes [K or fewer, T] in turn; see `span_document`.
 
-    `<speech>` opens a span of frames whose text is PAD; delays apply within it and its trailing
-    columns come before the `<text>` that closes it. Codes are learned in the role `own` alone.
+    `role` is one for all, or one a span.
     """
-    parts: list[Ids] = []
+    roles = [role] * len(spans) if isinstance(role, str) else role
+    made = [Span(span, who, codes=config.speech) for span, who in zip(spans, roles, strict=True)]
+    return span_document(made, streams, config)
 
-    def text(pieces: Sequence[int]) -> None:
-        part = np.full((streams.count, len(pieces)), ABSENT, np.int32)
-        part[streams.text_index] = pieces
-        parts.append(part)
 
-    text([BOS])
-    for span in spans:
-        if not isinstance(span, np.ndarray):
-            text(span)
-            continue
-        side = streams.own if role == "own" else streams.user
-        frames = np.full((streams.count, span.shape[1]), ABSENT, np.int32)
-        frames[side] = span
-        columns = streams.delay(torch.from_numpy(frames)).numpy()
-        absent = np.ones(streams.count, bool)
-        absent[side] = False
-        columns[absent] = ABSENT  # the other speaker has no start id here either
-        columns[streams.text_index] = PAD
-        text([SPEECH])
-        parts.append(columns)
-        text([TEXT])
-    text([EOS])
-    columns = np.concatenate(parts, axis=1)
-    weights = np.zeros(columns.shape, np.float32)
-    weights[streams.text_index] = _text_weights(columns[streams.text_index], 1.0, config.pad)
-    if role == "own":
-        weights[streams.own] = _code_weights(columns[streams.own], streams, config)
-    return Document(_silent(streams, columns), weights, whole=True)
+def _pieces(text: Sequence[str], tokenizer: TextTokenizer) -> list[int]:
+    return [piece for word in text for piece in tokenizer.word(word)]
+
+
+def asr_document(
+    said: Spoken, streams: Streams, tokenizer: TextTokenizer, config: WeightConfig, prompt: str
+) -> Document:
+    """A prompt, speech, and its words: these alone are learned."""
+    spans = [
+        Span(tokenizer.encode(prompt), text=0.0),
+        Span(said.codes, "user", text=0.0),
+        Span(_pieces(said.text, tokenizer)),
+    ]
+    return span_document(spans, streams, config)
+
+
+def tts_document(
+    said: Spoken, streams: Streams, tokenizer: TextTokenizer, config: WeightConfig, prompt: str
+) -> Document:
+    """A prompt, words, and their speech: this is learned, and the words as `question` weighs."""
+    spans = [
+        Span(tokenizer.encode(prompt), text=0.0),
+        Span(_pieces(said.text, tokenizer), text=config.question),
+        Span(said.codes),
+    ]
+    return span_document(spans, streams, config)
+
+
+def answer_document(
+    question: Spoken,
+    answer: Spoken,
+    modalities: tuple[Modality, Modality],
+    streams: Streams,
+    tokenizer: TextTokenizer,
+    config: WeightConfig,
+    prompt: str,
+) -> Document:
+    """A prompt, a question and its answer, each in its modality; the answer is learned."""
+    asked, answered = modalities
+    spans = [Span(tokenizer.encode(prompt), text=0.0)]
+    if asked == "speech":
+        spans.append(Span(question.codes, "user", text=0.0))
+    else:
+        spans.append(Span(_pieces(question.text, tokenizer), text=config.question))
+    if answered == "speech":
+        spans.append(Span(answer.codes))
+    else:
+        spans.append(Span(_pieces(answer.text, tokenizer)))
+    return span_document(spans, streams, config)
 
 
 # ---------------------------------------------------------------------------------------- sources
@@ -423,6 +601,9 @@ class DialogueSource(BaseModel):
     rows: PositiveInt
     """Rows of every batch that come from here, over all processes: its share of the mixture."""
     order: Order = "shuffled"
+    exchange: float = Field(0.0, ge=0, le=1)
+    """Share of the conversations in which the two speakers change roles: where neither is the
+    assistant, as in recorded ones, 0.5 learns from both."""
 
 
 class QuizSource(BaseModel):
@@ -447,6 +628,8 @@ class SentenceSource(BaseModel):
 
     kind: Literal["sentences"]
     path: Path
+    human: bool = True
+    """Whether people wrote them; false for what a language model wrote."""
     rows: PositiveInt
     max_words: PositiveInt = 60
 
@@ -467,9 +650,76 @@ class InterleavedSource(BaseModel):
     """Words in a document."""
 
 
+class AudioSource(BaseModel):
+    """Speech of one person with its words in time: inner monologue."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["audio"]
+    path: Shards
+    """With codes; each channel is a speaker of its own."""
+    rows: PositiveInt
+    order: Order = "shuffled"
+    listen: float = Field(0.0, ge=0, le=1)
+    """Share of the documents that are heard and written down, instead of being said."""
+
+
+PROMPTS = {
+    "asr": "write down what you hear",
+    "tts": "read aloud",
+    "spoken_qa": "answer the question",
+}
+"""What the documents of each task begin with, unless told otherwise."""
+
+
+class TaskSource(BaseModel):
+    """Tasks written as documents: recognize, read aloud, answer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["asr", "tts", "spoken_qa"]
+    path: Shards
+    """With codes: of single speakers, or of conversations (spoken_qa)."""
+    rows: PositiveInt
+    order: Order = "shuffled"
+    prompt: str | None = None
+    """What a document begins with; None means the task's own (`PROMPTS`), "" nothing."""
+    question: Modality = "speech"
+    """How a question is put (spoken_qa)."""
+    answer: Modality = "text"
+    """How it is answered (spoken_qa)."""
+    max_words: PositiveInt = 60
+    """Longer ones are left out, as a document is never cut."""
+
+
 Source = Annotated[
-    DialogueSource | QuizSource | SentenceSource | InterleavedSource, Field(discriminator="kind")
+    DialogueSource | QuizSource | SentenceSource | InterleavedSource | AudioSource | TaskSource,
+    Field(discriminator="kind"),
 ]
+
+
+def shares_of(sources: Iterable[Source]) -> Shares:
+    """How much of a mixture people made; each source counts by its rows.
+
+    Raises UserError when there are no shards where a source says.
+    """
+    return shares(part for source in sources for part in _summaries(source))
+
+
+def _summaries(source: Source) -> Iterator[tuple[float, Summary]]:
+    """What a source is made of, and how many of its rows come from each."""
+    word = Count(words=1)
+    match source:
+        case QuizSource():
+            yield source.rows, Summary(total=word, by={"text": {MADE: word}})
+        case SentenceSource():
+            by = {"text": {HUMAN if source.human else MADE: word}}
+            yield source.rows, Summary(total=word, by=by)
+        case _:
+            found = [(part.weight, summarize(part.path)[0]) for part in _parts(source.path)]
+            masses = [weight * summary.total.seconds for weight, summary in found]
+            for mass, (_, summary) in zip(masses, found, strict=True):
+                yield source.rows * mass / sum(masses), summary
 
 
 class Documents(Protocol):
@@ -568,6 +818,33 @@ def _parts(path: Path | tuple[Part, ...]) -> tuple[Part, ...]:
     return path if isinstance(path, tuple) else (Part(path=path),)
 
 
+_Any = TypeVar("_Any")
+_Item: TypeAlias = tuple[_Any, int, float | None]
+"""What a document is made of, its columns, its word error rate."""
+
+
+def _gather(
+    config: DialogueSource | InterleavedSource | AudioSource | TaskSource,
+    seed: int,
+    read: Callable[[Path], Iterable[_Item[_Any]]],
+    lack: str,
+) -> tuple[list[_Any], _Pool]:
+    """What there is in a mixture of shards, and which of it a lane sees when.
+
+    `lack` is what a folder ({}) without any is told. Raises UserError then.
+    """
+    items: list[_Any] = []
+    found = []
+    parts = _parts(config.path)
+    for part in parts:
+        here = list(read(part.path))
+        if not here:
+            raise UserError(f"data: {lack.format(part.path)}.")
+        items += [item for item, _, _ in here]
+        found.append([(columns, wer) for _, columns, wer in here])
+    return items, _Pool(parts, found, config.order, seed)
+
+
 def join(samples: Iterable[shards.Sample]) -> Iterator[shards.Sample]:
     """Put conversations together again that were cut into samples one after the other.
 
@@ -622,19 +899,20 @@ class _Dialogues:
         weights: WeightConfig,
         seed: int,
     ) -> None:
-        self.streams, self.weights, self.seed = streams, weights, seed
-        self.dialogues: list[Dialogue] = []
-        parts, found = _parts(config.path), []
-        for part in parts:
-            samples = list(join(shards.read(part.path, audio=False)))
-            if not samples:
-                raise UserError(f"data: no dialogue in '{part.path}'.")
-            made = [encode_dialogue(sample, streams, tokenizer, weights) for sample in samples]
-            self.dialogues += made
-            found.append(
-                [(len(d.text), sample.wer) for d, sample in zip(made, samples, strict=True)]
-            )
-        self.pool = _Pool(parts, found, config.order, seed)
+        self.config, self.streams, self.weights, self.seed = config, streams, weights, seed
+
+        def read(path: Path) -> Iterator[_Item[shards.Sample]]:
+            for sample in join(shards.read(path, audio=False)):
+                frames = 0 if sample.codes is None else sample.codes.shape[-1]
+                yield sample, frames, sample.wer
+
+        samples, self.pool = _gather(config, seed, read, "no dialogue in '{}'")
+        self.dialogues = [encode_dialogue(s, streams, tokenizer, weights) for s in samples]
+        self.exchanged: list[Dialogue] = []
+        if config.exchange > 0:
+            self.exchanged = [
+                encode_dialogue(exchanged(s), streams, tokenizer, weights) for s in samples
+            ]
         self._last: dict[int, tuple[int, Document]] = {}
 
     def document(self, lane: int, number: int) -> Document:
@@ -642,7 +920,10 @@ class _Dialogues:
         if lane not in self._last or self._last[lane][0] != number:
             index = self.pool.index(lane, number)
             rng = np.random.default_rng((self.seed, lane, number, 1))
-            made = dialogue_document(self.dialogues[index], self.streams, self.weights, rng)
+            dialogue = self.dialogues[index]
+            if self.config.exchange > 0 and rng.random() < self.config.exchange:
+                dialogue = self.exchanged[index]
+            made = dialogue_document(dialogue, self.streams, self.weights, rng)
             self._last[lane] = (number, made)
         return self._last[lane][1]
 
@@ -717,21 +998,17 @@ class _Interleaved:
     ) -> None:
         self.config, self.streams, self.tokenizer = config, streams, tokenizer
         self.weights, self.seed = weights, seed
-        self.utterances: list[_Utterance] = []
-        parts, found = _parts(config.path), []
-        for part in parts:
-            made = [
-                (_Utterance(sample.codes[channel], words, sample.id), sample.wer)
-                for sample in shards.read(part.path, audio=False)
-                if sample.codes is not None
-                for channel, words in enumerate(sample.words)
-                if words and sample.codes.shape[1] == streams.k
-            ]
-            if not made:
-                raise UserError(f"data: no utterance with {streams.k} codebooks in '{part.path}'.")
-            self.utterances += [utterance for utterance, _ in made]
-            found.append([(utterance.codes.shape[1], wer) for utterance, wer in made])
-        self.pool = _Pool(parts, found, config.order, seed)
+
+        def read(path: Path) -> Iterator[_Item[_Utterance]]:
+            for sample in shards.read(path, audio=False):
+                if sample.codes is None or sample.codes.shape[1] != streams.k:
+                    continue
+                for codes, words in zip(sample.codes, sample.words, strict=True):
+                    if words:
+                        yield _Utterance(codes, words, sample.id), codes.shape[1], sample.wer
+
+        lack = f"no utterance with {streams.k} codebooks in '{{}}'"
+        self.utterances, self.pool = _gather(config, seed, read, lack)
 
     def document(self, lane: int, number: int) -> Document:
         utterance = self.utterances[self.pool.index(lane, number)]
@@ -753,6 +1030,99 @@ class _Interleaved:
         return replace(made, name=utterance.name)
 
 
+class _Audio:
+    def __init__(
+        self,
+        config: AudioSource,
+        streams: Streams,
+        tokenizer: TextTokenizer,
+        weights: WeightConfig,
+        seed: int,
+    ) -> None:
+        self.config, self.streams, self.tokenizer = config, streams, tokenizer
+        self.weights, self.seed = weights, seed
+
+        def read(path: Path) -> Iterator[_Item[Spoken]]:
+            for sample in shards.read(path, audio=False):
+                for said in spoken(sample, streams):
+                    yield said, said.codes.shape[1], sample.wer
+
+        lack = "no sample in '{}' has codes; build its shards with a codec"
+        self.utterances, self.pool = _gather(config, seed, read, lack)
+
+    def document(self, lane: int, number: int) -> Document:
+        said = self.utterances[self.pool.index(lane, number)]
+        rng = np.random.default_rng((self.seed, lane, number, 1))
+        listens = bool(said.words) and rng.random() < self.config.listen
+        made = monologue_document(
+            said, self.streams, self.tokenizer, self.weights, rng, "user" if listens else "own"
+        )
+        return replace(made, name=said.name)
+
+
+class _Tasks:
+    def __init__(
+        self,
+        config: TaskSource,
+        streams: Streams,
+        tokenizer: TextTokenizer,
+        weights: WeightConfig,
+        seed: int,
+    ) -> None:
+        self.config, self.streams, self.tokenizer = config, streams, tokenizer
+        self.weights, self.seed = weights, seed
+        self.prompt = PROMPTS[config.kind] if config.prompt is None else config.prompt
+        answers, most = config.kind == "spoken_qa", config.max_words
+
+        def read(path: Path) -> Iterator[_Item[tuple[Spoken, ...]]]:
+            for sample in shards.read(path, audio=False):
+                found: Sequence[tuple[Spoken, ...]]
+                if answers:
+                    found = exchanges(sample, streams)
+                else:
+                    found = [(said,) for said in spoken(sample, streams)]
+                for item in found:
+                    if all(1 <= len(said.text) <= most for said in item):
+                        yield item, self._columns(item), sample.wer
+
+        wanted = "question and answer" if answers else "utterance"
+        lack = f"'{{}}' has no {wanted} with codes and 1 to {most} words"
+        self.items, self.pool = _gather(config, seed, read, lack)
+
+    def _columns(self, item: tuple[Spoken, ...]) -> int:
+        """About how long a document is; a word counts as a piece."""
+        modalities: tuple[Modality, ...] = (self.config.question, self.config.answer)
+        if self.config.kind != "spoken_qa":
+            item, modalities = item * 2, ("speech", "text")  # what is said, and its words
+        return sum(
+            said.codes.shape[1] if modality == "speech" else len(said.text)
+            for said, modality in zip(item, modalities, strict=True)
+        )
+
+    def document(self, lane: int, number: int) -> Document:
+        item = self.items[self.pool.index(lane, number)]
+        return replace(self._document(item), name=item[0].name)
+
+    def _document(self, item: tuple[Spoken, ...]) -> Document:
+        if self.config.kind == "asr":
+            make = asr_document
+        elif self.config.kind == "tts":
+            make = tts_document
+        else:
+            question, answer = item
+            modalities = (self.config.question, self.config.answer)
+            return answer_document(
+                question,
+                answer,
+                modalities,
+                self.streams,
+                self.tokenizer,
+                self.weights,
+                self.prompt,
+            )
+        return make(item[0], self.streams, self.tokenizer, self.weights, self.prompt)
+
+
 def open_source(
     config: Source, streams: Streams, tokenizer: TextTokenizer, weights: WeightConfig, seed: int
 ) -> Documents:
@@ -766,6 +1136,10 @@ def open_source(
             return _Sentences(config, streams, tokenizer, seed)
         case InterleavedSource():
             return _Interleaved(config, streams, tokenizer, weights, seed)
+        case AudioSource():
+            return _Audio(config, streams, tokenizer, weights, seed)
+        case TaskSource():
+            return _Tasks(config, streams, tokenizer, weights, seed)
 
 
 # ---------------------------------------------------------------------------------------- packing

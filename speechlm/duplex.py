@@ -19,10 +19,10 @@ from torch import Tensor
 from audio_codec.codec import Codec
 from audio_codec.errors import UserError
 from audio_codec.state import State, all_active
-from speechlm.data import TextTokenizer
 from speechlm.generate import MAX_TOP_K, LMState, new_state, step
 from speechlm.model import LMSampling, SpeechLM
 from speechlm.streams import PAD
+from speechlm.text_tokenizer import TextTokenizer
 
 
 @dataclass(slots=True)
@@ -70,7 +70,7 @@ class Duplex:
         self.sampling = sampling or model.config.sampling
         self.sample_rate = codec.sample_rate
         self.frame_size = codec.frame_size
-        self.delay_frames = model.streams.acoustic_delay
+        self.delay_frames = model.streams.longest_delay
         self._pieces = tokenizer.pieces()
 
     def new_state(self, batch: int) -> DuplexState:

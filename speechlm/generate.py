@@ -7,9 +7,9 @@ holds them to the same tokens.
 *The clock of a conversation.* Tick n brings the user's frame n and gives column n. The input of
 tick 0 is the start column, so the user's very first 80 ms are, to the model, in the past; from then
 on the input is column n−1 with the user's frame just heard in it. The voice of frame n−D is whole
-once column n is there (D the acoustic delay), hence `ready`.
+once column n is there (D the longest acoustic delay), hence `ready`.
 
-Shapes: B conversations (slots), K codebooks, S streams, D acoustic delay, V vocabulary, R pieces
+Shapes: B conversations (slots), K codebooks, S streams, D longest delay, V vocabulary, R pieces
 remembered by the repetition guard.
 """
 
@@ -59,7 +59,7 @@ def new_state(model: SpeechLM, batch: int) -> LMState:
     """The state of `batch` conversations that have not begun."""
     streams = model.streams
     device = model.text_head.weight.device
-    depth = 1 + streams.acoustic_delay
+    depth = 1 + streams.longest_delay
 
     def integers(*shape: int) -> Tensor:
         return torch.zeros(batch, *shape, dtype=torch.int64, device=device)
@@ -140,7 +140,7 @@ def _remember(recent: Tensor, text: Tensor) -> Tensor:
 def _input_column(streams: Streams, state: LMState) -> Tensor:
     """[B, S]: the last column with the newest user frame in it; start ids before the beginning."""
     delays = torch.tensor(streams.code_delays, device=state.tick.device)
-    newest = streams.acoustic_delay
+    newest = streams.longest_delay
     lane = torch.arange(streams.k, device=delays.device)
     parts = [state.text[:, None], state.own[:, :, newest], state.user[:, lane, newest - delays]]
     if streams.heard:
@@ -204,7 +204,7 @@ def step(
 
     delays = torch.tensor(streams.code_delays, device=own.device)
     frame = own[:, torch.arange(k, device=own.device), delays]
-    ready = active & (tick >= streams.acoustic_delay)
+    ready = active & (tick >= streams.longest_delay)
     state.own.copy_(keep(active, own, state.own))
     state.recent.copy_(keep(active, _remember(state.recent, text), state.recent))
     state.text.copy_(keep(active, text, state.text))

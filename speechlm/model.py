@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from audio_codec.sampling import Sampling
 from audio_codec.transformer import Transformer, TransformerConfig, TransformerState
-from speechlm.streams import EPAD, PAD, Streams
+from speechlm.streams import ABSENT, EPAD, PAD, Streams
 
 
 class LMSampling(BaseModel):
@@ -58,6 +58,9 @@ class LMConfig(BaseModel):
     """Over the codebooks of one frame; `rope` and `window` are set by the model."""
     codec: str
     """The codec of the codes it was trained on: a folder in the checkpoint, or a name or path."""
+    predicts_user: bool = False
+    """Whether it can be trained to predict the user's codes too; in a conversation they are heard,
+    not drawn."""
     sampling: LMSampling = LMSampling()
     """How it is drawn unless a conversation is told otherwise."""
 
@@ -70,6 +73,8 @@ class LossConfig(BaseModel):
     text: float = Field(1.0, ge=0)
     heard: float = Field(0.5, ge=0)
     audio: float = Field(1.0, ge=0)
+    z: float = Field(0.0, ge=0)
+    """Weight of log² Z, which keeps logits from drifting; 1e-4 in PaLM (arXiv 2204.02311)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,16 +181,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, target: Tensor, scale: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, target: Tensor, scale: Tensor, z: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         matrix = weight.to(dtype)
-        learning = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         nll = torch.empty_like(scale)
+        penalty = torch.zeros((), dtype=scale.dtype, device=scale.device)
         hit = torch.empty_like(target, dtype=torch.bool)
-        x_grad = torch.empty_like(x) if learning else None
-        weight_grad = torch.zeros_like(weight) if learning else None
+        x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         block = max(1, _BLOCK // len(weight))
         with torch.autocast(kind, enabled=False):
             for begin in range(0, len(x), block):
@@ -198,32 +203,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 hit[part] = right >= top
                 p = (logits - top[:, None]).exp_()
                 mass = p.sum(1)
-                nll[part] = mass.log() + top - right
-                if x_grad is not None and weight_grad is not None:
-                    p *= (scale[part] / mass)[:, None]
+                log_z = mass.log() + top
+                nll[part] = log_z - right
+                slope = scale[part]
+                if z > 0:
+                    penalty += z * (scale[part] * log_z.square()).sum()
+                    slope = slope * (1 + 2 * z * log_z)
+                if x_grad is not None or weight_grad is not None:
+                    p *= (slope / mass)[:, None]
                     p.scatter_add_(1, target[part, None], -scale[part, None])
                     error = p.to(dtype)
-                    x_grad[part] = error @ matrix
-                    weight_grad += error.T @ rows
+                    if x_grad is not None:
+                        x_grad[part] = error @ matrix
+                    if weight_grad is not None:
+                        weight_grad += error.T @ rows
         ctx.save_for_backward(x_grad, weight_grad)
         ctx.mark_non_differentiable(nll, hit)
-        return (nll * scale).sum(), nll, hit
+        return (nll * scale).sum() + penalty, nll, hit
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x_grad, weight_grad = ctx.saved_tensors
-        return grad * x_grad, grad * weight_grad, None, None
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None if saved is None else grad * saved for saved in ctx.saved_tensors)
+        return (*grads, None, None, None)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, target: Tensor, scale: Tensor
+    x: Tensor, weight: Tensor, target: Tensor, scale: Tensor, z: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ scale·nll of a bias-free head without ever holding its logits whole.
+    """Σ scale·(nll + z·log² Z) of a bias-free head without ever holding its logits whole.
 
     x [N, C], weight [V, C], target int64 [N], scale float32 [N] → the sum (carries the gradient),
     nll [N], whether the likeliest token was right [N].
     """
-    return _LinearCrossEntropy.apply(x, weight, target, scale)  # type: ignore[no-untyped-call]
+    return _LinearCrossEntropy.apply(x, weight, target, scale, z)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +264,10 @@ class _Picked:
 
 
 class DepthModel(nn.Module):
-    """Draws the own codes of one column, one codebook after the other."""
+    """Draws the own codes of one column, one codebook after the other.
+
+    To learn the user's codes too it is given the hidden times a role of theirs.
+    """
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
@@ -267,6 +282,9 @@ class DepthModel(nn.Module):
         self.heads = nn.ParameterList(
             torch.randn(size, dim) * (0.5 * dim**-0.5) for size in streams.code_sizes
         )
+        self.user_role: nn.Parameter | None = None
+        if config.predicts_user:
+            self.user_role = nn.Parameter(torch.randint(0, 2, (config.temporal.dim,)) * 2.0 - 1)
 
     def forward(self, hidden: Tensor, text: Tensor, codes: Tensor) -> Tensor:
         """Teacher-forced outputs, before the heads.
@@ -283,6 +301,18 @@ class DepthModel(nn.Module):
     def logits(self, output: Tensor, codebook: int) -> Tensor:
         """[..., depth width] → [..., V of that codebook]."""
         return F.linear(output, self.heads[codebook])
+
+
+@dataclass(frozen=True, slots=True)
+class _Voice:
+    """The columns of a batch with a code of one speaker to learn, as the depth transformer sees
+    them.
+    """
+
+    hidden: Tensor  # [N, C]
+    text: Tensor  # [N] the token before the codes
+    codes: Tensor  # [N, K]
+    weights: Tensor  # [N, K]
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,8 +377,8 @@ class SpeechLM(nn.Module):
         """Weighted cross entropy of a batch.
 
         Each kind of prediction (text, heard, audio) is a weighted mean over what it has in the
-        batch. The depth transformer runs only on columns with an own code to learn; the rest of
-        the columns costs nothing there.
+        batch. The depth transformer runs only on columns with a code to learn; the rest of the
+        columns costs nothing there.
         """
         config = config or LossConfig()
         streams = self.streams
@@ -364,44 +394,84 @@ class SpeechLM(nn.Module):
             if share == 0 or picked.count == 0:
                 continue
             scale = picked.masked(weight)
+            scale = scale / scale.sum()
             target = batch.targets[:, stream].flatten()[picked.index]
             loss, nll, hit = linear_cross_entropy(
-                hidden.flatten(0, 1)[picked.index], head.weight, target, scale / scale.sum()
+                hidden.flatten(0, 1)[picked.index], head.weight, target, scale, config.z
             )
             total = total + share * loss
+            parts[name] = (nll * scale).sum()
             target, nll, hit = (x[: picked.count] for x in (target, nll, hit))
             said = (target != PAD) & (target != EPAD)
-            parts[name] = loss.detach()
             if bool(said.any()):
                 parts[f"{name}_piece"] = nll[said].mean()
                 parts[f"{name}_accuracy"] = hit[said].float().mean()
             if not bool(said.all()):
                 parts[f"{name}_pad"] = nll[~said].mean()
 
-        own = batch.weights[:, streams.own].transpose(1, 2).flatten(0, 1)  # [B T, K]
-        picked = _Picked.of((own > 0).any(-1))
-        if config.audio > 0 and picked.count:
-            weights = picked.masked(own)  # [N, K]
-            codes = batch.targets[:, streams.own].transpose(1, 2).flatten(0, 1)[picked.index]
-            text = batch.targets[:, streams.text_index].flatten()[picked.index]
-            output = self.depth(hidden.flatten(0, 1)[picked.index], text, codes)
-            weights = weights / weights.sum()
-            detail: list[Tensor] = []
-            for codebook, code_head in enumerate(self.depth.heads):
-                learned = weights[:, codebook] > 0
-                # A code in the delay gap (start, absent) has no weight; 0 keeps it in range.
-                target = codes[:, codebook].masked_fill(~learned, 0)
-                loss, nll, hit = linear_cross_entropy(
-                    output[:, codebook], code_head, target, weights[:, codebook]
-                )
-                total = total + config.audio * loss
-                mean = nll[learned].mean()
-                if codebook == 0:
-                    parts["semantic"] = mean
-                    parts["semantic_accuracy"] = hit[learned].float().mean()
-                else:
-                    detail.append(mean)
-                    parts[f"acoustic/{codebook}"] = mean
-            if detail:
-                parts["acoustic"] = torch.stack(detail).mean()
+        voices = {"": self._voice(batch, hidden, streams.own, streams.text_index)}
+        if self.depth.user_role is not None:
+            before = streams.heard_index if streams.heard else None
+            theirs = hidden * self.depth.user_role
+            voices["user_"] = self._voice(batch, theirs, streams.user, before)
+        found = {name: voice for name, voice in voices.items() if voice is not None}
+        if config.audio > 0 and found:
+            total = total + config.audio * self._audio_loss(found, config.z, parts)
         return Losses(total, parts)
+
+    def _voice(
+        self, batch: Batch, hidden: Tensor, side: slice, before: int | None
+    ) -> _Voice | None:
+        """The columns with a code of a `side` to learn; None where there are none.
+
+        hidden [B, T, C]; `before`: the stream whose token comes before the codes.
+        """
+        own = batch.weights[:, side].transpose(1, 2).flatten(0, 1)  # [B T, K]
+        picked = _Picked.of((own > 0).any(-1))
+        if picked.count == 0:
+            return None
+        codes = batch.targets[:, side].transpose(1, 2).flatten(0, 1)[picked.index]
+        if before is None:
+            text = codes.new_full((len(codes),), ABSENT)
+        else:
+            text = batch.targets[:, before].flatten()[picked.index]
+        return _Voice(hidden.flatten(0, 1)[picked.index], text, codes, picked.masked(own))
+
+    def _audio_loss(self, voices: dict[str, _Voice], z: float, parts: dict[str, Tensor]) -> Tensor:
+        """Weighted mean over all codes of all voices; puts the means of each into `parts`."""
+        sizes = [len(voice.codes) for voice in voices.values()]
+        if len(voices) == 1:
+            (all_of,) = voices.values()
+        else:
+            fields = ("hidden", "text", "codes", "weights")
+            all_of = _Voice(
+                *(torch.cat([getattr(v, name) for v in voices.values()]) for name in fields)
+            )
+        output = self.depth(all_of.hidden, all_of.text, all_of.codes)
+        weights = all_of.weights / all_of.weights.sum()
+        total = output.new_zeros((), dtype=torch.float32)
+        detail: dict[str, list[Tensor]] = {name: [] for name in voices}
+        for codebook, head in enumerate(self.depth.heads):
+            learned = weights[:, codebook] > 0
+            # A code in the delay gap (start, absent) has no weight; 0 keeps it in range.
+            target = all_of.codes[:, codebook].masked_fill(~learned, 0)
+            loss, nll, hit = linear_cross_entropy(
+                output[:, codebook], head, target, weights[:, codebook], z
+            )
+            total = total + loss
+            for name, mask, one_nll, one_hit in zip(
+                voices, learned.split(sizes), nll.split(sizes), hit.split(sizes), strict=True
+            ):
+                if not bool(mask.any()):
+                    continue
+                mean = one_nll[mask].mean()
+                if codebook == 0:
+                    parts[f"{name}semantic"] = mean
+                    parts[f"{name}semantic_accuracy"] = one_hit[mask].float().mean()
+                else:
+                    detail[name].append(mean)
+                    parts[f"{name}acoustic/{codebook}"] = mean
+        for name, means in detail.items():
+            if means:
+                parts[f"{name}acoustic"] = torch.stack(means).mean()
+        return total

@@ -27,7 +27,7 @@ K = 3; `▷` is the stream's start id, `·` is absent (−1):
 Column −1 is the start column, the first input of every document. From column c the model predicts
 column c+1; frame t of its voice is whole, and can be played, once column t + delay is there.
 
-Shapes: B batch, S streams, K codebooks, T frames, D acoustic delay.
+Shapes: B batch, S streams, K codebooks, T frames, D longest delay.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from __future__ import annotations
 import math
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 ABSENT = -1
@@ -58,8 +58,20 @@ class Streams(BaseModel):
     """For each codebook its factor sizes, as in `Codec.codebooks`."""
     heard: bool = True
     """Whether the transcript of the user is a stream of its own."""
-    acoustic_delay: int = Field(1, ge=0)
-    """Columns that acoustic codes stand behind the semantic one, on both sides."""
+    acoustic_delay: NonNegativeInt | tuple[NonNegativeInt, ...] = 1
+    """Columns that acoustic codes stand behind the semantic one, on both sides: one number for all,
+    or one for each acoustic codebook. How far the text streams stand before or behind the voices is
+    a matter of where words are put (`data.WeightConfig`: `lead`, `heard_delay`)."""
+
+    @model_validator(mode="after")
+    def _a_delay_for_each(self) -> Streams:
+        delay = self.acoustic_delay
+        if isinstance(delay, tuple) and len(delay) != self.k - 1:
+            raise ValueError(
+                f"acoustic_delay={list(delay)} must be one number, or one for each of the "
+                f"{self.k - 1} acoustic codebooks"
+            )
+        return self
 
     @property
     def k(self) -> int:
@@ -106,7 +118,13 @@ class Streams(BaseModel):
     @property
     def code_delays(self) -> tuple[int, ...]:
         """Delay of each codebook, in columns."""
-        return (0,) + (self.acoustic_delay,) * (self.k - 1)
+        delay = self.acoustic_delay
+        return (0, *(delay if isinstance(delay, tuple) else (delay,) * (self.k - 1)))
+
+    @property
+    def longest_delay(self) -> int:
+        """D, the columns until a frame is whole."""
+        return max(self.code_delays)
 
     @property
     def delays(self) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
-"""Two speakers in time: quiz conversations as two aligned channels with every event labelled.
+"""Two speakers in time: scripted turns as two aligned channels with every event labelled.
 
-Pure: ``script`` draws everything that chance decides, ``arrange`` lays it out in time with a
-synthesizer handed in. No file, no clock, no engine is touched here.
+The turns are questions of the quiz and their answers, or a dialogue that somebody wrote. Pure:
+``script`` draws everything that chance decides, ``arrange`` lays it out in time with a synthesizer
+handed in. No file, no clock, no engine is touched here.
 
 A conversation, with the events that are labelled (``A`` assistant, ``U`` user)::
 
@@ -12,7 +13,9 @@ A conversation, with the events that are labelled (``A`` assistant, ``U`` user):
 
 Human turn-taking sets the numbers: answers follow a question after about 200 ms in all languages
 (Stivers et al., PNAS 2009), which is shorter than many pauses inside a sentence, so silence alone
-never says that it is the assistant's turn; what was said has to.
+never says that it is the assistant's turn; what was said has to. Between people, four turns in ten
+begin before the last has ended (Heldner and Edlund, J. Phonetics 2010), and six words in a hundred
+are fillers, repetitions or restarts (Shriberg, 1994).
 
 Letters: S samples. Times are seconds from the start of the conversation, on both channels alike.
 """
@@ -22,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from synth_data import quiz
 from synth_data.quiz import Question, Split
 from synth_data.shards import Event
+from synth_data.text import tokenize
 from synth_data.tts import Utterance, Word
 
 ASSISTANT, USER = 0, 1
@@ -43,6 +48,9 @@ _FADE_SECONDS = (
     0.02  # A cut voice fades this fast: shorter clicks, longer sounds like trailing off.
 )
 _MARGIN_SECONDS = 0.03  # Kept around the words of an utterance: breath and release of the last.
+_DISFLUENCIES: tuple[Literal["filler", "repetition", "restart"], ...]
+_DISFLUENCIES = ("filler", "repetition", "restart")
+_FILLERS = ("um,", "uh,", "well,", "you know,")
 _LONG_ANSWERS = ("counting", "spelling", "repeat", "identity")  # Long enough to be interrupted.
 _MIN_INTERRUPTED_SECONDS = 0.8  # An answer that ends sooner than this anyway is not interrupted.
 _SILENCE_SECONDS = 2.0  # From here on, nobody speaking is an event.
@@ -104,6 +112,14 @@ class DialogueConfig(BaseModel):
     """... at this gain ..."""
     echo_delay: tuple[float, float] = (0.05, 0.3)
     """... and after this delay: both uniform."""
+    overlap: float = Field(default=0.0, ge=0, le=1)
+    """Share of answers that begin before the question has ended (of questions without a pause that
+    do not interrupt) ..."""
+    overlap_range: tuple[float, float] = (0.08, 0.5)
+    """... by this much: uniform, and half of the question at most."""
+    disfluency: float = Field(default=0.0, ge=0, le=1)
+    """Share of questions with a filler, a repetition or a restart (of those without a pause that do
+    not interrupt)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +128,32 @@ class Pause:
 
     word: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Disfluency:
+    """``text`` is said before word ``word`` (index into the whitespace-separated question)."""
+
+    word: int
+    kind: Literal["filler", "repetition", "restart"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What somebody wrote that one says and the other replies; no quiz judges it."""
+
+    text: str
+    answer: str
+    keys: tuple[str, ...] = ()
+    category: str = "script"
+    fact: str = ""
+
+    @property
+    def pause(self) -> tuple[int, int] | tuple[()]:
+        """A speaker may pause before any word but the first, see ``Question.pause``."""
+        words = len(tokenize(self.text))
+        return (1, words - 1) if words > 1 else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,17 +176,18 @@ class Backchannel:
 class Turn:
     """One question and its answer."""
 
-    question: Question
+    question: Question | Exchange
     silence: float
     """Seconds between the previous answer and this question; void where it interrupts."""
     gap: float
-    """Seconds between the question's end and the answer."""
+    """Seconds between the question's end and the answer; negative where they overlap."""
     pause: Pause | None = None
     interruption: Interruption | None = None
     """How the *next* turn cuts this answer."""
     backchannel: Backchannel | None = None
     noise_dbfs: float | None = None
     """Level of a noise that fills the silence before the question."""
+    disfluency: Disfluency | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,16 +214,22 @@ class Dialogue:
     ============ ========= ==================================================================
     turn_end     USER      the end of a question (start = end); ``start`` (of the question),
                            ``question``, ``answer``, ``keys``, ``category``, ``fact``
-    answer       ASSISTANT the answer; ``cut``: whether an interruption ended it
+    answer       ASSISTANT the answer; ``text`` as written, ``cut``: whether an interruption ended
+                           it (the channel's words are those that were said)
+    overlap      ASSISTANT both speak: from the answer's start to the question's end
     pause        USER      a pause inside a question
+    disfluency   USER      what a question has too much; ``kind``, ``text``
     interruption USER      from the user's first word to the assistant's last sound
     backchannel  USER      the backchannel; ``text``
     silence      USER      nobody speaks for 2 s or more
     noise        USER      noise to add: ``snr_db`` (throughout) or ``dbfs`` (in a silence)
     echo         ASSISTANT echo to add to the user's channel: ``gain_db``, ``delay``
+    room         USER      a reverberant room, throughout: ``rt60``, ``direct_db``
+    telephone    USER      the band of a telephone, throughout
     ============ ========= ==================================================================
 
-    Noise and echo are labelled here and mixed in by who owns the sounds (``build_dialogues``).
+    Noise and echo are labelled here and mixed in by who owns the sounds (``build_dialogues``), who
+    adds the room and the telephone, with their labels.
     """
 
     user: npt.NDArray[np.float32]
@@ -200,18 +249,33 @@ Synthesize = Callable[[str, int], Utterance]
 # --- Script ---------------------------------------------------------------------------------------
 
 
-def script(rng: np.random.Generator, config: DialogueConfig) -> Script:
+def script(
+    rng: np.random.Generator,
+    config: DialogueConfig,
+    exchanges: Sequence[Exchange] | None = None,
+    opening: str | None = None,
+) -> Script:
     """Draw a conversation: questions, answers and their timing.
 
     More turns are drawn than ``config.seconds`` can hold; ``arrange`` stops where time is up.
+
+    Args:
+        rng: decides all.
+        config: how often, and how long.
+        exchanges: what is said, in this order; None draws it from the quiz.
+        opening: what the assistant says before the first of them.
     """
     turns: list[Turn] = []
     # No turn takes less than about 2 s, the shortest question and answer being a word each.
-    wanted = math.ceil(config.seconds / 2.0)
+    wanted = math.ceil(config.seconds / 2.0) if exchanges is None else len(exchanges)
     interrupts = False
     while len(turns) < wanted:
         interrupted = rng.random() < config.interruption
-        question = _question(rng, config, long_answer=interrupted, interrupts=interrupts)
+        question: Question | Exchange
+        if exchanges is None:
+            question = _question(rng, config, long_answer=interrupted, interrupts=interrupts)
+        else:
+            question = exchanges[len(turns)]
         long = rng.random() < config.long_silence
         silence = (
             rng.uniform(*config.long_silence_range)
@@ -219,7 +283,8 @@ def script(rng: np.random.Generator, config: DialogueConfig) -> Script:
             else 0.25 + rng.exponential(config.silence_mean)
         )
         gap = config.gap_median * math.exp(config.gap_sigma * rng.standard_normal())
-        pause = backchannel = interruption = None
+        gap = float(np.clip(gap, *config.gap_range))
+        pause = backchannel = interruption = disfluency = None
         # Who interrupts does not hesitate: the assistant may not be silent yet.
         if question.pause and not interrupts and rng.random() < config.pause:
             first, last = question.pause
@@ -231,30 +296,58 @@ def script(rng: np.random.Generator, config: DialogueConfig) -> Script:
         elif rng.random() < config.backchannel:
             text = BACKCHANNELS[int(rng.integers(len(BACKCHANNELS)))]
             backchannel = Backchannel(rng.uniform(0.1, 0.6), text)
+        burst = (
+            rng.uniform(*config.noise_burst_dbfs)
+            if long and rng.random() < config.noise_burst
+            else None
+        )
+        # Chance is asked only for what is switched on: a recipe without it keeps its sound.
+        flows = pause is None and not interrupts
+        if flows and config.overlap and rng.random() < config.overlap:
+            gap = -rng.uniform(*config.overlap_range)
+        if flows and config.disfluency and rng.random() < config.disfluency:
+            disfluency = _disfluency(rng, question.text.split())
         turns.append(
-            Turn(
-                question,
-                silence,
-                float(np.clip(gap, *config.gap_range)),
-                pause,
-                interruption,
-                backchannel,
-                rng.uniform(*config.noise_burst_dbfs)
-                if long and rng.random() < config.noise_burst
-                else None,
-            )
+            Turn(question, silence, gap, pause, interruption, backchannel, burst, disfluency)
         )
         interrupts = interrupted
+    lead = rng.uniform(*config.lead)
+    if exchanges is None and rng.random() < config.greeting:
+        opening = quiz.greeting()
     return Script(
         config.seconds,
-        rng.uniform(*config.lead),
+        lead,
         tuple(turns),
-        quiz.greeting() if rng.random() < config.greeting else None,
+        opening,
         rng.uniform(*config.noise_snr_db) if rng.random() < config.noise else None,
         (rng.uniform(*config.echo_gain_db), rng.uniform(*config.echo_delay))
         if rng.random() < config.echo
         else None,
     )
+
+
+def _disfluency(rng: np.random.Generator, words: Sequence[str]) -> Disfluency:
+    """Something too much before one of the words; kinds equally often, where they are possible.
+
+    ::
+
+        what is um, the capital ...      filler
+        what is the the capital ...      repetition: of the next word
+        what is, what is the capital ... restart: of all words so far
+    """
+    kind = _DISFLUENCIES[int(rng.integers(len(_DISFLUENCIES)))]
+    # A restart has said something; late ones are rare.
+    first, last = (1, min(4, len(words) - 1)) if kind == "restart" else (0, len(words) - 1)
+    if first > last:
+        kind, first, last = "filler", 0, 0
+    word = int(rng.integers(first, last + 1))
+    if kind == "filler":
+        text = _FILLERS[int(rng.integers(len(_FILLERS)))]
+    elif kind == "repetition":
+        text = words[word].strip(".,?!;:")
+    else:
+        text = " ".join(words[:word]).strip(".,?!;:") + ","
+    return Disfluency(word, kind, text)
 
 
 def _question(
@@ -331,7 +424,7 @@ def arrange(script: Script, synthesize: Synthesize, sample_rate: int = 24_000) -
         utterance = _trim(synthesize(script.greeting, ASSISTANT))
         assistant.place(utterance, begin)
         quiet_since = begin + utterance.seconds
-        events.append(_answer_event(begin, utterance, cut=False))
+        events.append(_answer_event(begin, utterance, script.greeting, cut=False))
         begin = quiet_since + script.turns[0].silence
     interrupts: float | None = None  # When the assistant falls silent, where this turn interrupts.
     for turn, following in zip(script.turns, [*script.turns[1:], None], strict=True):
@@ -339,7 +432,7 @@ def arrange(script: Script, synthesize: Synthesize, sample_rate: int = 24_000) -
             break
         if interrupts is None:
             events += _silence_events(quiet_since, begin, turn.noise_dbfs)
-        question = _trim(synthesize(turn.question.text, USER))
+        question = _trim(synthesize(spoken(turn), USER))
         if turn.pause is not None:
             question, (start, end) = _with_pause(question, turn.pause)
             events.append(Event(kind="pause", channel=USER, start=begin + start, end=begin + end))
@@ -350,21 +443,37 @@ def arrange(script: Script, synthesize: Synthesize, sample_rate: int = 24_000) -
                 Event(kind="interruption", channel=USER, start=first_word, end=interrupts)
             )
         events.append(_turn_event(turn.question, first_word, end_of_turn))
+        if turn.disfluency is not None:
+            events.append(_disfluency_event(turn, turn.disfluency, question, begin))
 
         answer = _trim(synthesize(turn.question.answer, ASSISTANT))
-        answer_start = end_of_turn + turn.gap
+        answer_start = max(end_of_turn + turn.gap, (first_word + end_of_turn) / 2)
+        if interrupts is not None:
+            # Not before it has let go of what it was saying.
+            answer_start = max(answer_start, interrupts + _MARGIN_SECONDS)
+        if answer_start < end_of_turn:
+            events.append(
+                Event(kind="overlap", channel=ASSISTANT, start=answer_start, end=end_of_turn)
+            )
         onset, interrupts = None, None
         if turn.interruption is not None and following is not None:
-            at = turn.interruption.at * answer.seconds
+            # Who asked has finished before they ask again.
+            at = max(
+                turn.interruption.at * answer.seconds,
+                end_of_turn + 2 * _MARGIN_SECONDS - answer_start,
+            )
             if answer.seconds - at >= _MIN_INTERRUPTED_SECONDS:
                 onset = answer_start + at
                 # The user's channel starts a margin before the first word is heard.
                 interrupts = onset + _MARGIN_SECONDS + turn.interruption.stop
                 answer = truncate(answer, interrupts - answer_start)
         elif turn.backchannel is not None:
-            events += _place_backchannel(turn.backchannel, user, synthesize, answer, answer_start)
+            events += _place_backchannel(
+                turn.backchannel, user, synthesize, answer, answer_start, end_of_turn
+            )
         assistant.place(answer, answer_start)
-        events.append(_answer_event(answer_start, answer, cut=interrupts is not None))
+        cut = interrupts is not None
+        events.append(_answer_event(answer_start, answer, turn.question.answer, cut=cut))
         quiet_since = answer_start + answer.seconds
         if onset is not None:
             begin = onset
@@ -384,6 +493,28 @@ def arrange(script: Script, synthesize: Synthesize, sample_rate: int = 24_000) -
     )
 
 
+def spoken(turn: Turn) -> str:
+    """What the user says: the question, and what they stumble over."""
+    slip = turn.disfluency
+    if slip is None:
+        return turn.question.text
+    words = turn.question.text.split()
+    return " ".join([*words[: slip.word], slip.text, *words[slip.word :]])
+
+
+def _disfluency_event(turn: Turn, slip: Disfluency, utterance: Utterance, begin: float) -> Event:
+    """Over the words of the slip, which a synthesizer gives as ``text.tokenize`` does."""
+    first = len(tokenize(" ".join(turn.question.text.split()[: slip.word])))
+    said = utterance.words[first : first + len(tokenize(slip.text))]
+    return Event(
+        kind="disfluency",
+        channel=USER,
+        start=begin + said[0].start,
+        end=begin + said[-1].end,
+        meta={"kind": slip.kind, "text": slip.text},
+    )
+
+
 def _clip(event: Event, seconds: float) -> Event | None:
     """The part of an event before the end; the end of a turn that never comes is no event."""
     if event.start >= seconds:
@@ -391,7 +522,7 @@ def _clip(event: Event, seconds: float) -> Event | None:
     return event if event.end <= seconds else event.model_copy(update={"end": seconds})
 
 
-def _turn_event(question: Question, start: float, end: float) -> Event:
+def _turn_event(question: Question | Exchange, start: float, end: float) -> Event:
     meta = {
         "start": start,
         "question": question.text,
@@ -403,13 +534,13 @@ def _turn_event(question: Question, start: float, end: float) -> Event:
     return Event(kind="turn_end", channel=USER, start=end, end=end, meta=meta)
 
 
-def _answer_event(start: float, utterance: Utterance, *, cut: bool) -> Event:
+def _answer_event(start: float, utterance: Utterance, text: str, *, cut: bool) -> Event:
     return Event(
         kind="answer",
         channel=ASSISTANT,
         start=start,
         end=start + utterance.seconds,
-        meta={"cut": cut},
+        meta={"text": text, "cut": cut},
     )
 
 
@@ -432,13 +563,17 @@ def _place_backchannel(
     synthesize: Synthesize,
     answer: Utterance,
     answer_start: float,
+    end_of_turn: float,
 ) -> list[Event]:
-    """Say it within the answer; where it would outlast the answer, leave it out."""
+    """Say it within the answer, or not at all.
+
+    It would be too much where it outlasts the answer, or meets a question that the answer overlaps.
+    """
     utterance = _trim(synthesize(backchannel.text, USER))
     offset = backchannel.at * answer.seconds
-    if offset + utterance.seconds + 0.2 > answer.seconds:
-        return []
     start = answer_start + offset
+    if offset + utterance.seconds + 0.2 > answer.seconds or start < end_of_turn + _MARGIN_SECONDS:
+        return []
     user.place(utterance, start)
     return [
         Event(

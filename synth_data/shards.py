@@ -8,7 +8,7 @@ A sample is up to three members of a tar that share a key::
 
 Words keep their text and their seconds; ids of text pieces are given at load, so a change of text
 tokenizer re-runs nothing. Tars are deterministic (no time stamps, no owners) and appear whole or
-not at all.
+not at all, on a local disk as in any store that fsspec knows (``s3://…``, ``memory://…``).
 
 Letters: C channels, K codebooks, T frames, S samples.
 """
@@ -19,12 +19,13 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import soundfile
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from upath import UPath
 
 from audio_codec.audio import SAMPLE_RATE
 from audio_codec.errors import UserError
@@ -34,6 +35,12 @@ from synth_data.tts import Word
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+
+Location = UPath | Path | str
+"""Of shards: on a local disk, or in a store by its URL."""
+
+Folder = Annotated[UPath, BeforeValidator(lambda where: UPath(where))]
+"""A location as a field of a configuration."""
 
 
 class Event(BaseModel):
@@ -69,6 +76,9 @@ class Sample(BaseModel):
     """Where the text (synthetic) or the recording comes from."""
     licence: str
     synthetic: bool
+    """Whether a program made the sound; else it is a recording."""
+    human_text: bool = False
+    """Whether people chose the words, not templates or a language model; false where unknown."""
     seconds: float
     wer: float | None = None
     """Word error rate of an independent recognizer; None when it was not asked."""
@@ -111,10 +121,13 @@ def _members(sample: Sample) -> Iterator[tuple[str, bytes]]:
     yield f"{sample.id}.json", sample.model_dump_json().encode()
 
 
-def write(path: Path | str, samples: Iterable[Sample]) -> int:
+def write(path: Location, samples: Iterable[Sample]) -> int:
     """Write one shard; it appears under ``path`` only when whole. Returns the number of samples.
 
     ``samples`` may be a generator that computes as it goes.
+
+    Raises:
+        UserError: the place cannot be written, or the disk is full.
     """
     count = 0
     with (
@@ -136,13 +149,13 @@ class ShardWriter:
     Use it as a context manager; when its body raises, the unfinished shard is dropped.
     """
 
-    def __init__(self, directory: Path | str, prefix: str, max_samples: int) -> None:
+    def __init__(self, directory: Location, prefix: str, max_samples: int) -> None:
         """Write ``max_samples`` samples a shard."""
         assert max_samples > 0, max_samples
-        self.directory = Path(directory)
+        self.directory = UPath(directory)
         self.prefix = prefix
         self.max_samples = max_samples
-        self.paths: list[Path] = []
+        self.paths: list[UPath] = []
         self._pending: list[Sample] = []
 
     def write(self, sample: Sample) -> None:
@@ -178,13 +191,13 @@ def shard_name(prefix: str, index: int) -> str:
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def shard_paths(source: Path | str) -> list[Path]:
+def shard_paths(source: Location) -> list[UPath]:
     """Shards of a directory, of a glob pattern, or one tar file, sorted by name.
 
     Raises:
         UserError: there is none.
     """
-    source = Path(source)
+    source = UPath(source)
     if source.is_file():
         return [source]
     folder, pattern = (source, "*.tar") if source.is_dir() else (source.parent, source.name)
@@ -202,7 +215,7 @@ class Reader:
 
     _DECODERS: ClassVar = {"json", "codes.npy", "flac"}
 
-    def __init__(self, source: Path | str, *, audio: bool = True) -> None:
+    def __init__(self, source: Location, *, audio: bool = True) -> None:
         """Read ``source`` (see ``shard_paths``); without ``audio``, ``pcm`` stays None."""
         self.paths = shard_paths(source)
         self.audio = audio
@@ -212,10 +225,10 @@ class Reader:
         for path in self.paths:
             yield from self._shard(path)
 
-    def _shard(self, path: Path) -> Iterator[Sample]:
+    def _shard(self, path: UPath) -> Iterator[Sample]:
         key, members = "", dict[str, bytes]()
         try:
-            with tarfile.open(path) as tar:
+            with path.open("rb") as opened, tarfile.open(fileobj=opened) as tar:
                 for member in tar:
                     stream = tar.extractfile(member)
                     if stream is None:  # A folder, a link: no sample of ours.
@@ -236,7 +249,7 @@ class Reader:
         if not whole:
             self._skip(path, f"all after {key}", EOFError("no end-of-archive mark"))
 
-    def _decode(self, path: Path, key: str, members: dict[str, bytes]) -> Iterator[Sample]:
+    def _decode(self, path: UPath, key: str, members: dict[str, bytes]) -> Iterator[Sample]:
         if not members:
             return
         try:
@@ -246,13 +259,13 @@ class Reader:
         else:
             yield sample
 
-    def _skip(self, path: Path, what: str, error: Exception) -> None:
+    def _skip(self, path: UPath, what: str, error: Exception) -> None:
         self.skipped += 1
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         log.warning("skipped %s in %s: %s: %s", what, path, type(error).__name__, reason)
 
 
-def _ends_whole(path: Path) -> bool:
+def _ends_whole(path: UPath) -> bool:
     """Whether a tar ends in its mark of two empty blocks; ``tarfile`` does not mind if not."""
     with path.open("rb") as opened:
         opened.seek(-min(1024, path.stat().st_size), io.SEEK_END)
@@ -274,12 +287,12 @@ def _decode(members: dict[str, bytes]) -> Sample:
     return Sample(**{**dict(sample), **arrays})
 
 
-def read(source: Path | str, *, audio: bool = True) -> Iterator[Sample]:
+def read(source: Location, *, audio: bool = True) -> Iterator[Sample]:
     """Iterate the samples of a directory, glob pattern or tar file; see ``Reader``."""
     return iter(Reader(source, audio=audio))
 
 
-def webdataset(source: Path | str) -> Any:
+def webdataset(source: Location) -> Any:
     """The same shards as a ``webdataset.WebDataset`` of ``Sample``.
 
     For pipelines that shuffle and split by worker with that library. It skips corrupt samples too,

@@ -25,6 +25,7 @@ import pocketsphinx
 from audio_codec.audio import SAMPLE_RATE, resample
 from audio_codec.errors import UserError
 from audio_codec.files import replacing
+from synth_data.phones import DICTIONARY, pronunciations
 from synth_data.text import normalize
 from synth_data.tts import Utterance
 
@@ -165,19 +166,10 @@ def _write_arpa(
     return "\n".join([*lines, "", "\\end\\", ""])
 
 
-def _dictionary_path() -> Path:
-    return Path(pocketsphinx.get_model_path("en-us/cmudict-en-us.dict"))
-
-
-@functools.cache
-def _dictionary() -> frozenset[str]:
-    return frozenset(line.split()[0] for line in _dictionary_path().read_text().splitlines())
-
-
 def missing_words(texts: Iterable[str]) -> list[str]:
     """Words that the recognizer has no pronunciation for, sorted: it can never hear them."""
     words = {word for text in texts for word in normalize(text).split()}
-    return sorted(words - _dictionary())
+    return sorted(words - pronunciations().keys())
 
 
 # --- The recognizer -------------------------------------------------------------------------------
@@ -218,7 +210,7 @@ class Recognizer:
                 # unigram in its language model.
                 dictionary = Path(folder) / "words.dict"
                 added = "".join(f"{word} {phones}\n" for word, phones in pronunciations.items())
-                dictionary.write_text(_dictionary_path().read_text() + added)
+                dictionary.write_text(DICTIONARY.read_text() + added)
                 settings["dict"] = str(dictionary)
             try:
                 self._decoder = pocketsphinx.Decoder(

@@ -5,10 +5,10 @@ import torch
 from audio_codec.spectral import SpectralCodec, SpectralConfig
 from audio_codec.speech_tokenizer import TokenizerConfig
 from audio_codec.transformer import TransformerConfig
-from speechlm.data import train_text_tokenizer
 from speechlm.duplex import Duplex
 from speechlm.model import LMConfig, SpeechLM
 from speechlm.streams import Streams
+from speechlm.text_tokenizer import train_text_tokenizer
 
 TOKENIZER = TokenizerConfig(
     front_dim=16,

@@ -22,10 +22,12 @@ PACKAGES = ["audio_codec", "synth_data", "speechlm", "streaming", "demo"]
 
 # A recipe's folder, or else the first word of its file name, says what it is a recipe for.
 RECIPES = {
-    "speech": "synth_data.build:SpeechConfig",
-    "dialogues": "synth_data.build:DialoguesConfig",
+    "speech": "synth_data.recipes.speech:SpeechConfig",
+    "dialogues": "synth_data.recipes.dialogues:DialoguesConfig",
+    "stereo": "synth_data.recipes.stereo:StereoConfig",
     "tokenizer": "speechlm.training.tokenizer:TrainConfig",
     "codec": "speechlm.training.codec:TrainConfig",
+    "token_decoder": "speechlm.training.token_decoder:TrainConfig",
     "lm": "speechlm.training.lm:TrainConfig",
 }
 

@@ -31,12 +31,9 @@ the others' begin with the codec's name.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import logging
 import math
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,13 +48,13 @@ from torch import Tensor
 from audio_codec.audio import SAMPLE_RATE, LogMel, Pcm, load, resample
 from audio_codec.codec import Codec, load_codec
 from audio_codec.errors import UserError
-from audio_codec.quantize import entropy_bits
 from speechlm.convert import load_codec_of
 from speechlm.evaluation import abx, fidelity, report
 from speechlm.evaluation.conversation import progress_bar
 from speechlm.evaluation.report import Metric, bootstrap_mean, shown
-from speechlm.evaluation.tokenizer import heldout_speech, pooled_wer
+from speechlm.evaluation.tokenizer import codes_used, heldout_speech, pooled_wer
 from synth_data import quiz
+from synth_data.recipes.speech import MANIFEST, read_manifest
 from synth_data.tts import ASSISTANT, speak
 from synth_data.verify import WordErrors, default_recognizer, word_errors
 
@@ -156,19 +153,12 @@ def recordings(folder: Path, count: int, seed: int) -> list[Item]:
 def _manifest(folder: Path) -> dict[Path, tuple[str | None, str | None]]:
     """Text and speaker of each file that the nearest manifest names."""
     for root in (folder, *folder.parents):
-        path = root / "manifest.tsv.gz"
+        path = root / MANIFEST
         if not path.is_file():
             continue
-        try:
-            with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-        except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
-            raise UserError(f"manifest '{path}' cannot be read: {error}.") from error
-        if rows and "path" not in rows[0]:
-            raise UserError(f"manifest '{path}' has no column 'path'.")
         return {
             root / row["path"]: (row.get("text") or None, row.get("speaker") or None)
-            for row in rows
+            for row in read_manifest(path, ("path",))
             if row["path"]
         }
     return {}
@@ -322,10 +312,9 @@ def usage(counts: Sequence[Tensor]) -> dict[str, Metric]:
     """Usage and entropy of each codebook, from how often each of its codes was seen [L]."""
     found = {}
     for level, count in enumerate(counts):
-        frames = int(count.sum())
-        entropy = entropy_bits(count) / max(1.0, math.log2(len(count)))
-        found[f"codebook_usage_{level}"] = Metric(float((count > 0).double().mean()), n=frames)
-        found[f"codebook_entropy_{level}"] = Metric(entropy, n=frames)
+        share, entropy = codes_used(count)
+        found[f"codebook_usage_{level}"] = share
+        found[f"codebook_entropy_{level}"] = entropy
     return found
 
 
@@ -521,16 +510,8 @@ _MEANING = (
 
 def slugs(names: Sequence[str]) -> list[str]:
     """Short distinct names, fit for a metric: "hf://kyutai/mimi" is "mimi", the next "mimi_2"."""
-    found: list[str] = []
-    for name in names:
-        last = name.rstrip("/").rpartition("/")[2].lower()
-        slug = re.sub(r"[^a-z0-9]+", "_", last).strip("_") or "codec"
-        again = 2
-        unique = slug
-        while unique in found:
-            unique, again = f"{slug}_{again}", again + 1
-        found.append(unique)
-    return found
+    last = (name.rstrip("/").rpartition("/")[2].lower() for name in names)
+    return report.distinct(re.sub(r"[^a-z0-9]+", "_", name).strip("_") or "codec" for name in last)
 
 
 @torch.inference_mode()

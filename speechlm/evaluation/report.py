@@ -17,7 +17,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,6 +95,26 @@ def bootstrap_mean(values: Sequence[float], unit: str = "") -> Metric:
     return _bootstrap(values, np.mean, unit)
 
 
+def bootstrap_ratio(parts: Sequence[float], wholes: Sequence[float], unit: str = "") -> Metric:
+    """Sum of `parts` over sum of `wholes`, with its percentile-bootstrap interval over the pairs.
+
+    Of an error rate, say, the errors and the words of each utterance. Resamples whose wholes are
+    all 0 have no ratio and are left out.
+    """
+    assert len(parts) == len(wholes), (len(parts), len(wholes))
+    part, whole = (np.asarray(values, dtype=np.float64) for values in (parts, wholes))
+    if not whole.any():
+        return Metric(None, n=len(part), unit=unit, reason="no trial qualified")
+    rng, ratios = np.random.default_rng(0), []
+    # One resample at a time, so that memory grows with the trials alone.
+    for _ in range(2000):
+        picks = rng.integers(len(part), size=len(part))
+        if total := whole[picks].sum():
+            ratios.append(part[picks].sum() / total)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Metric(float(part.sum() / whole.sum()), float(low), float(high), len(part), unit)
+
+
 def _bootstrap(values: Sequence[float], statistic: Callable[..., Any], unit: str) -> Metric:
     if len(values) == 0:
         return Metric(None, n=0, unit=unit, reason="no trial qualified")
@@ -102,6 +122,17 @@ def _bootstrap(values: Sequence[float], statistic: Callable[..., Any], unit: str
     picks = np.random.default_rng(0).integers(len(sample), size=(2000, len(sample)))
     low, high = np.percentile(statistic(sample[picks], axis=1), [2.5, 97.5])
     return Metric(float(statistic(sample)), float(low), float(high), len(sample), unit)
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The names of metrics or codecs, each once: a second "mimi" becomes "mimi_2"."""
+    found: list[str] = []
+    for name in names:
+        unique, again = name, 2
+        while unique in found:
+            unique, again = f"{name}_{again}", again + 1
+        found.append(unique)
+    return found
 
 
 def envelope(command: str, metrics: Mapping[str, Metric], **extra: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ other candidate of its kind (`quiz.score`). Judged are
     unknown_accuracy          share of questions outside the world to which it says "I don't know"
     false_refusal             share of questions inside the world to which it does
     heard_wer                 word error rate of the model's own transcript of the questions
+    heard_wer_ctc             the same of its tokenizer's, spelled letter by letter from the codes
     s2t_accuracy_first_minute, s2t_accuracy_tenth_minute
                               the same questions in the first and the last minute of ten-minute
                               conversations full of others
@@ -36,10 +37,12 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import torch
 
 from audio_codec.audio import SAMPLE_RATE, Pcm, normalize
 from audio_codec.audio import load as load_audio
 from audio_codec.errors import UserError
+from audio_codec.speech_tokenizer import SpeechTokenizer
 from speechlm.convert import load
 from speechlm.evaluation.conversation import (
     Call,
@@ -51,10 +54,10 @@ from speechlm.evaluation.conversation import (
     progress_bar,
 )
 from speechlm.evaluation.report import Metric, bootstrap_mean, proportion
-from speechlm.evaluation.tokenizer import pooled_wer
+from speechlm.evaluation.tokenizer import pad, pooled_wer, read
 from synth_data import quiz
-from synth_data.build import read_manifest
 from synth_data.quiz import CATEGORIES, Question
+from synth_data.recipes.speech import MANIFEST, read_manifest
 from synth_data.tts import ASSISTANT, Voice, speak, user_voices
 from synth_data.verify import Recognizer, save_language_model, word_errors
 
@@ -217,7 +220,7 @@ def recorded_digits(data: Path, count: int, rng: np.random.Generator) -> list[tu
     set of digits.
     """
     groups: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
-    for row in read_manifest(data):
+    for row in read_manifest(data / MANIFEST, ("set", "text", "speaker", "path")):
         if row["set"] == "digits":
             groups[row["text"], row["speaker"]].append(row)
     if not groups:
@@ -400,6 +403,7 @@ def evaluate(
         conversations=conversations,
         slots=slots,
         progress=progress,
+        tokenizer=getattr(duplex.codec, "tokenizer", None),
     )
     reason = "no folder of recordings was given (--recorded)"
     metrics["digits_accuracy"] = (
@@ -408,6 +412,18 @@ def evaluate(
         else judge_digits(duplex, digits, seed=seed, slots=slots, progress=progress)
     )
     return metrics
+
+
+@torch.inference_mode()
+def judge_listening(tokenizer: SpeechTokenizer, asked: Sequence[Asked], batch: int = 16) -> Metric:
+    """Word error rate of the tokenizer's own transcripts of questions."""
+    errors = []
+    for first in range(0, len(asked), batch):
+        some = asked[first : first + batch]
+        sounds = [normalize(speak(a.question.text, a.voice).pcm, a.dbfs) for a in some]
+        said = read(tokenizer, *pad(tokenizer, sounds))
+        errors += [word_errors(a.question.text, t) for a, t in zip(some, said, strict=True)]
+    return pooled_wer(errors)
 
 
 def judge_digits(
@@ -438,8 +454,9 @@ def measure(
     conversations: int,
     slots: int,
     progress: bool,
+    tokenizer: SpeechTokenizer | None = None,
 ) -> dict[str, Metric]:
-    """`evaluate` for a model and voices at hand."""
+    """`evaluate` for a model and voices at hand; `tokenizer` is the one that the model hears by."""
     rng = np.random.default_rng([seed, 0])
     inside = assign(draw_questions(questions, rng), voices, rng)
     outside = assign(quiz.out_of_world("heldout", unknown, seed), voices, rng)
@@ -451,6 +468,11 @@ def measure(
     found = converse(model, talks, slots, "asking", progress)
     long, replies = found[:conversations], [reply for [reply] in found[conversations:]]
     metrics = judge_text(replies[:questions], replies[questions:])
+    metrics["heard_wer_ctc"] = (
+        Metric(None, reason="the codec has no speech tokenizer in it")
+        if tokenizer is None
+        else judge_listening(tokenizer, (*inside, *outside))
+    )
     if conversations:
         metrics |= judge_minutes([reply for talk in long for reply in talk])
     return metrics | judge_speech(replies[:questions], assistant, progress)

@@ -1,76 +1,775 @@
-"""How well words can be read off the semantic codes.
+"""How well words can be read off the semantic codes, and what else the codes say.
 
-Held-out sentences of the quiz world, in voices that nothing was trained on, are synthesized,
-tokenized, and read back by the tokenizer's own CTC head, greedily.
+Held-out sentences of the quiz world are synthesized, tokenized, and read back by the tokenizer's
+own head, greedily; recordings of people likewise:
 
-`wer_quantized` reads the codes; `wer_unquantized` the same network with its rounding left out, so
-the two differ by what the bottleneck's rounding alone costs. `codebook_usage` is the share of codes
-seen at least once, `codebook_entropy` the entropy of their distribution over log2 of their number.
+    sentences ─ speak ─┬──────────── encode ═ codes ─┬─ read back: errors in words and characters
+                       │                             └─ count: usage, entropy
+                       └─ add noise ─ encode ═ codes ── read back
+    recordings ─────────────────────  encode ═ codes ─┬─ read back
+                                                      └─ compare those of different speakers
+
+    wer_quantized, cer_quantized      errors through the codes, in voices nothing was trained on
+    wer_unquantized, cer_unquantized  past the rounding, in the same network: what it alone costs
+    wer_twin, cer_twin                in the twin, trained alike but without a bottleneck
+    wer_ratio                         wer_quantized over wer_twin: what the bottleneck costs
+    …_known                           all these on the same sentences in voices of the training
+    …_recorded                        on sentences new to training, by recorded people who are not
+    wer_noise_5db, cer_noise_5db      wer_quantized under pink noise, 5 dB below the speech
+    codebook_usage                    share of the codes seen at least once in n codes
+    codebook_entropy_ratio            entropy of their distribution over log2 of their number (too
+                                      low where n is not many times that number)
+    codebook_entropy                  the same, by its first name
+    speaker_invariance                0 = codes do not tell who speaks; see the function
+    speaker_invariance_warped         likewise of what the codes stand for: near counts as near
+    lookahead_ms                      of sound that a code waits for beyond its own frame
+    realtime_factor                   seconds of computing a second of sound, streaming
+
+Intervals are bootstraps over utterances, of speaker invariance over sentences, of
+`realtime_factor` over frames. Sounds are made, heard and forgotten a few at a time, so that memory
+does not grow with their number.
+
+A comparison of several tokenizers names each one's metrics after its shape, as `wer_ratio` in
+`wer_ratio_12_5hz_4375_fsq`; its `wer_quantized` is simply `wer_12_5hz_4375_fsq`. A look-ahead is
+part of the shape: `wer_12_5hz_4375_fsq_160ms`.
+
+Letters: B utterances of a batch, S samples, T codes of an utterance, L codes of the codebook,
+D numbers of a code, N token sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from rich.progress import Progress
+from torch import Tensor
+from torchaudio.functional import edit_distance
 
-from audio_codec.audio import Pcm
+from audio_codec import checkpoint as checkpoints
+from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, Pcm, load
+from audio_codec.errors import UserError
 from audio_codec.quantize import entropy_bits
+from audio_codec.speech_tokenizer import SpeechTokenizer
 from speechlm.convert import load_speech_tokenizer_of
-from speechlm.evaluation.report import Metric
-from speechlm.training.tokenizer import Utterance, collate, log_mel, transcribe
+from speechlm.evaluation import abx, report
+from speechlm.evaluation.conversation import progress_bar
+from speechlm.evaluation.report import Metric, bootstrap_mean, bootstrap_ratio, shown
+from speechlm.training.tokenizer import TrainConfig, transcribe
 from synth_data import quiz
+from synth_data.augment import add_noise, pink
+from synth_data.recipes.speech import MANIFEST, read_manifest
+from synth_data.text import normalize
 from synth_data.tts import Voice, speak, user_voices
 from synth_data.verify import WordErrors, word_errors
 
+log = logging.getLogger(__name__)
 
-def heldout_speech(count: int, seed: int) -> list[tuple[Pcm, str, Voice]]:
-    """Held-out quiz sentences in held-out voices: sound [S], text, voice."""
+T = TypeVar("T")
+
+NOISE_DB: Final = (0, 5, 10, 20)
+"""Signal-to-noise ratios at which robustness is measured."""
+TIMED_SECONDS: Final = 16.0
+"""Of sound, over which `realtime_factor` is taken, or ten frames where these are longer."""
+THREADS: Final = 2
+"""What it is taken on; `speechlm bench codec` has its headline on as many."""
+
+_BATCH = 16  # Utterances heard at once.
+_TAIL = SAMPLE_RATE // 50  # Silence after an utterance, in which the last window slides off it.
+_WARM = 5  # Frames that are not timed: they find the caches full of something else.
+_SENTENCES_DRAWN = 256  # At once, where there is no end to them.
+_SENTENCES_COMPARED = 10  # With each other; the work grows with its square.
+
+
+# --- What is heard --------------------------------------------------------------------------------
+
+
+def heldout_speech(
+    count: int, seed: int, voices: str = "heldout"
+) -> Iterator[tuple[Pcm, str, Voice]]:
+    """Held-out quiz sentences in held-out voices: sound [S], text, voice.
+
+    With `voices="train"` the same sentences in the voices that were trained on.
+    """
     rng = np.random.default_rng(seed)
-    voices = user_voices("heldout")
-    found = []
+    speakers = user_voices(voices)
     for index, text in enumerate(quiz.sentences("heldout", count, seed)):
-        voice = voices[index % len(voices)]
-        found.append((speak(text, voice.jitter(rng)).pcm, text, voice))
-    return found
+        voice = speakers[index % len(speakers)]
+        yield speak(text, voice.jitter(rng)).pcm, text, voice
+
+
+def recorded_speech(data: Path) -> Iterator[tuple[Pcm, str, str]]:
+    """The sentences that a data folder keeps from training: sound [S], text, speaker.
+
+    Raises UserError when the folder has no manifest, or the manifest no such sentence.
+    """
+    rows = read_manifest(data / MANIFEST, ("split", "text", "speaker", "path"))
+    rows = [row for row in rows if row["split"] == "validation" and row["text"]]
+    if not rows:
+        raise UserError(f"recorded '{data}': its manifest has no text in the split 'validation'.")
+    return ((load(data / row["path"]), row["text"], row["speaker"]) for row in rows)
+
+
+def endless_speech(seed: int) -> Iterator[Pcm]:
+    """More and more held-out sentences [S], in held-out and in known voices by turns."""
+    for block in itertools.count(1):
+        for voices in ("heldout", "train"):
+            for pcm, _, _ in heldout_speech(_SENTENCES_DRAWN, seed + block, voices):
+                yield pcm
+
+
+def noisy(pcm: Pcm, decibel: float, rng: np.random.Generator) -> Pcm:
+    """Pink noise under speech, so many decibels weaker."""
+    return add_noise(pcm, pink(len(pcm), rng), decibel)
+
+
+# --- Through a tokenizer --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What tokenizers are compared by."""
+
+    rate: float
+    """Codes a second."""
+    size: int
+    """Codes of the codebook, L."""
+    bottleneck: str
+    """Its kind, "fsq" or "vq"."""
+    lookahead_ms: float
+    """Infinite where every code sees the whole sound."""
+
+    @property
+    def bits(self) -> float:
+        """Bits a second, were every code equally likely."""
+        return self.rate * math.log2(self.size)
+
+    @property
+    def key(self) -> str:
+        """The end of a metric's name: 12_5hz_4375_fsq, with a look-ahead 12_5hz_4375_fsq_160ms."""
+        late = f"_{self.lookahead_ms:g}ms" if self.lookahead_ms else ""
+        return f"{self.rate:g}hz_{self.size}_{self.bottleneck}{late}".replace(".", "_")
+
+
+def shape_of(tokenizer: SpeechTokenizer) -> Shape:
+    """What a tokenizer says of itself."""
+    return Shape(
+        tokenizer.rate, tokenizer.codebook_size, tokenizer.bottleneck, tokenizer.lookahead_ms
+    )
+
+
+def pad(tokenizer: SpeechTokenizer, sounds: Sequence[Pcm]) -> tuple[Tensor, Tensor]:
+    """Sounds [S] with silence after them → [B, 1, S'], and how many frames of 80 ms each fills [B].
+
+    S' is in whole frames and in whole codes.
+    """
+    frames = [-(-(len(pcm) + _TAIL) // FRAME_SIZE) for pcm in sounds]
+    whole = math.lcm(FRAME_SIZE, round(SAMPLE_RATE / tokenizer.rate))
+    size = -(-max(frames) * FRAME_SIZE // whole) * whole
+    padded = np.zeros((len(sounds), 1, size), np.float32)
+    for row, pcm in zip(padded, sounds, strict=True):
+        row[0, : len(pcm)] = pcm
+    return torch.from_numpy(padded), torch.tensor(frames)
+
+
+def encode(tokenizer: SpeechTokenizer, pcm: Tensor, frames: Tensor) -> list[Tensor]:
+    """Codes [T] of each padded sound, without those of the padding.
+
+    Codes come `delay` after what they are of, so the first ones are of nothing.
+    """
+    late = round(tokenizer.delay * tokenizer.rate / SAMPLE_RATE)
+    silence = round(late * SAMPLE_RATE / tokenizer.rate)  # in which the last codes come out
+    codes = tokenizer.encode(F.pad(pcm, (0, silence)))[:, late:]
+    each = [math.ceil(n * tokenizer.rate / FRAME_RATE) for n in frames.tolist()]
+    return [row[:n] for row, n in zip(codes, each, strict=True)]
+
+
+def read(
+    tokenizer: SpeechTokenizer, pcm: Tensor, frames: Tensor, *, quantized: bool = True
+) -> list[str]:
+    """Transcript of each padded sound, through the codes or past the rounding."""
+    return transcribe(tokenizer, tokenizer.mel(pcm), frames, quantized=quantized)
+
+
+@dataclass
+class Tally:
+    """What transcripts got wrong, utterance by utterance."""
+
+    words: list[WordErrors] = field(default_factory=list)
+    edits: list[int] = field(default_factory=list)
+    """In characters, spaces included."""
+    characters: list[int] = field(default_factory=list)
+    """Of the texts."""
+
+    def add(self, text: str, transcript: str) -> None:
+        """Count one utterance."""
+        self.words.append(word_errors(text, transcript))
+        expected = normalize(text)
+        self.edits.append(edit_distance(expected, normalize(transcript)))
+        self.characters.append(len(expected))
+
+    def wer(self) -> Metric:
+        """Word error rate."""
+        return pooled_wer(self.words)
+
+    def cer(self) -> Metric:
+        """Character error rate."""
+        return bootstrap_ratio(self.edits, self.characters)
 
 
 def pooled_wer(errors: Sequence[WordErrors]) -> Metric:
     """Corpus word error rate with a percentile bootstrap over utterances."""
-    wrong = np.array([e.errors for e in errors])
-    words = np.array([e.words for e in errors])
-    picks = np.random.default_rng(0).integers(len(errors), size=(2000, len(errors)))
-    low, high = np.percentile(wrong[picks].sum(1) / words[picks].sum(1).clip(min=1), [2.5, 97.5])
-    value = wrong.sum() / max(1, words.sum())
-    return Metric(float(value), float(low), float(high), len(errors))
+    return bootstrap_ratio([e.errors for e in errors], [e.words for e in errors])
+
+
+def codes_used(counts: Tensor) -> tuple[Metric, Metric]:
+    """Share of codes seen, and entropy over log2 L, from how often each was seen [L]."""
+    seen = int(counts.sum())
+    entropy = entropy_bits(counts) / max(1.0, math.log2(len(counts)))
+    return Metric(float((counts > 0).double().mean()), n=seen), Metric(entropy, n=seen)
+
+
+def speaker_invariance(
+    sayings: Mapping[str, Mapping[str, T]],
+    distances: Callable[[list[T]], npt.NDArray[np.float64]],
+) -> Metric:
+    """How little tokens depend on who speaks: 0 not at all, 1 as much as on what is said.
+
+    `sayings`: sentence → speaker → tokens. The mean distance between every two speakers of one
+    sentence is divided by that between different sentences of one speaker (each with the others
+    among ten):
+
+                     sentence 1   sentence 2
+        speaker a       a1 ───────── a2          ─── what was said differs: the denominator
+                         ┊            ┊
+        speaker b       b1 ───────── b2          ┊   who said it differs: the numerator
+
+    `distances`: of every two of some tokens, [N, N]. `speaker_invariance` has `edit_distances`, in
+    which a code has no neighbours: of thousands of codes two people will seldom hit the same, and
+    both means near their largest, 1. `speaker_invariance_warped` has those of `abx.distances`
+    between what the codes stand for, which also forgive a difference in tempo. Nobody says a
+    sentence twice alike, so that a perfect recognizer would not reach 0. The interval is a
+    bootstrap over sentences.
+    """
+    shared = [by for by in sayings.values() if len(by) > 1]
+    same, other = [], []
+    for block in _batches(shared, _SENTENCES_COMPARED):
+        text, speaker = (
+            np.array(labels)
+            for labels in zip(*((i, who) for i, by in enumerate(block) for who in by), strict=True)
+        )
+        far = distances([tokens for by in block for tokens in by.values()])
+        for index in range(len(block)):
+            here = text == index
+            alike = far[here][:, here]
+            apart = far[here[:, None] & ~here & (speaker[:, None] == speaker)]
+            if len(apart):
+                same.append(float(alike[np.triu_indices(len(alike), 1)].mean()))
+                other.append(float(apart.mean()))
+    if not any(other):
+        reason = "needs two sentences, read by the same two people, whose codes differ"
+        return Metric(None, n=len(other), reason=reason)
+    return bootstrap_ratio(same, other)
+
+
+def edit_distances(tokens: Sequence[Sequence[int]]) -> npt.NDArray[np.float64]:
+    """Edits between every two code sequences, over the length of the longer one: 0 … 1, [N, N]."""
+    found = np.zeros((len(tokens), len(tokens)))
+    for (i, one), (j, two) in itertools.combinations(enumerate(tokens), 2):
+        found[i, j] = found[j, i] = edit_distance(one, two) / max(len(one), len(two))
+    return found
 
 
 @torch.inference_mode()
-def evaluate(model: str = "tiny", utterances: int = 300, seed: int = 0) -> dict[str, Metric]:
-    """Metrics of the tokenizer inside a model, or of a tokenizer's checkpoint directory."""
-    tokenizer = load_speech_tokenizer_of(model)
-    found = [
-        Utterance(log_mel(pcm), text, str(voice))
-        for pcm, text, voice in heldout_speech(utterances, seed)
-    ]
-    errors: dict[bool, list[WordErrors]] = {True: [], False: []}
-    counts = torch.zeros(tokenizer.quantizer.size, dtype=torch.int64)
-    rng = np.random.default_rng(seed)
-    for start in range(0, len(found), 16):
-        chosen = found[start : start + 16]
-        batch = collate(chosen, (), None, rng)
-        for quantized, pool in errors.items():
-            said = transcribe(tokenizer, batch.mel, batch.frames, quantized=quantized)
-            pool += [word_errors(u.text, text) for u, text in zip(chosen, said, strict=True)]
-        codes = tokenizer.discretize(tokenizer.features(batch.mel))
-        heard = torch.arange(codes.shape[1]) < batch.frames[:, None]
-        counts += torch.bincount(codes[heard], minlength=len(counts))
-    frames = int(counts.sum())
-    entropy = entropy_bits(counts) / float(np.log2(len(counts)))
+def realtime_factor(tokenizer: SpeechTokenizer) -> Metric:
+    """Seconds of computing a second of sound, one frame of one stream at a time on two threads."""
+    if not math.isfinite(shape_of(tokenizer).lookahead_ms):
+        return Metric(None, reason="it does not stream")
+    seconds = tokenizer.frame_size / SAMPLE_RATE
+    timed = max(10, round(TIMED_SECONDS / seconds))
+    generator = torch.Generator().manual_seed(0)
+    sound = 0.05 * torch.randn(_WARM + timed, 1, 1, tokenizer.frame_size, generator=generator)
+    state = tokenizer.new_state(1)
+    took, before = [], torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        for frame in sound:
+            begin = time.perf_counter()
+            tokenizer.encode(frame, state)
+            took.append((time.perf_counter() - begin) / seconds)
+    finally:
+        torch.set_num_threads(before)
+    return bootstrap_mean(took[_WARM:])
+
+
+# --- The comparison -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A tokenizer to measure."""
+
+    name: str
+    tokenizer: SpeechTokenizer
+    twin: SpeechTokenizer | None = None
+    """Of the same config, seed, data and steps, but trained without a bottleneck."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was measured of one tokenizer."""
+
+    name: str
+    shape: Shape
+    metrics: dict[str, Metric]
+    """Under their plain names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Tokenizers on the same sounds."""
+
+    results: tuple[Result, ...]
+    plain: bool
+    """Whether the first result's metrics keep their plain names."""
+    source: str
+    """What the sounds are, in words."""
+
+    def metrics(self) -> dict[str, Metric]:
+        """Every metric under its published name."""
+        found: dict[str, Metric] = {}
+        keys = report.distinct(result.shape.key for result in self.results)
+        for index, (key, result) in enumerate(zip(keys, self.results, strict=True)):
+            rest = dict(result.metrics)
+            if self.plain and index == 0:
+                found |= rest
+                rest = {"wer_quantized": rest["wer_quantized"]}
+            found[f"wer_{key}"] = rest.pop("wer_quantized")
+            found |= {f"{name}_{key}": metric for name, metric in rest.items()}
+        return found
+
+    def document(self) -> list[report.Block]:
+        """The report: a table as the published one, curves, and all errors."""
+        return [
+            report.Paragraph(
+                f"{self.source} In brackets: 95% intervals (bootstrap). ↑ is better when higher, "
+                "↓ when lower."
+            ),
+            self._table(_OVERVIEW, shapes=True),
+            report.Heading("Errors over bitrate"),
+            self._bitrates(),
+            report.Heading("Look-ahead"),
+            self._lookaheads(),
+            report.Heading("Noise"),
+            self._noise(),
+            self._table(_NOISE),
+            report.Heading("All errors"),
+            *(self._table(_errors(group, which)) for group, which in _GROUPS if self._has(group)),
+            report.Heading("What the numbers mean"),
+            *(report.Paragraph(text) for text in _MEANING),
+        ]
+
+    def _has(self, group: str) -> bool:
+        return any(f"wer_quantized{group}" in result.metrics for result in self.results)
+
+    def _table(self, columns: Mapping[str, str], *, shapes: bool = False) -> report.Table:
+        """A row a tokenizer; `columns`: metric → heading, without those that nobody has."""
+        present = {
+            name: title
+            for name, title in columns.items()
+            if any(name in result.metrics for result in self.results)
+        }
+        rows = []
+        for result in self.results:
+            shape, known = result.shape, result.metrics
+            said = [f"{shape.rate:g}", f"{shape.bits:.0f}", str(shape.size), shape.bottleneck]
+            said.append(f"{shape.lookahead_ms:g}")
+            cells = [shown(known[name]) if name in known else "" for name in present]
+            rows.append([result.name, *(said if shapes else ()), *cells])
+        header = ["tokenizer", *(_SHAPE if shapes else ()), *present.values()]
+        return report.Table(header, rows)
+
+    def _bitrates(self) -> report.Picture:
+        def line(shape: Shape) -> str:
+            late = f", {shape.lookahead_ms:g} ms ahead" if shape.lookahead_ms else ""
+            return f"{shape.rate:g} Hz, {shape.bottleneck}{late}"
+
+        titles = {
+            "wer_quantized": "word error rate ↓",
+            "wer_ratio": "over the twin's ↓",
+            "codebook_entropy_ratio": "entropy / log2(codes) ↑",
+        }
+        lines = {
+            name: self._lines(name, {r.name: line(r.shape) for r in self.results}, "bits")
+            for name in titles
+        }
+        panels = [report.Panel(titles[name], of) for name, of in lines.items() if of]
+        caption = "Tokenizers over bits a second; a line is a rate and a bottleneck."
+        return report.Picture("bitrates", caption, report.curves(panels, "bit/s", logarithmic=True))
+
+    def _lookaheads(self) -> report.Picture:
+        names = {
+            result.name: f"{shape.rate:g} Hz, {shape.size} {shape.bottleneck}"
+            for result in self.results
+            for shape in [result.shape]
+        }
+        panels = [
+            report.Panel(title, self._lines(name, names, "lookahead_ms"))
+            for name, title in (
+                ("wer_quantized", "word error rate ↓"),
+                ("cer_quantized", "character error rate ↓"),
+            )
+        ]
+        caption = "Errors over the sound that a code waits for beyond its own frame."
+        return report.Picture("lookahead", caption, report.curves(panels, "look-ahead, ms"))
+
+    def _lines(
+        self, metric: str, names: Mapping[str, str], x: str
+    ) -> dict[str, list[tuple[float, Metric]]]:
+        """Lines of a metric over a number of the shape; `names`: tokenizer → line."""
+        lines: dict[str, list[tuple[float, Metric]]] = {}
+        for result in sorted(self.results, key=lambda result: float(getattr(result.shape, x))):
+            at = float(getattr(result.shape, x))
+            if metric in result.metrics and math.isfinite(at):
+                lines.setdefault(names[result.name], []).append((at, result.metrics[metric]))
+        return lines
+
+    def _noise(self) -> report.Picture:
+        panels = [
+            report.Panel(
+                title,
+                {
+                    result.name: [(db, result.metrics[f"{kind}_noise_{db}db"]) for db in NOISE_DB]
+                    for result in self.results
+                },
+            )
+            for kind, title in (("wer", "word error rate ↓"), ("cer", "character error rate ↓"))
+        ]
+        caption = "Errors under pink noise, over the signal-to-noise ratio."
+        return report.Picture("noise", caption, report.curves(panels, "dB"))
+
+
+_SHAPE = ("Hz", "bit/s", "codes", "bottleneck", "look-ahead, ms")
+_OVERVIEW = {
+    "wer_twin": "WER of the unquantized twin ↓",
+    "wer_quantized": "WER quantized ↓",
+    "wer_ratio": "ratio ↓",
+    "codebook_usage": "share of codes seen ↑",
+    "codebook_entropy_ratio": "entropy / log2(codes) ↑",
+    "wer_noise_10db": "WER at 10 dB ↓",
+    "speaker_invariance": "speaker invariance ↓",
+    "speaker_invariance_warped": "the same, warped ↓",
+    "realtime_factor": "real-time factor ↓",
+}
+_NOISE = {f"wer_noise_{db}db": f"WER at {db} dB ↓" for db in NOISE_DB}
+_GROUPS = (("", "new voices"), ("_known", "known voices"), ("_recorded", "recorded voices"))
+_MEANING = (
+    "Errors are those of the tokenizer's own greedy transcript, pooled over utterances. New voices "
+    "are synthesized ones that nothing was trained on, known voices those of the training; both "
+    "read the same sentences, which no training has seen. Recorded voices are people of the "
+    "training reading sentences kept from it.",
+    "The unquantized twin has the tokenizer's config, seed, data and steps, but was trained "
+    "without the bottleneck. Past the rounding means the tokenizer itself with its numbers left as "
+    "they are.",
+    "Entropy and the share of codes seen are too low where there are not many more codes heard "
+    "than there are in the codebook.",
+    "Speaker invariance is the edit distance between the codes of two people reading one sentence "
+    "over that between two sentences of one person, each over the longer one's length: 0 says "
+    "nothing of the speaker, 1 as much as of the sentence. Among thousands of codes two people "
+    "seldom hit the same one, and it is near 1. Warped, it compares what the codes stand for, "
+    "where near counts as near, along the cheapest warping of time.",
+    "The real-time factor is seconds of computing a second of sound, in a stream of one frame at a "
+    "time, on two threads.",
+)
+
+
+def _errors(group: str, which: str) -> dict[str, str]:
+    """Columns of all errors of a group of voices."""
+    ways = {"twin": "twin", "unquantized": "past the rounding", "quantized": "quantized"}
     return {
-        "wer_quantized": pooled_wer(errors[True]),
-        "wer_unquantized": pooled_wer(errors[False]),
-        "codebook_usage": Metric(float((counts > 0).float().mean()), n=frames),
-        "codebook_entropy": Metric(entropy, n=frames),
+        f"{kind}_{way}{group}": f"{kind.upper()}, {which}: {title} ↓"
+        for kind in ("wer", "cer")
+        for way, title in ways.items()
     }
+
+
+def hear(
+    candidate: Candidate, sounds: Sequence[Pcm], noise: Sequence[float], rng: np.random.Generator
+) -> tuple[dict[str, list[str]], list[Tensor]]:
+    """Transcripts of a few sounds [S] by each way of reading them, and their codes.
+
+    `noise`: at how many decibels of it they are read too.
+    """
+    tokenizer = candidate.tokenizer
+    pcm, frames = pad(tokenizer, sounds)
+    said = {
+        "quantized": read(tokenizer, pcm, frames),
+        "unquantized": read(tokenizer, pcm, frames, quantized=False),
+    }
+    if candidate.twin is not None:
+        said["twin"] = read(candidate.twin, pcm, frames, quantized=False)
+    for db in noise:
+        disturbed, _ = pad(tokenizer, [noisy(sound, db, rng) for sound in sounds])
+        said[f"noise_{db:g}db"] = read(tokenizer, disturbed, frames)
+    return said, encode(tokenizer, pcm, frames)
+
+
+@torch.inference_mode()
+def measure(
+    candidate: Candidate,
+    utterances: int,
+    seed: int,
+    recorded: Path | None = None,
+    codes: int = 0,
+    progress: bool = False,
+) -> Result:
+    """Measure one tokenizer; the other arguments are those of `compare`."""
+    shape = shape_of(candidate.tokenizer)
+    groups: dict[str, Iterator[tuple[Pcm, str, Any]]] = {
+        "": heldout_speech(utterances, seed),
+        "_known": heldout_speech(utterances, seed, "train"),
+    }
+    if recorded is not None:
+        groups["_recorded"] = recorded_speech(recorded)
+    found: dict[str, Metric] = {}
+    counts = torch.zeros(shape.size, dtype=torch.int64)
+    sayings: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    rng = np.random.default_rng((seed, 1))
+    with progress_bar(progress) as bar:
+        for group, speech in groups.items():
+            tallies: dict[str, Tally] = defaultdict(Tally)
+            total = None if group == "_recorded" else -(-utterances // _BATCH)
+            name = candidate.name + group.replace("_", ", ")
+            for batch in bar.track(_batches(speech), total, description=name):
+                sounds, texts, speakers = zip(*batch, strict=True)
+                said, heard = hear(candidate, sounds, () if group else NOISE_DB, rng)
+                for way, transcripts in said.items():
+                    for text, transcript in zip(texts, transcripts, strict=True):
+                        tallies[way].add(text, transcript)
+                counts += torch.bincount(torch.cat(heard), minlength=len(counts))
+                if group == "_recorded":
+                    for text, speaker, row in zip(texts, speakers, heard, strict=True):
+                        sayings[normalize(text)][speaker] = row
+            for way, tally in tallies.items():
+                found |= {f"wer_{way}{group}": tally.wer(), f"cer_{way}{group}": tally.cer()}
+            if candidate.twin is not None:
+                ours, theirs = (
+                    [e.errors for e in tallies[way].words] for way in ("quantized", "twin")
+                )
+                found[f"wer_ratio{group}"] = bootstrap_ratio(ours, theirs)
+        if counts.sum() < codes:
+            _count_more(candidate, counts, codes, endless_speech(seed), bar)
+    share, entropy = codes_used(counts)
+    found |= {
+        "codebook_usage": share,
+        "codebook_entropy": entropy,
+        "codebook_entropy_ratio": entropy,
+        "lookahead_ms": Metric(shape.lookahead_ms, unit="ms")
+        if math.isfinite(shape.lookahead_ms)
+        else Metric(None, unit="ms", reason="every code sees the whole sound"),
+        "realtime_factor": realtime_factor(candidate.tokenizer),
+    }
+    if recorded is not None:
+        found["speaker_invariance"] = speaker_invariance(
+            sayings, lambda rows: edit_distances([row.tolist() for row in rows])
+        )
+        found["speaker_invariance_warped"] = speaker_invariance(
+            sayings, lambda rows: abx.distances([_points(candidate.tokenizer, row) for row in rows])
+        )
+    return Result(candidate.name, shape, found)
+
+
+def _points(tokenizer: SpeechTokenizer, codes: Tensor) -> abx.Features:
+    """What codes [T] stand for: [T, D]."""
+    return tokenizer.embed(codes[None])[0].float().numpy()
+
+
+def _count_more(
+    candidate: Candidate, counts: Tensor, codes: int, sounds: Iterator[Pcm], bar: Progress
+) -> None:
+    """Add to `counts` [L] until it holds as many codes."""
+    task = bar.add_task(f"{candidate.name}, codes", total=codes)
+    for batch in _batches(sounds):
+        heard = encode(candidate.tokenizer, *pad(candidate.tokenizer, batch))
+        counts += torch.bincount(torch.cat(heard), minlength=len(counts))
+        bar.update(task, completed=int(counts.sum()))
+        if counts.sum() >= codes:
+            return
+
+
+def _batches(items: Iterable[T], size: int = _BATCH) -> Iterator[list[T]]:
+    """A few items at a time, and no more of them made than these."""
+    source = iter(items)
+    while batch := list(itertools.islice(source, size)):
+        yield batch
+
+
+# --- Tokenizers by name, and by the runs that made them -------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A finished run of `speechlm train tokenizer`."""
+
+    name: str
+    """Its folder, below that of the sweep."""
+    config: TrainConfig
+    checkpoint: Path
+
+
+_OF_ONE_RUN: Final[dict[str, Any]] = {
+    "run": {"dir", "log_every", "save_every", "eval_every"},
+    "output": True,
+    "dtype": True,
+    "unquantized": True,
+    "quantize_from": True,
+    "quantize_full": True,
+    "model": {"levels", "codes"},
+}
+"""Where the config of a run and that of its unquantized twin may differ: where and how often they
+write, and in the size of the codebook, which the twin does not use."""
+
+
+def finished_runs(folder: Path) -> list[Finished]:
+    """All runs at or below a folder that have written their tokenizer, in the order of their names.
+
+    Raises UserError when there is no such folder or no such run in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"sweep '{folder}' is no folder.")
+    found = []
+    for path in sorted(folder.rglob("config.json")):
+        content = checkpoints.read_json(path)
+        if "run" not in content:
+            continue  # a checkpoint's
+        try:
+            config = TrainConfig.model_validate(content)
+        except ValidationError:
+            log.warning("left out: %s is no config of a tokenizer's run", path)
+            continue
+        checkpoint = config.output or path.parent / "tokenizer"
+        if (checkpoint / "config.json").is_file():
+            name = str(path.parent.relative_to(folder))
+            found.append(Finished(folder.name if name == "." else name, config, checkpoint))
+        else:
+            log.warning("left out: the run in %s is not finished", path.parent)
+    if not found:
+        raise UserError(f"sweep '{folder}' holds no finished run of 'speechlm train tokenizer'.")
+    return found
+
+
+def twin_of(run: Finished, runs: Sequence[Finished]) -> Finished | None:
+    """The run of the same config, seed, data and steps that was trained unquantized.
+
+    Of several (one for every size of the codebook) the one whose model is the same in all; where
+    there is none such, its bottleneck may have more or fewer numbers than the run's.
+    """
+    shared = run.config.model_dump(exclude=_OF_ONE_RUN)
+    twins = [
+        other
+        for other in runs
+        if other.config.unquantized and other.config.model_dump(exclude=_OF_ONE_RUN) == shared
+    ]
+    return max(twins, key=lambda twin: twin.config.model == run.config.model, default=None)
+
+
+def candidates_of(folder: Path) -> list[Candidate]:
+    """The tokenizers of a sweep with their twins; the fastest rate, then the smallest size first.
+
+    Raises UserError where `finished_runs` does, when every run is a twin, or one is broken.
+    """
+    runs = finished_runs(folder)
+    loaded = {run.name: load_speech_tokenizer_of(run.checkpoint) for run in runs}
+    found, needed = [], set()
+    for run in runs:
+        if run.config.unquantized:
+            continue
+        twin = twin_of(run, runs)
+        paired = None if twin is None else loaded[twin.name]
+        found.append(Candidate(run.name, loaded[run.name], paired))
+        if twin is not None:
+            needed.add(twin.name)
+    for run in runs:
+        if run.config.unquantized and run.name not in needed:
+            log.warning("left out: %s is unquantized, and the twin of no other run", run.name)
+    if not found:
+        raise UserError(f"sweep '{folder}' holds no quantized tokenizer.")
+
+    def order(candidate: Candidate) -> tuple[float, str, int, float]:
+        shape = shape_of(candidate.tokenizer)
+        return -shape.rate, shape.bottleneck, shape.size, shape.lookahead_ms
+
+    return sorted(found, key=order)
+
+
+def compare(
+    model: str | None = "tiny",
+    utterances: int = 300,
+    seed: int = 0,
+    twin: str | None = None,
+    sweep: Path | None = None,
+    recorded: Path | None = None,
+    codes: int = 0,
+    progress: bool = True,
+) -> Comparison:
+    """Measure the tokenizer of a model, those of a sweep, or both, on the same sounds.
+
+    Args:
+        model: whose tokenizer comes first and keeps the plain names, or a tokenizer's own
+            checkpoint directory; None for none.
+        utterances: sentences, each read once by a new voice and once by a known one.
+        seed: picks sentences, voices and noise.
+        twin: a checkpoint of the model's unquantized twin.
+        sweep: a folder; every finished run of `speechlm train tokenizer` at or below it is
+            measured, those trained unquantized as the twins of those with an otherwise equal
+            config.
+        recorded: a data folder whose manifest has a split 'validation', to hear people too.
+        codes: of how many at least the usage of the codebook is judged; more held-out sentences
+            are made where those above do not suffice.
+        progress: show on the terminal how far it has come.
+
+    Raises UserError when a model, a folder or a speech engine is missing.
+    """
+    assert model is not None or sweep is not None, "nothing to measure"
+    if twin is not None and model is None:
+        raise UserError(f"twin '{twin}' is of no tokenizer: name its model too (--model).")
+    candidates = []
+    if model is not None:
+        first = Candidate(model, load_speech_tokenizer_of(model))
+        if twin is not None:
+            first = replace(first, twin=load_speech_tokenizer_of(twin))
+            rates = [shape_of(one).rate for one in (first.tokenizer, first.twin) if one is not None]
+            if rates[0] != rates[1]:
+                raise UserError(
+                    f"twin '{twin}' gives {rates[1]:g} codes a second, the model {rates[0]:g}: a "
+                    "twin has the model's config."
+                )
+        candidates.append(first)
+    if sweep is not None:
+        candidates += candidates_of(sweep)
+    source = f"{utterances} held-out sentences, synthesized"
+    if recorded is not None:
+        source += f"; recordings in {recorded.name}"
+    names = report.distinct(candidate.name for candidate in candidates)
+    results = [
+        measure(replace(candidate, name=name), utterances, seed, recorded, codes, progress)
+        for name, candidate in zip(names, candidates, strict=True)
+    ]
+    return Comparison(tuple(results), model is not None, f"{source}.")
+
+
+def evaluate(model: str | None = "tiny", **options: Any) -> dict[str, Metric]:
+    """Metrics of a tokenizer, or of those of a sweep; `options` are those of `compare`."""
+    return compare(model, **options).metrics()

@@ -34,7 +34,7 @@ from pystoi import stoi
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
-from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
+from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, Pcm
 from audio_codec.discriminators import DiscriminatorConfig, Discriminators
 from audio_codec.errors import UserError
 from audio_codec.losses import (
@@ -48,6 +48,7 @@ from audio_codec.losses import (
 )
 from audio_codec.quantize import entropy_bits
 from audio_codec.spectral import SpectralCodec, SpectralConfig, SpectralOutput
+from speechlm import config as configs
 from speechlm.convert import codec_folder, load_speech_tokenizer_of
 from speechlm.training.run import Average, OptimizerConfig, Run, RunConfig, clip_gradients
 from speechlm.training.teacher import Teacher, TeacherConfig, load_teacher
@@ -87,8 +88,11 @@ class AdversarialConfig(BaseModel):
     """The discriminators'; its steps are those of this phase."""
 
     def first_step(self, steps: int) -> int:
-        """The first step of the phase in a run of `steps`."""
-        return int(self.begin * steps if self.begin < 1 else self.begin)
+        """The first step of the phase in a run of `steps`; ValueError when that is past its end."""
+        first = int(self.begin * steps if self.begin < 1 else self.begin)
+        if first >= steps:
+            raise ValueError(f"adversarial.begin is step {first}, but run.steps ends at {steps}")
+        return first
 
 
 class TrainConfig(BaseModel):
@@ -157,23 +161,39 @@ class TrainConfig(BaseModel):
                     f"validation_codebooks has {number}, but the codec has 1 to {codebooks}"
                 )
         if self.adversarial is not None:
-            first = self.adversarial.first_step(self.run.steps)
-            if first >= self.run.steps:
-                raise ValueError(
-                    f"adversarial.begin is step {first}, but run.steps ends at {self.run.steps}"
-                )
+            self.adversarial.first_step(self.run.steps)
         return self
+
+
+def load_voiced(folder: Path) -> list[tuple[Waveform, str]]:
+    """Every channel of every sample of a shard folder, as 16-bit sound, and whose voice it is."""
+    found = []
+    for sample in shards.read(folder):
+        if sample.pcm is not None:
+            channels = [(channel.clip(-1, 1) * 32767).astype(np.int16) for channel in sample.pcm]
+            found += list(zip(channels, sample.voices, strict=True))
+    if not found:
+        raise UserError(f"sources: no sound in the shards of '{folder}'.")
+    return found
 
 
 def load_waveforms(folder: Path) -> list[Waveform]:
     """Every channel of every sample of a shard folder, as 16-bit sound."""
-    found = []
-    for sample in shards.read(folder):
-        if sample.pcm is not None:
-            found += [(channel.clip(-1, 1) * 32767).astype(np.int16) for channel in sample.pcm]
-    if not found:
-        raise UserError(f"sources: no sound in the shards of '{folder}'.")
-    return found
+    return [sound for sound, _ in load_voiced(folder)]
+
+
+def draw_crop(
+    sound: Waveform, size: int, gain_db: tuple[float, float], rng: np.random.Generator
+) -> Pcm:
+    """A random crop [size] at a random level; a short sound gets silence around it."""
+    # The crop may hang over either end: silence, onset and release are part of speech.
+    first = int(rng.integers(-size // 4, max(1, len(sound) - 3 * size // 4)))
+    piece = sound[max(0, first) : first + size].astype(np.float32) / 32768
+    gain = 10 ** (rng.uniform(*gain_db) / 20)
+    start = max(0, -first)
+    crop = np.zeros(size, np.float32)
+    crop[start : start + len(piece)] = piece * gain
+    return crop
 
 
 def draw_crops(
@@ -182,17 +202,12 @@ def draw_crops(
     """A batch of random crops [B, 1, S]; short sounds get silence around them."""
     size = config.crop_frames * FRAME_SIZE
     weights = np.array([weight for weight, _ in sources])
-    batch = np.zeros((config.batch, 1, size), np.float32)
-    for row in batch:
+    rows = []
+    for _ in range(config.batch):
         sounds = sources[rng.choice(len(sources), p=weights / weights.sum())][1]
         sound = sounds[rng.integers(len(sounds))]
-        # The crop may hang over either end: silence, onset and release are part of speech.
-        first = int(rng.integers(-size // 4, max(1, len(sound) - 3 * size // 4)))
-        piece = sound[max(0, first) : first + size].astype(np.float32) / 32768
-        gain = 10 ** (rng.uniform(*config.gain_db) / 20)
-        start = max(0, -first)
-        row[0, start : start + len(piece)] = piece * gain
-    return torch.from_numpy(batch)
+        rows.append(draw_crop(sound, size, config.gain_db, rng))
+    return torch.from_numpy(np.stack(rows)[:, None])
 
 
 @dataclass
@@ -325,6 +340,28 @@ class Adversary:
         return norm
 
 
+def judge_sound(
+    step: int,
+    decoded: Tensor,
+    original: Tensor,
+    criterion: MultiScaleMel,
+    strength: float,
+    adversary: Adversary | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What to minimize about sound [B, S] at a step, and numbers to log: `mel` is the distance.
+
+    `strength`: weight of the mel distance before the adversary's phase.
+    """
+    if adversary is None or step < adversary.begin:
+        mel = criterion(decoded, original)
+        return strength * mel, {"mel": mel.detach()}
+    leaf = decoded.detach().requires_grad_()
+    mel = criterion(leaf, original)
+    gradient, told = adversary.pull(step, leaf, original, mel)
+    # The sum is of no meaning, but of the right gradient.
+    return (decoded * gradient).sum(), {"mel": mel.detach(), **told}
+
+
 @torch.inference_mode()
 def round_trips(
     codec: SpectralCodec, sounds: Sequence[Waveform], codebooks: int | None = None
@@ -367,11 +404,25 @@ def picture(criterion: MultiScaleMel, sounds: Sequence[Tensor]) -> Tensor:
     return torch.cat([part for row in rows for part in (line, row)][1:])[None]
 
 
+def show(
+    run: Run, step: int, pairs: Sequence[tuple[Tensor, Tensor]], criterion: MultiScaleMel
+) -> None:
+    """Put (original, decoded) sounds [S] and their spectrograms into TensorBoard."""
+    if run.tensorboard is None:
+        return
+    for number, pair in enumerate(pairs):
+        for kind, pcm in zip(("original", "decoded"), pair, strict=True):
+            pcm = pcm.clamp(-1, 1)[None]
+            run.tensorboard.add_audio(f"sound/{number}/{kind}", pcm, step, SAMPLE_RATE)
+        run.tensorboard.add_image(f"mel/{number}", picture(criterion, pair), step)
+
+
 def _build(config: TrainConfig) -> SpectralCodec:
     shape, tokenizer = config.model, None
     if config.tokenizer is not None:
         tokenizer = load_speech_tokenizer_of(config.tokenizer)
-        shape = shape.model_copy(update={"tokenizer": tokenizer.config})
+        heard = {**shape.model_dump(), "tokenizer": tokenizer.config.model_dump()}
+        shape = configs.build(heard, SpectralConfig, f"tokenizer '{config.tokenizer}'")
     codec = SpectralCodec(shape)
     if config.init_from is not None:
         checkpoints.restore(codec, checkpoints.load(codec_folder(config.init_from)))
@@ -424,12 +475,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         codec.train()
         if average is not None:
             average.swap(codec)
-        if run.tensorboard is not None:
-            for number, pair in enumerate(pairs[: config.samples]):
-                for kind, pcm in zip(("original", "decoded"), pair, strict=True):
-                    pcm = pcm.clamp(-1, 1)[None]
-                    run.tensorboard.add_audio(f"sound/{number}/{kind}", pcm, step, SAMPLE_RATE)
-                run.tensorboard.add_image(f"mel/{number}", picture(criterion, pair), step)
+        show(run, step, pairs[: config.samples], criterion)
         return found
 
     def batch_of(step: int) -> Batch:
@@ -451,16 +497,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         rows = draw_rows(config, np.random.default_rng((config.run.seed, 3, step)))
         depth, bypass = (row.to(run.device) for row in rows)
         output, distance = objective(pcm, depth, bypass, taught)
-        original, decoded = pcm[:, 0], output.pcm[:, 0]
-        told: dict[str, Tensor] = {}
-        if adversary is None or step < adversary.begin:
-            mel = criterion(decoded, original)
-            sound = config.mel_weight * mel
-        else:
-            leaf = decoded.detach().requires_grad_()
-            mel = criterion(leaf, original)
-            gradient, told = adversary.pull(step, leaf, original, mel)
-            sound = (decoded * gradient).sum()  # of no meaning, but of the right gradient
+        decoded = output.pcm[:, 0]
+        sound, told = judge_sound(step, decoded, pcm[:, 0], criterion, config.mel_weight, adversary)
+        told["commitment"] = output.commitment.detach()
         loss = sound + config.commitment_weight * output.commitment
         if config.teacher is not None:
             loss = loss + config.teacher.weight * distance
@@ -472,9 +511,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         if average is not None:
             average.update(codec, step)
         counts.add(output.codes)
-        return {
-            "mel": mel.detach(), "commitment": output.commitment.detach(), **told, "norm": norm
-        }  # fmt: skip
+        return {**told, "norm": norm}
 
     objective.train()
     with ThreadPoolExecutor(1) as ahead:

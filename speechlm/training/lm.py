@@ -4,6 +4,12 @@ A step takes one batch of each source (conversations, the facts as text, …), i
 loss is the mean of theirs, weighted by share.
 
     speechlm train lm configs/lm/shipped.yaml [run.steps=…] [init_from=…]
+
+The stages of a model from nothing each have a recipe in configs/lm/; any of them may begin at a
+causal language model of Hugging Face instead (`init_from=DIRECTORY`), and any may train a small
+difference alone (`lora={}`):
+
+    text ─▶ interleaved ─▶ audio ─▶ post ─▶ duplex          asr, tts, spoken_qa: tasks, at any point
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,25 +36,25 @@ from audio_codec.codec import load_codec
 from audio_codec.errors import UserError
 from audio_codec.files import replacing
 from audio_codec.transformer import TransformerConfig
-from speechlm import convert, generate
-from speechlm.data import (
-    Mixture,
-    Placed,
-    Source,
-    TextTokenizer,
-    WeightConfig,
-    together,
-    train_text_tokenizer,
-)
+from speechlm import convert, generate, lora
+from speechlm.data import Mixture, Placed, Source, WeightConfig, shares_of, together
+from speechlm.lora import LoraConfig
 from speechlm.model import Batch, LMConfig, LMSampling, LossConfig, SpeechLM
 from speechlm.streams import ABSENT, Streams
+from speechlm.text_tokenizer import (
+    SentencePieceTokenizer,
+    TextTokenizer,
+    load_text_tokenizer,
+    train_text_tokenizer,
+)
 from speechlm.training import distributed
 from speechlm.training.loader import Loader
-from speechlm.training.objective import Meter, Objective, cut, masses, summed
+from speechlm.training.objective import Masses, Meter, Objective, cut, masses, summed
 from speechlm.training.optimize import Average, OptimizerConfig, clip_gradients, recompute
 from speechlm.training.run import Run, RunConfig
 from speechlm.training.work import Counts, body_parameters, peak_flops, work
 from synth_data import quiz
+from synth_data.mixture import GuardConfig
 from synth_data.text import sentences_from
 
 
@@ -63,8 +69,10 @@ class ShapeConfig(BaseModel):
     depth: TransformerConfig = TransformerConfig(dim=256, layers=4, heads=4, hidden=512)
     heard: bool = True
     """Whether it writes down what the user says."""
-    acoustic_delay: int = Field(1, ge=0)
-    """Frames of 80 ms; each adds as much to the latency."""
+    acoustic_delay: NonNegativeInt | tuple[NonNegativeInt, ...] = 1
+    """Frames of 80 ms, for all acoustic codebooks or for each; the longest adds to the latency."""
+    predicts_user: bool = False
+    """Whether it can learn the user's codes too (`weights.user`)."""
 
 
 class TextConfig(BaseModel):
@@ -79,16 +87,54 @@ class TextConfig(BaseModel):
     """Text files beside it, one sentence a line."""
 
 
+class RatesConfig(BaseModel):
+    """Learning rates of the parts of the model, as shares of `optimizer.lr`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temporal: float = Field(1.0, ge=0)
+    """The transformer over frames."""
+    depth: float = Field(1.0, ge=0)
+    """The transformer inside a frame, with its embeddings and heads."""
+    text: float = Field(1.0, ge=0)
+    """Embedding and heads of the text pieces (Moshi: 0.75)."""
+    codes: float = Field(1.0, ge=0)
+    """Embeddings of codes and roles: what is new to a model that knew text alone."""
+
+
+Stage = Literal["text", "interleaved", "audio", "post", "duplex", "tasks"]
+
+_TEXT = {"sentences", "quiz"}
+_OWN: dict[Stage, set[str]] = {
+    "text": _TEXT,
+    "interleaved": {"interleaved"},
+    "audio": {"audio"},
+    "post": {"dialogues"},
+    "duplex": {"dialogues"},
+    "tasks": {"asr", "tts", "spoken_qa"},
+}
+"""What makes a stage: at least one source of these. Text may stand beside it everywhere, as it is
+what keeps a model from forgetting what it read."""
+_BESIDE: dict[Stage, set[str]] = {
+    "interleaved": {"audio", "asr", "tts", "spoken_qa"},
+    "tasks": {"interleaved", "audio"},
+}
+
+
 class TrainConfig(BaseModel):
     """A language-model run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: RunConfig
+    stage: Stage | None = None
+    """What the run is for: sources that do not belong there are refused. None takes any."""
     codec: str
     """The codec of the shards; it says how many codes there are."""
     sources: tuple[Source, ...] = Field(min_length=1)
     """What a step is made of; `rows` are the shares."""
+    guard: GuardConfig = GuardConfig()
+    """The least of the sources, by rows, that people must have made."""
     validation: tuple[Source, ...] = ()
     validation_batches: PositiveInt = 4
     length: PositiveInt = 750
@@ -98,6 +144,13 @@ class TrainConfig(BaseModel):
     weights: WeightConfig = WeightConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=8e-4, betas=(0.9, 0.95))
+    rates: RatesConfig = RatesConfig()
+    separate_states: bool = False
+    """Whether sources of text alone have an optimizer state of their own, and an update of their
+    own in each step: their gradients are of another size than those of sound (as in Moshi)."""
+    text_mask: float = Field(0.0, ge=0, le=1)
+    """Share of the assistant's text that is hidden from the input where its voice is there too
+    (Moshi pre-trains with 0.3)."""
     heard_mask: float = Field(0.1, ge=0, le=1)
     """Share of the transcript that is hidden from the input where the user's voice is there too:
     what the model writes down may be wrong, so it must not lean on that alone."""
@@ -123,7 +176,11 @@ class TrainConfig(BaseModel):
     compile: bool = False
     """Compile the transformer blocks: minutes at the start, about a quarter faster after it."""
     init_from: str | None = None
-    """A language-model checkpoint to start from; brings shape and text pieces along."""
+    """A checkpoint to start from, with its shape and text pieces: one of ours, or a causal language
+    model of Hugging Face, which becomes the temporal transformer. `model` may change the window and
+    the acoustic delay; nothing else, as no weight would fit."""
+    lora: LoraConfig | None = None
+    """Train a small difference to `init_from` instead of all weights; the output is an adapter."""
     output: Path | None = None
     """Checkpoint directory written at the end; None means `lm` in the run directory."""
     dtype: checkpoints.StoredType = "bf16"
@@ -132,7 +189,26 @@ class TrainConfig(BaseModel):
     """How the finished model is drawn by default."""
 
     @model_validator(mode="after")
-    def _one_average(self) -> TrainConfig:
+    def _fits_together(self) -> TrainConfig:
+        kinds = {source.kind for source in self.sources}
+        if self.stage is not None:
+            own = _OWN[self.stage]
+            if strange := kinds - own - _TEXT - _BESIDE.get(self.stage, set()):
+                raise ValueError(
+                    f"stage {self.stage} and data do not match: a source of kind {min(strange)} "
+                    f"belongs to another stage than {self.stage}"
+                )
+            if not kinds & own:
+                raise ValueError(
+                    f"stage {self.stage} and data do not match: none of the sources is of kind "
+                    f"{' or '.join(sorted(own))}"
+                )
+        if self.loss.text == self.loss.heard == self.loss.audio == 0:
+            raise ValueError("loss.text, loss.heard and loss.audio are all 0; nothing is learned")
+        if self.lora is not None and self.init_from is None:
+            raise ValueError("lora is a difference to a model; name it in init_from")
+        if self.separate_states and not (kinds & _TEXT and kinds - _TEXT):
+            raise ValueError("separate_states needs sources of text alone and of sound")
         if self.ema > 0 and self.average_from is not None:
             raise ValueError("ema and average_from are two averages of the weights; choose one")
         return self
@@ -148,16 +224,29 @@ class TrainConfig(BaseModel):
 
 
 LISTEN_FRAMES = 100
+SEEDS_APART = 10**6
 
 
 def mask_heard(batch: Batch, streams: Streams, share: float, rng: np.random.Generator) -> Batch:
     """Hide a share of the `heard` inputs in columns that have the user's codes."""
-    if not streams.heard or share == 0:
+    if not streams.heard:
+        return batch
+    return _mask(batch, streams.heard_index, streams.user.start, share, rng)
+
+
+def mask_text(batch: Batch, streams: Streams, share: float, rng: np.random.Generator) -> Batch:
+    """Hide a share of the text inputs in columns that have the assistant's codes."""
+    return _mask(batch, streams.text_index, streams.own.start, share, rng)
+
+
+def _mask(batch: Batch, text: int, voice: int, share: float, rng: np.random.Generator) -> Batch:
+    """Hide a share of one stream's inputs in columns where another's are."""
+    if share == 0:
         return batch
     inputs = batch.inputs.clone()
-    heard, voiced = inputs[:, streams.heard_index], inputs[:, streams.user.start] != ABSENT
-    hidden = torch.from_numpy(rng.random(heard.shape) < share).to(heard.device) & voiced
-    inputs[:, streams.heard_index] = heard.masked_fill(hidden, ABSENT)
+    written, voiced = inputs[:, text], inputs[:, voice] != ABSENT
+    hidden = torch.from_numpy(rng.random(written.shape) < share).to(written.device) & voiced
+    inputs[:, text] = written.masked_fill(hidden, ABSENT)
     return replace(batch, inputs=inputs)
 
 
@@ -172,7 +261,7 @@ def mask_user(batch: Batch, streams: Streams, share: float, rng: np.random.Gener
     return replace(batch, inputs=inputs)
 
 
-def make_tokenizer(config: TextConfig, seed: int) -> TextTokenizer:
+def make_tokenizer(config: TextConfig, seed: int) -> SentencePieceTokenizer:
     """Learn the text pieces of a new model. Raises UserError when there is no text."""
     texts = quiz.sentences("train", config.quiz, seed)
     for file in config.files:
@@ -184,53 +273,158 @@ def make_tokenizer(config: TextConfig, seed: int) -> TextTokenizer:
     return train_text_tokenizer(texts, config.vocab)
 
 
+# No weight depends on these.
+_FREE = {"acoustic_delay", "temporal.window"}
+
+
+def resolve_shape(config: TrainConfig) -> TrainConfig:
+    """The config with the shape written out that `init_from` brings.
+
+    Raises UserError when `model` says another one, or there is no such checkpoint.
+    """
+    if config.init_from is None:
+        return config
+    given = config.model
+    if lora.base_of(checkpoints.resolve(config.init_from)) is not None:
+        raise UserError(
+            f"init_from '{config.init_from}' is an adapter; make it a model first: speechlm merge."
+        )
+    if convert.names_hf(config.init_from):
+        if config.lora is not None:
+            raise UserError(
+                f"lora is a difference to a model that speaks; init_from '{config.init_from}' is a "
+                "language model of text: train it whole first."
+            )
+        temporal = convert.hf_transformer(config.init_from, given.temporal.window)
+        brought = given.model_copy(update={"temporal": temporal})
+    else:
+        source = convert.lm_config(config.init_from)
+        delay = source.streams.acoustic_delay
+        brought = ShapeConfig(
+            temporal=source.temporal,
+            depth=source.depth,
+            heard=source.streams.heard,
+            acoustic_delay=delay,
+            predicts_user=source.predicts_user,
+        )
+        if "acoustic_delay" in given.model_fields_set:
+            brought = brought.model_copy(update={"acoustic_delay": given.acoustic_delay})
+        if "window" in given.temporal.model_fields_set and "temporal" in given.model_fields_set:
+            changed = {"window": given.temporal.window}
+            temporal = brought.temporal.model_copy(update=changed)
+            brought = brought.model_copy(update={"temporal": temporal})
+    for name, wanted, found in _differences(given, brought):
+        raise UserError(
+            f"model.{name} is {wanted}, but init_from '{config.init_from}' has {found}; leave it "
+            "out or train another model."
+        )
+    return config.model_copy(update={"model": brought})
+
+
+def _differences(given: BaseModel, brought: BaseModel, where: str = "") -> Iterator[Any]:
+    """Name, value and other value of each field that was given and is another in `brought`."""
+    for name in sorted(given.model_fields_set):
+        one, other = getattr(given, name), getattr(brought, name)
+        if isinstance(one, BaseModel):
+            yield from _differences(one, other, f"{where}{name}.")
+        elif one != other and f"{where}{name}" not in _FREE:
+            yield f"{where}{name}", one, other
+
+
 def build(
     config: TrainConfig,
     run_dir: Path,
     resume: bool,
     scattered: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[SpeechLM, TextTokenizer]:
-    """The model to train and its text pieces; it is made inside `scattered()`.
+    """The model to train and its text pieces, of a config with its shape resolved.
 
-    Raises UserError when codec and model disagree.
+    It is made inside `scattered()`. Raises UserError when codec, losses and model disagree.
     """
     codebooks = load_codec(config.codec).codebooks
-    if config.init_from is not None:
+    if config.weights.user > 0 and not config.model.predicts_user:
+        raise UserError(
+            f"weights.user is {config.weights.user:g}, but the model does not predict the user's "
+            "codes: set model.predicts_user from the first stage on."
+        )
+    source = None
+    tokenizer: TextTokenizer
+    if config.init_from is None:
+        tokenizer = _own_tokenizer(config, run_dir, resume)
+    elif convert.names_hf(config.init_from):
+        tokenizer = load_text_tokenizer(checkpoints.resolve(config.init_from))
+    else:
         source, tokenizer = convert.load_lm(config.init_from)
         if source.streams.codebooks != codebooks:
             raise UserError(
                 f"codec '{config.codec}' has codebooks {codebooks}, but init_from "
                 f"'{config.init_from}' was trained on {source.streams.codebooks}."
             )
-        shape = source.config.model_copy(
-            update={"codec": config.codec, "sampling": config.sampling}
-        )
-        with scattered():
-            model = SpeechLM(shape)
-            model.load_state_dict(source.state_dict())
-        return model.train(), tokenizer
-    kept = run_dir / convert.TEXT_MODEL
-    if resume and kept.exists():
-        tokenizer = TextTokenizer(kept.read_bytes())
-    else:
-        tokenizer = make_tokenizer(config.text, config.run.seed)
-        with replacing(kept) as temporary:
-            temporary.write_bytes(tokenizer.model)
-    streams = Streams(
-        text_size=tokenizer.size,
-        codebooks=codebooks,
-        heard=config.model.heard,
-        acoustic_delay=config.model.acoustic_delay,
-    )
-    shape = LMConfig(
-        streams=streams,
-        temporal=config.model.temporal,
-        depth=config.model.depth,
+        if source.streams.text_size != tokenizer.size:
+            raise UserError(
+                f"vocabulary of '{config.init_from}': {tokenizer.FILE} has {tokenizer.size} "
+                f"pieces, but the model was trained with {source.streams.text_size}."
+            )
+    shape = config.model
+    made = LMConfig(
+        streams=Streams(
+            text_size=tokenizer.size,
+            codebooks=codebooks,
+            heard=shape.heard,
+            acoustic_delay=shape.acoustic_delay,
+        ),
+        temporal=shape.temporal,
+        depth=shape.depth,
         codec=config.codec,
+        predicts_user=shape.predicts_user,
         sampling=config.sampling,
     )
+    if source is None and config.init_from is not None:
+        source = SpeechLM(made)
+        convert.fill_from_hf(source, config.init_from)
     with scattered():
-        return SpeechLM(shape), tokenizer
+        model = SpeechLM(made)
+        if source is not None:
+            model.load_state_dict(source.state_dict())
+    return model.train(), tokenizer
+
+
+def _own_tokenizer(config: TrainConfig, run_dir: Path, resume: bool) -> TextTokenizer:
+    """The text pieces of a model from nothing; a resumed run keeps its own."""
+    kept = run_dir / SentencePieceTokenizer.FILE
+    if resume and kept.exists():
+        return load_text_tokenizer(run_dir)
+    tokenizer = make_tokenizer(config.text, config.run.seed)
+    with replacing(kept) as temporary:
+        temporary.write_bytes(tokenizer.model)
+    return tokenizer
+
+
+_RATE_OF = {
+    "temporal": "temporal",
+    "depth": "depth",
+    "text": "text",
+    "text_head": "text",
+    "heard_head": "text",
+    "codes": "codes",
+    "user_role": "codes",
+    "heard_role": "codes",
+}
+"""Which of `RatesConfig` a part of the model follows."""
+
+
+def set_rates(optimizer: torch.optim.Optimizer, model: SpeechLM, rates: RatesConfig) -> None:
+    """Split an optimizer's groups by part of the model; `scale` is a group's share of the rate."""
+    if rates == RatesConfig():
+        return
+    part = {id(p): _RATE_OF[name.split(".")[0]] for name, p in model.named_parameters()}
+    groups = []
+    for group in optimizer.param_groups:
+        for name, scale in rates.model_dump().items():
+            members = [p for p in group["params"] if part[id(p)] == name]
+            if members:
+                groups.append({**group, "params": members, "scale": scale})
+    optimizer.param_groups = groups
 
 
 def _named(sources: Sequence[Source]) -> list[str]:
@@ -250,28 +444,36 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     """
     output = config.output or config.run.dir / "lm"
     checkpoints.check_replaceable(output)
+    config = resolve_shape(config)
+    if config.guard.asks:  # Shards without an index are read for it.
+        config.guard.check(shares_of(config.sources), "sources")
     run = Run("lm", config.run, config, resume, sharded=True)
-    if config.listen_every and run.mesh is not None:
-        raise UserError("listen_every is for runs of one process; leave it 0.")
+    for field, asked in (("listen_every", config.listen_every), ("lora", config.lora)):
+        if asked and run.mesh is not None:
+            raise UserError(f"{field} is for runs of one process; leave it out.")
     model, tokenizer = build(config, run.dir, resume, run.scattered)
     streams, amount = model.streams, work(model, config.length)
     schedule = config.optimizer.proposed(body_parameters(model))
     run.record(config.model_copy(update={"optimizer": schedule}))
+    adapted = None
+    if config.lora is not None:
+        assert config.init_from is not None
+        adapted = lora.attach(model, config.lora, config.init_from)
 
-    def mixture(sources: Sequence[Source], rank: int, world: int) -> Mixture:
+    def mixture(sources: Sequence[Source], seed: int, rank: int = 0, world: int = 1) -> Mixture:
         return Mixture(
             sources,
             streams,
             tokenizer,
             config.weights,
             length=config.length,
-            seed=config.run.seed,
+            seed=seed,
             rank=rank,
             world=world,
             lookahead=config.lookahead,
         )
 
-    source = mixture(config.sources, run.rank, run.world)
+    source = mixture(config.sources, config.run.seed, run.rank, run.world)
     exposures = source.exposures(config.run.steps)
     if run.main:
         for one in exposures:
@@ -279,7 +481,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     names, held_out_names = _named(config.sources), _named(config.validation)
     held_out = []
     if config.validation:
-        unseen = mixture(config.validation, 0, 1)
+        # Sources without end draw others of their documents than in training.
+        unseen = mixture(config.validation, config.run.seed + SEEDS_APART)
         held_out = [unseen.next() for _ in range(config.validation_batches)]
     listener = _listener(model, config, held_out) if config.listen_every else None
 
@@ -290,6 +493,17 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if run.mesh is not None:
         distributed.shard(objective, [*model.temporal.blocks], run.mesh)
     optimizer = schedule.build(model)
+    set_rates(optimizer, model, config.rates)
+    # An update is made of some of the sources: of all of them, or of text and of sound in turn.
+    updates: list[tuple[torch.optim.Optimizer, Sequence[int]]] = [(optimizer, range(len(names)))]
+    text_optimizer = None
+    if config.separate_states:
+        text_optimizer = schedule.build(model)
+        set_rates(text_optimizer, model, config.rates)
+        kinds = [source.kind in _TEXT for source in config.sources]
+        alone = [number for number, text in enumerate(kinds) if text]
+        sound = [number for number, text in enumerate(kinds) if not text]
+        updates = [(text_optimizer, alone), (optimizer, sound)]
     average = None
     if config.ema > 0 or config.average_from is not None:
         average = Average(model, config.ema)
@@ -303,6 +517,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         """Take up the state of the last checkpoint, if there is one."""
         run.restore(model, optimizer)
         if (saved := run.load()) is not None:
+            if text_optimizer is not None:
+                text_optimizer.load_state_dict(saved["text_optimizer"])
             loader.load_state_dict(saved["data"])
             counts.update(saved.get("counts", {}))
             if average is not None:
@@ -313,6 +529,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         return {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "text_optimizer": None if text_optimizer is None else text_optimizer.state_dict(),
             "data": together(distributed.collect(loader.state_dict())),
             "average": {} if average is None else average.weights,
             "counts": dict(counts),
@@ -345,10 +562,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         return meter.read()
 
     def train_step(step: int) -> tuple[float, float, dict[str, dict[str, float]], Counts]:
-        """One update of the weights; gradient norm, loss, numbers of each source, what it saw."""
+        """A step's updates of the weights.
+
+        The gradient's norm, the loss, the numbers of each source, what the step saw.
+        """
         rate, rng = schedule.rate(step, config.run.steps), run.rng(step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         batches = loader.next()
         saw = sum((Counts.of(batch, streams) for _, batch in batches), Counts())
         if run.passes_over(step):
@@ -356,30 +574,46 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         own = [masses(batch, streams) for _, batch in batches]
         whole = [summed(parts) for parts in zip(*distributed.collect(own), strict=True)]
         numbers: dict[str, dict[str, float]] = {}
-        for name, (share, batch), mass in zip(names, batches, whole, strict=True):
-            seen = mask_heard(batch, streams, config.heard_mask, rng)
-            seen = mask_user(seen, streams, config.user_mask, rng)
-            found = numbers[name] = {"loss": 0.0}
-            for piece in cut(seen, config.accumulate):
-                has = masses(piece, streams)
-                shares = {kind: has[kind] / mass[kind] if mass[kind] else 0.0 for kind in mass}
-                with run.accelerator.autocast():
-                    loss, parts = objective(piece.to(run.device), shares)
-                if loss.requires_grad:
-                    (share * loss).backward()
-                for key, value in {"loss": loss.detach(), **parts}.items():
-                    found[key] = found.get(key, 0.0) + float(value)
-        if run.mesh is not None:
-            distributed.drop_untouched(objective)
-        norm = clip_gradients(objective, schedule.clip).item()
-        if math.isfinite(norm):
-            optimizer.step()
-        else:
-            counts["bad_gradients"] += 1
-        optimizer.zero_grad()
-        shares_of = zip(names, batches, strict=True)
-        mean = sum(share * numbers[name]["loss"] for name, (share, _) in shares_of)
-        return norm, sum(distributed.collect(mean)), numbers, saw
+        norms, mean = [], 0.0
+        for chosen, members in updates:
+            for group in chosen.param_groups:
+                group["lr"] = rate * group.get("scale", 1.0)
+            total = sum(batches[number][0] for number in members)
+            for number in members:
+                share, batch = batches[number]
+                found = numbers[names[number]] = learn(batch, share / total, whole[number], rng)
+                mean += share * found["loss"]
+            if run.mesh is not None:
+                distributed.drop_untouched(objective)
+            norms.append(clip_gradients(objective, schedule.clip).item())
+            if math.isfinite(norms[-1]):
+                chosen.step()
+            else:
+                counts["bad_gradients"] += 1
+            chosen.zero_grad()
+        return math.hypot(*norms), sum(distributed.collect(mean)), numbers, saw
+
+    def learn(
+        batch: Batch, share: float, mass: Masses, rng: np.random.Generator
+    ) -> dict[str, float]:
+        """Add the gradient of a source's batch, times its share of the update; its numbers.
+
+        `mass` is what the batches of all ranks have of each kind of prediction.
+        """
+        seen = mask_heard(batch, streams, config.heard_mask, rng)
+        seen = mask_user(seen, streams, config.user_mask, rng)
+        seen = mask_text(seen, streams, config.text_mask, rng)
+        found = {"loss": 0.0}
+        for piece in cut(seen, config.accumulate):
+            has = masses(piece, streams)
+            shares = {kind: has[kind] / mass[kind] if mass[kind] else 0.0 for kind in mass}
+            with run.accelerator.autocast():
+                loss, parts = objective(piece.to(run.device), shares)
+            if loss.requires_grad:
+                (share * loss).backward()
+            for key, value in {"loss": loss.detach(), **parts}.items():
+                found[key] = found.get(key, 0.0) + float(value)
+        return found
 
     meter, began, saw = Meter(), time.monotonic(), Counts()
     go_on()
@@ -428,6 +662,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         average.swap(model)
     card = {
         "trainee": "lm",
+        "stage": config.stage,
         "steps": run.done,
         "parameters": sum(p.numel() for p in model.parameters()),
         "body_parameters": body_parameters(model),
@@ -437,6 +672,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         "rows": sum(source.rows for source in config.sources),
         "length": config.length,
     }
+    if adapted is not None:
+        return lora.save(output, adapted, card)
     if run.mesh is not None:
         model = _whole(model)
     if run.main:
@@ -520,9 +757,10 @@ def samples(config: TrainConfig, step: int) -> list[tuple[str, Placed]]:
 @contextmanager
 def planned(config: TrainConfig) -> Iterator[tuple[SpeechLM, TextTokenizer]]:
     """The model that a config would train, without its weights, and its text pieces."""
-    begun = (config.run.dir / convert.TEXT_MODEL).exists()
+    begun = (config.run.dir / SentencePieceTokenizer.FILE).exists()
     with tempfile.TemporaryDirectory() as nowhere, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
         with init_empty_weights(include_buffers=False):
-            made = build(config, config.run.dir if begun else Path(nowhere), resume=begun)
+            folder = config.run.dir if begun else Path(nowhere)
+            made = build(resolve_shape(config), folder, resume=begun)
         yield made

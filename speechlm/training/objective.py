@@ -30,7 +30,8 @@ Masses = dict[str, float]
 
 def _rows(streams: Streams) -> dict[str, int | slice]:
     """Which streams each kind of prediction in `LossConfig` is about."""
-    rows: dict[str, int | slice] = {"text": streams.text_index, "audio": streams.own}
+    voices = slice(streams.own.start, streams.user.stop)  # the user's weigh nothing unless learned
+    rows: dict[str, int | slice] = {"text": streams.text_index, "audio": voices}
     return {**rows, "heard": streams.heard_index} if streams.heard else rows
 
 

@@ -3,30 +3,39 @@
 Utterances with transcripts (shards of `speechlm synth speech`) are held in memory as log-mel
 features, grouped by length into batches of a fixed amount of sound, disturbed (speed, gain, noise,
 band limits, SpecAugment), and recognized by CTC. The bottleneck warms up: at first every row
-bypasses the rounding, then a growing share of rows passes through it, then all. A second CTC head
-before the bottleneck (Lee and Watanabe, 2021, arXiv 2102.03216) teaches the encoder directly.
+bypasses the rounding, then a growing share of rows passes through it, then all. A vector
+quantizer's codes are moved by what they catch, and the encoder towards them by a commitment loss.
+
+An attention decoder may read the codes beside the CTC head (arXiv 1609.06773), or alone. Two more
+CTC heads, before the bottleneck and after it, recognize phones: English spelling is a harder lesson
+than what was heard, and hides it (hierarchical CTC, Sanabria and Metze, 2018, arXiv 1807.06234).
+
+Every shape of `TokenizerConfig` can be trained, from nothing, from another tokenizer, or from a
+public checkpoint of Whisper (`init_from`), whose decoder then reads its own text pieces.
 
 What disturbs is applied to the mel powers, where a gain is a product, a band limit a cut and noise
 a sum: less work than the same on the waveform.
 
     speechlm train tokenizer configs/tokenizer/tiny.yaml [run.steps=…]
+
+Shapes: B batch, S samples, M mel frames, U characters, W text pieces.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
@@ -38,11 +47,17 @@ from audio_codec.speech_tokenizer import (
     TokenizerConfig,
     ctc_loss,
     greedy_text,
+    initialize,
+    kind_of,
     spell,
+)
+from audio_codec.speech_tokenizer import (
+    SILENCE as _SILENCE,
 )
 from speechlm.convert import load_speech_tokenizer_of
 from speechlm.training.run import OptimizerConfig, Run, RunConfig, clip_gradients
 from synth_data import shards
+from synth_data.phones import PHONES, phones_of
 from synth_data.text import normalize
 from synth_data.verify import word_errors
 
@@ -51,10 +66,17 @@ log = logging.getLogger(__name__)
 Mel = npt.NDArray[np.float16]
 Power = npt.NDArray[np.float32]
 
-_EXTRACT = LogMel()
-_FRAMES = FRAME_SIZE // _EXTRACT.stride  # mel frames in a frame
-_PER_SECOND = SAMPLE_RATE // _EXTRACT.stride
-_SILENCE = (math.log(LogMel.FLOOR) - LogMel.MEAN) / LogMel.DEVIATION
+MELS = LogMel().n_mels
+"""Bands of the features, unless the tokenizer says otherwise."""
+
+_STRIDE = LogMel().stride
+_FRAMES = FRAME_SIZE // _STRIDE  # mel frames in a frame
+_PER_SECOND = SAMPLE_RATE // _STRIDE
+
+
+@cache
+def _extract(mels: int) -> LogMel:
+    return LogMel(n_mels=mels)
 
 
 class DataConfig(BaseModel):
@@ -114,16 +136,29 @@ class TrainConfig(BaseModel):
     """Share of the steps in which every row bypasses the rounding."""
     quantize_full: float = 0.3
     """Share of the steps after which every row is quantized."""
-    early_weight: float = Field(0.0, ge=0, lt=1)
-    """Share of the CTC loss that the head before the bottleneck gets."""
+    phones: float = Field(0.0, ge=0, lt=1)
+    """Share of the loss that the two heads for phones have; the finished model is without them."""
+    attention_weight: float = Field(0.3, ge=0, le=1)
+    """Of the rest, the attention decoder's share beside a CTC head; alone it gets all."""
+    commitment_weight: float = Field(0.25, ge=0)
+    """Of a vector quantizer's squared distance from encoder to code."""
     unquantized: bool = False
     """Never quantize: the twin that says what the bottleneck costs."""
     init_from: str | None = None
-    """A checkpoint of a tokenizer, or of a codec or model around one, to start from."""
+    """A checkpoint of a tokenizer, or of a codec or model around one, to start from; or a public
+    one of Whisper or GLM-4-Voice's tokenizer, which gives what it has."""
     dtype: checkpoints.StoredType = "fp32"
     """How the weights of the finished checkpoint are stored."""
     output: Path | None = None
     """Checkpoint directory written at the end; None means `tokenizer` in the run directory."""
+
+    @model_validator(mode="after")
+    def _teachable(self) -> TrainConfig:
+        if not (self.model.ctc or self.model.decoder):
+            raise ValueError("model needs ctc=true or a decoder: no head, no lesson")
+        if self.model.whisper is not None and self.model.whisper.public_features:
+            raise ValueError("model.whisper.public_features=true cannot be trained on: set false")
+        return self
 
 
 @dataclass(frozen=True)
@@ -133,6 +168,8 @@ class Utterance:
     mel: Mel  # [M, n_mels] log-mel at 100 Hz
     text: str
     voice: str
+    phones: tuple[int, ...] = ()
+    """CTC classes of its phones; none when a word's are not known."""
 
     @property
     def frames(self) -> int:
@@ -140,12 +177,98 @@ class Utterance:
         return -(-len(self.mel) // _FRAMES)
 
 
-def log_mel(pcm: Pcm) -> Mel:
-    """Features [M, n_mels] of a waveform [S], as the tokenizer takes them."""
+class Vocabulary(Protocol):
+    """What an attention decoder reads and writes."""
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """Pieces that every text begins with."""
+
+    @property
+    def end(self) -> int:
+        """The piece that ends it."""
+
+    def encode(self, text: str) -> list[int]:
+        """A normalized text as pieces, prompt and end included."""
+
+    def decode(self, pieces: Sequence[int]) -> str:
+        """The text of what stands between them."""
+
+
+class Characters:
+    """Those of `ALPHABET`, 1 and up; 0 stands before and after them."""
+
+    prompt, end = (0,), 0
+
+    def encode(self, text: str) -> list[int]:
+        """See `Vocabulary`."""
+        return [0, *spell(text), 0]
+
+    def decode(self, pieces: Sequence[int]) -> str:
+        """See `Vocabulary`."""
+        return "".join(ALPHABET[piece - 1] for piece in pieces if piece)
+
+
+class WhisperPieces:
+    """The text pieces of a checkpoint of Whisper."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        """Raises UserError when `folder` has none, or more than the decoder's `size`."""
+        # They go with the finished checkpoint, which may be trained on.
+        self.files = {
+            name: (folder / name).read_bytes() for name in _PIECE_FILES if (folder / name).exists()
+        }
+        if not self.files.keys() & {"tokenizer.json", "vocab.json"}:
+            raise UserError(
+                f"init_from '{folder}' has no text pieces of Whisper (tokenizer.json) for "
+                "model.decoder.vocabulary; without that field the decoder reads characters."
+            )
+        from transformers import WhisperTokenizer  # seconds, for those who use it
+
+        spoken: dict[str, Any] = {}
+        if size >= _MULTILINGUAL:
+            spoken = {"language": "english", "task": "transcribe"}
+        self.pieces: Any = WhisperTokenizer.from_pretrained(folder, local_files_only=True, **spoken)
+        if len(self.pieces) > size:
+            raise UserError(
+                f"model.decoder.vocabulary={size}, but '{folder}' has {len(self.pieces)} pieces."
+            )
+        self.prompt = list(self.pieces.prefix_tokens)
+        self.end = int(self.pieces.eos_token_id)
+
+    def encode(self, text: str) -> list[int]:
+        """See `Vocabulary`."""
+        said = self.pieces(f" {text}", add_special_tokens=False).input_ids
+        return [*self.prompt, *said, self.end]
+
+    def decode(self, pieces: Sequence[int]) -> str:
+        """See `Vocabulary`."""
+        return normalize(self.pieces.decode(list(pieces), skip_special_tokens=True))
+
+
+_MULTILINGUAL = 51_865
+"""Pieces of a Whisper of many languages, whose texts begin with theirs; fewer are English alone."""
+_PIECE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+
+
+def log_mel(pcm: Pcm, mels: int = MELS) -> Mel:
+    """Features [M, mels] of a waveform [S], as the tokenizer takes them."""
     # Two hops more, in which the window slides off the last sample.
-    padded = np.pad(pcm.astype(np.float32), (0, -len(pcm) % _EXTRACT.stride + 2 * _EXTRACT.stride))
-    features: Tensor = _EXTRACT(torch.from_numpy(padded)[None, None])
+    padded = np.pad(pcm.astype(np.float32), (0, -len(pcm) % _STRIDE + 2 * _STRIDE))
+    features: Tensor = _extract(mels)(torch.from_numpy(padded)[None, None])
     return features[0].to(torch.float16).numpy()
+
+
+def phones(text: str) -> tuple[int, ...]:
+    """CTC classes of a sentence's phones; none when a word's are not known."""
+    return tuple(PHONES.index(phone) + 1 for phone in phones_of(text) or ())
 
 
 def mel_power(mel: Mel) -> Power:
@@ -160,12 +283,19 @@ def power_mel(power: Power) -> Power:
     return (logarithm - np.float32(LogMel.MEAN)) / np.float32(LogMel.DEVIATION)
 
 
-def load_utterances(folders: Sequence[Path], max_seconds: float) -> list[Utterance]:
+def load_utterances(
+    folders: Sequence[Path], max_seconds: float, mels: int = MELS
+) -> list[Utterance]:
     """All single-channel utterances with a text that fit, in the order of the shards."""
 
     def load(folder: Path) -> list[Utterance]:
         return [
-            Utterance(log_mel(sample.pcm[0]), normalize(sample.text), sample.voices[0])
+            Utterance(
+                log_mel(sample.pcm[0], mels),
+                normalize(sample.text),
+                sample.voices[0],
+                phones(sample.text),
+            )
             for sample in shards.read(folder)
             if sample.pcm is not None and sample.text and sample.seconds <= max_seconds
         ]
@@ -182,10 +312,10 @@ def load_utterances(folders: Sequence[Path], max_seconds: float) -> list[Utteran
     return found
 
 
-def load_noise(folders: Sequence[Path]) -> list[Power]:
+def load_noise(folders: Sequence[Path], mels: int = MELS) -> list[Power]:
     """Mel powers of the noise clips in the shards."""
     clips = [s.pcm[0] for folder in folders for s in shards.read(folder) if s.pcm is not None]
-    powers = [mel_power(log_mel(clip)) for clip in clips]
+    powers = [mel_power(log_mel(clip, mels)) for clip in clips]
     return [power for power in powers if power.any()]
 
 
@@ -220,7 +350,9 @@ def _stretch(power: Power, speed: float, warp: float = 1.0) -> Power:
     size = max(1, round(len(power) / speed))
     at = np.linspace(0, len(power) - 1, size)
     # A band shows what lay at so much less than its frequency.
-    return _between(_between(power, at, 0), _band_of(_centers() / (speed * warp)), 1)
+    centers = _centers(power.shape[1])
+    bands = np.interp(centers / (speed * warp), centers, np.arange(len(centers)))
+    return _between(_between(power, at, 0), bands, 1)
 
 
 def _between(power: Power, at: npt.NDArray[np.float64], axis: Literal[0, 1]) -> Power:
@@ -234,16 +366,12 @@ def _between(power: Power, at: npt.NDArray[np.float64], axis: Literal[0, 1]) -> 
 
 
 @cache
-def _centers() -> npt.NDArray[np.float64]:
-    """Center frequency of each band in Hz: [n_mels]."""
-    filters = _EXTRACT.filters.double().numpy()  # [bins, n_mels]
-    hertz = np.arange(len(filters)) * SAMPLE_RATE / _EXTRACT.n_fft
+def _centers(mels: int = MELS) -> npt.NDArray[np.float64]:
+    """Center frequency of each band in Hz: [mels]."""
+    extract = _extract(mels)
+    filters = extract.filters.double().numpy()  # [bins, mels]
+    hertz = np.arange(len(filters)) * SAMPLE_RATE / extract.n_fft
     return np.asarray(hertz @ filters / filters.sum(0))
-
-
-def _band_of(hertz: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Fractional number of the band at a frequency."""
-    return np.interp(hertz, _centers(), np.arange(len(_centers())))
 
 
 def disturb(
@@ -254,7 +382,7 @@ def disturb(
     if rng.random() < config.speed_share:
         power = _stretch(power, rng.uniform(*config.speed), rng.uniform(*config.warp))
     if rng.random() < config.band_share:
-        power[:, _centers() > rng.uniform(*config.band_hz)] = 0
+        power[:, _centers(power.shape[1]) > rng.uniform(*config.band_hz)] = 0
     if rng.random() < config.noise_share:
         if noise and rng.random() < 0.7:
             clip = noise[int(rng.integers(len(noise)))]
@@ -270,17 +398,45 @@ def disturb(
 
 
 @dataclass
+class Classes:
+    """What a head is to write, one sequence a row."""
+
+    classes: Tensor  # [B, U] padded
+    lengths: Tensor  # [B]
+
+    @staticmethod
+    def of(rows: Sequence[Sequence[int]]) -> Classes:
+        """Pad the rows."""
+        padded = np.zeros((len(rows), max(1, *map(len, rows))), np.int64)
+        for index, row in enumerate(rows):
+            padded[index, : len(row)] = row
+        return Classes(torch.from_numpy(padded), torch.tensor([len(row) for row in rows]))
+
+    def to(self, device: torch.device) -> Classes:
+        """The same there."""
+        return Classes(self.classes.to(device), self.lengths.to(device))
+
+
+@dataclass
 class Batch:
     """Padded utterances."""
 
     mel: Tensor  # [B, M, n_mels], M in whole frames
     frames: Tensor  # [B] frames that are sound
-    targets: Tensor  # [B, U] CTC classes
-    lengths: Tensor  # [B]
+    characters: Classes
+    phones: Classes
+    pieces: Classes | None = None
+    """For an attention decoder."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch there."""
-        return Batch(*(x.to(device) for x in (self.mel, self.frames, self.targets, self.lengths)))
+        return Batch(
+            self.mel.to(device),
+            self.frames.to(device),
+            self.characters.to(device),
+            self.phones.to(device),
+            None if self.pieces is None else self.pieces.to(device),
+        )
 
 
 def collate(
@@ -288,8 +444,12 @@ def collate(
     noise: Sequence[Power],
     config: AugmentConfig | None,
     rng: np.random.Generator,
+    vocabulary: Vocabulary | None = None,
 ) -> Batch:
-    """Pad with silence to whole frames; `config` None leaves the features as they are."""
+    """Pad with silence to whole frames; `config` None leaves the features as they are.
+
+    With a `vocabulary` the texts are there as its pieces too.
+    """
     features: list[npt.NDArray[np.floating[Any]]] = []
     for utterance in utterances:
         if config is None:
@@ -300,19 +460,19 @@ def collate(
         delayed = np.concatenate((silence, utterance.mel))
         features.append(disturb(delayed, noise, config, rng))
     frames = [-(-len(mel) // _FRAMES) for mel in features]
-    size = (len(features), _rounded(max(frames)) * _FRAMES, _EXTRACT.n_mels)
+    size = (len(features), _rounded(max(frames)) * _FRAMES, features[0].shape[1])
     padded = np.full(size, _SILENCE, np.float32)
     for index, mel in enumerate(features):
         padded[index, : len(mel)] = mel
-    spelled = [spell(utterance.text) for utterance in utterances]
-    targets = np.zeros((len(features), max(map(len, spelled))), np.int64)
-    for index, classes in enumerate(spelled):
-        targets[index, : len(classes)] = classes
+    pieces = None
+    if vocabulary is not None:
+        pieces = Classes.of([vocabulary.encode(utterance.text) for utterance in utterances])
     return Batch(
         torch.from_numpy(padded),
         torch.tensor(frames),
-        torch.from_numpy(targets),
-        torch.tensor([len(s) for s in spelled]),
+        Classes.of([spell(utterance.text) for utterance in utterances]),
+        Classes.of([utterance.phones for utterance in utterances]),
+        pieces,
     )
 
 
@@ -331,9 +491,14 @@ def mask_mel(mel: Tensor, config: AugmentConfig, rng: np.random.Generator) -> Te
 
 
 def evaluate_wer(
-    model: SpeechTokenizer, utterances: Sequence[Utterance], *, quantized: bool, seconds: float
+    model: SpeechTokenizer,
+    utterances: Sequence[Utterance],
+    *,
+    quantized: bool,
+    seconds: float,
+    vocabulary: Vocabulary | None = None,
 ) -> float:
-    """Word error rate of the greedy CTC transcripts."""
+    """Word error rate of the greedy transcripts."""
     device = next(model.parameters()).device
     errors = words = 0
     model.eval()
@@ -342,7 +507,10 @@ def evaluate_wer(
         for indices in epoch_batches(utterances, seconds, rng):
             chosen = [utterances[i] for i in indices]
             batch = collate(chosen, (), None, rng)
-            said = transcribe(model, batch.mel.to(device), batch.frames, quantized=quantized)
+            batch = batch.to(device)
+            said = transcribe(
+                model, batch.mel, batch.frames, quantized=quantized, vocabulary=vocabulary
+            )
             for utterance, text in zip(chosen, said, strict=True):
                 score = word_errors(utterance.text, text)
                 errors, words = errors + score.errors, words + score.words
@@ -351,31 +519,104 @@ def evaluate_wer(
 
 
 def transcribe(
-    model: SpeechTokenizer, mel: Tensor, frames: Tensor, *, quantized: bool = True
+    model: SpeechTokenizer,
+    mel: Tensor,
+    frames: Tensor,
+    *,
+    quantized: bool = True,
+    vocabulary: Vocabulary | None = None,
 ) -> list[str]:
-    """Greedy transcripts of padded features, through the bottleneck or past its rounding."""
-    bounded = model.quantizer.bound(model.features(mel))
-    values = model.quantizer.values(model.quantizer.digits(bounded)) if quantized else bounded
-    best = model.characters(values).argmax(-1)
-    return [greedy_text(row[: 2 * n]) for row, n in zip(best, frames.tolist(), strict=True)]
+    """Greedy transcripts of padded features, through the bottleneck or past its rounding.
+
+    Those of the CTC head; of the attention decoder, in its `vocabulary`, where there is no other.
+    Raises UserError when the tokenizer reads no text.
+    """
+    decoder = model.decoder
+    if vocabulary is None and decoder is not None and decoder.config.vocabulary is None:
+        vocabulary = Characters()
+    if model.head is None and (decoder is None or vocabulary is None):
+        raise UserError(
+            "The tokenizer reads no characters: choose one that was trained with model.ctc=true."
+        )
+    passed = torch.full_like(frames, quantized, dtype=torch.bool)
+    output = model(mel, frames, passed)
+    if output.logits is not None:
+        best = output.logits.argmax(-1)
+        steps = (per_frame(model) * frames).tolist()
+        return [greedy_text(row[:n]) for row, n in zip(best, steps, strict=True)]
+    assert decoder is not None and output.after is not None and vocabulary is not None
+    sound = torch.arange(output.after.shape[1], device=mel.device)
+    mask = sound < model.of_frames(frames, model.rate).unsqueeze(1)
+    found = decoder.greedy(output.after, mask, vocabulary.prompt, vocabulary.end)
+    return [vocabulary.decode(row) for row in found]
+
+
+def per_frame(model: SpeechTokenizer) -> int:
+    """CTC logits in a frame of 80 ms."""
+    return max(2, round(model.rate / FRAME_RATE))
 
 
 class Trainee(nn.Module):
-    """A tokenizer with the early head that only its training needs."""
+    """A tokenizer with the heads for phones that only its training needs."""
 
-    def __init__(self, tokenizer: SpeechTokenizer, early_weight: float) -> None:
+    def __init__(
+        self,
+        tokenizer: SpeechTokenizer,
+        share: float,
+        attention: float = 0.0,
+        commitment: float = 0.0,
+    ) -> None:
+        """Weights as in `TrainConfig`; `share` is that of the phones."""
         super().__init__()
-        self.tokenizer, self.early_weight = tokenizer, early_weight
-        self.early = nn.Linear(tokenizer.config.dim, len(ALPHABET) + 1) if early_weight else None
+        self.tokenizer, self.share = tokenizer, share
+        self.attention, self.commitment = attention, commitment
+        if share > 0:
+            dim, classes = tokenizer.config.dim, len(PHONES) + 1
+            self.before = nn.Linear(dim, classes)
+            self.after = nn.Linear(dim, tokenizer.per_code * classes)
 
-    def forward(self, batch: Batch, quantized: Tensor) -> tuple[Tensor, Tensor]:
-        """CTC loss a character, and codes [B, T]; `quantized` [B]: rows that pass the rounding."""
-        output = self.tokenizer(batch.mel, batch.frames, quantized)
-        loss = ctc_loss(output.logits, batch.frames, batch.targets, batch.lengths)
-        if self.early is not None:
-            early = ctc_loss(self.early(output.hidden), batch.frames, batch.targets, batch.lengths)
-            loss = torch.lerp(loss, early, self.early_weight)
-        return loss, output.codes
+    def forward(self, batch: Batch, quantized: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses, `loss` their weighted mean, and codes [B, T].
+
+        `quantized` [B] bool: rows that pass the rounding.
+        """
+        tokenizer, pieces, steps = self.tokenizer, batch.pieces, per_frame(self.tokenizer)
+        output = tokenizer(
+            batch.mel, batch.frames, quantized, None if pieces is None else pieces.classes[:, :-1]
+        )
+        losses: dict[str, Tensor] = {}
+        if output.logits is not None:
+            spelled = batch.characters
+            losses["loss"] = ctc_loss(
+                output.logits, batch.frames, spelled.classes, spelled.lengths, steps
+            )
+        if pieces is not None:
+            read = piece_loss(output.pieces, pieces)
+            losses["attention"] = read
+            losses["loss"] = torch.lerp(losses.get("loss", read), read, self.attention)
+        known = (batch.phones.lengths > 0).nonzero()[:, 0]
+        if self.share > 0 and len(known):
+            rows, frames = batch.phones, batch.frames[known]
+            target = rows.classes[known], rows.lengths[known]
+            positions = round(tokenizer.config.encoder_rate / FRAME_RATE)
+            early = ctc_loss(self.before(output.before[known]), frames, *target, positions)
+            x = self.after(output.after[known])
+            late = ctc_loss(
+                x.view(len(x), tokenizer.per_code * x.shape[1], -1), frames, *target, steps
+            )
+            losses |= {"characters": losses["loss"], "phones_before": early, "phones_after": late}
+            losses["loss"] = torch.lerp(losses["loss"], (early + late) / 2, self.share)
+        if tokenizer.bottleneck == "vq":
+            losses["commitment"] = output.commitment
+            losses["loss"] = losses["loss"] + self.commitment * output.commitment
+        return losses, output.codes
+
+
+def piece_loss(logits: Tensor, pieces: Classes) -> Tensor:
+    """Mean cross-entropy a piece: logits [B, W − 1, L] of all pieces [B, W] but the first."""
+    at = torch.arange(logits.shape[1], device=logits.device)
+    told = pieces.classes[:, 1:].masked_fill(at >= pieces.lengths.unsqueeze(1) - 1, -1)
+    return F.cross_entropy(logits.float().flatten(0, 1), told.flatten(), ignore_index=-1)
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
@@ -383,21 +624,27 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     output_dir = config.output or config.run.dir / "tokenizer"
     checkpoints.check_replaceable(output_dir)
     run = Run("tokenizer", config.run, config, resume)
-    utterances = load_utterances(config.data.train, config.data.max_seconds)
-    held_out = load_utterances(config.data.validation, config.data.max_seconds)
+    mels = config.model.mels
+    utterances = load_utterances(config.data.train, config.data.max_seconds, mels)
+    held_out = load_utterances(config.data.validation, config.data.max_seconds, mels)
     picks = np.random.default_rng(0).permutation(len(held_out))
     held_out = [held_out[i] for i in sorted(picks[: config.data.validation_utterances])]
-    noise = load_noise(config.data.noise)
+    noise = load_noise(config.data.noise, mels)
+    vocabulary = make_vocabulary(config)
     tokenizer = SpeechTokenizer(config.model)
     if config.init_from is not None:
-        start = load_speech_tokenizer_of(config.init_from).state_dict()
-        checkpoints.restore(tokenizer, checkpoints.Checkpoint(Path(config.init_from), {}, start))
-    model = Trainee(tokenizer, config.early_weight)
+        start_from(tokenizer, config.init_from)
+    model = Trainee(
+        tokenizer,
+        config.phones,
+        config.attention_weight,
+        0.0 if config.unquantized else config.commitment_weight,
+    )
     optimizer = config.optimizer.build(model)
     run.restore(model, optimizer)
     model, optimizer = run.accelerator.prepare(model, optimizer)
     bare: Trainee = run.accelerator.unwrap_model(model)
-    order = _Order(utterances, config, noise, run)
+    order = _Order(utterances, config, noise, run, vocabulary)
 
     def state() -> dict[str, Any]:
         return {"model": bare.state_dict(), "optimizer": optimizer.state_dict()}
@@ -405,7 +652,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     def evaluate(step: int) -> dict[str, float]:
         quantized = not config.unquantized and step >= config.quantize_from * config.run.steps
         wer = evaluate_wer(
-            tokenizer, held_out, quantized=quantized, seconds=config.data.batch_seconds
+            tokenizer,
+            held_out,
+            quantized=quantized,
+            seconds=config.data.batch_seconds,
+            vocabulary=vocabulary,
         )
         return {"wer_validation": wer}
 
@@ -421,21 +672,50 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             rng = run.rng(step)
             mask_mel(batch.mel, config.augment, rng)
             quantized = torch.from_numpy(rng.random(len(batch.mel)) < _share(config, step))
-            loss, codes = model(batch.to(run.device), quantized.to(run.device))
-            run.accelerator.backward(loss)
+            losses, codes = model(batch.to(run.device), quantized.to(run.device))
+            run.accelerator.backward(losses["loss"])
             norm = clip_gradients(model, config.optimizer.clip)
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % config.run.log_every == 0:
-                used = codes.unique().numel() / tokenizer.quantizer.size
-                run.log(
-                    step,
-                    {"loss": loss.item(), "norm": norm.item(), "lr": rate, "batch_usage": used},
-                )
+                used = codes.unique().numel()
+                numbers = {name: loss.item() for name, loss in losses.items()}
+                numbers |= {"norm": norm.item(), "lr": rate, "codes": used}
+                run.log(step, {**numbers, "batch_usage": used / tokenizer.codebook_size})
     card = {"trainee": "tokenizer", "steps": run.done, "utterances": len(utterances)}
     return checkpoints.save(
-        output_dir, config.model, tokenizer.state_dict(), dtype=config.dtype, card=card
+        output_dir,
+        config.model,
+        tokenizer.state_dict(),
+        dtype=config.dtype,
+        files=vocabulary.files if isinstance(vocabulary, WhisperPieces) else None,
+        card=card,
     )
+
+
+def make_vocabulary(config: TrainConfig) -> Vocabulary | None:
+    """What the attention decoder reads; None when there is no such decoder."""
+    decoder = config.model.decoder
+    if decoder is None:
+        return None
+    if decoder.vocabulary is None:
+        return Characters()
+    if config.init_from is None:
+        raise UserError(
+            f"model.decoder.vocabulary={decoder.vocabulary} needs init_from, a checkpoint with the "
+            "text pieces of Whisper; without that field it reads characters."
+        )
+    return WhisperPieces(checkpoints.resolve(config.init_from), decoder.vocabulary)
+
+
+def start_from(tokenizer: SpeechTokenizer, name_or_path: str) -> None:
+    """Take over the weights that `init_from` names; UserError when they do not fit."""
+    found = checkpoints.load(name_or_path)
+    if kind_of(found.config) in ("whisper", "whisper_vq"):
+        initialize(tokenizer, found)
+        return
+    start = load_speech_tokenizer_of(name_or_path).state_dict()
+    checkpoints.restore(tokenizer, checkpoints.Checkpoint(Path(name_or_path), {}, start))
 
 
 def _share(config: TrainConfig, step: int) -> float:
@@ -455,8 +735,10 @@ class _Order:
         config: TrainConfig,
         noise: Sequence[Power],
         run: Run,
+        vocabulary: Vocabulary | None,
     ) -> None:
         self.utterances, self.config, self.noise, self.run = utterances, config, noise, run
+        self.vocabulary = vocabulary
         self.epoch, self.first = -1, 0
         self.batches: list[list[int]] = []
 
@@ -469,4 +751,4 @@ class _Order:
             self.batches = epoch_batches(self.utterances, self.config.data.batch_seconds, rng)
         chosen = [self.utterances[i] for i in self.batches[step - self.first]]
         rng = np.random.default_rng((self.config.run.seed, 2, step))
-        return collate(chosen, self.noise, self.config.augment, rng)
+        return collate(chosen, self.noise, self.config.augment, rng, self.vocabulary)

@@ -26,7 +26,7 @@ class Counts:
 
     columns: int = 0
     frames: int = 0
-    """Columns of which the depth transformer learns codes."""
+    """Columns of which the depth transformer learns codes; twice where it learns both voices'."""
     tokens: int = 0
     """Predictions that are learned, over all streams."""
     audio: int = 0
@@ -39,7 +39,7 @@ class Counts:
         heard = batch.targets[:, streams.own.start : streams.user.stop] >= 0
         return cls(
             columns=learned[:, 0].numel(),
-            frames=int(learned[:, streams.own].any(1).sum()),
+            frames=sum(int(learned[:, v].any(1).sum()) for v in (streams.own, streams.user)),
             tokens=int(learned.sum()),
             audio=int(heard.any(1).sum()),
         )

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from scipy import stats
 from torch import Tensor
 
-from audio_codec.sampling import Sampling, sample, uniform
+from audio_codec.sampling import Sampling, normal, sample, uniform
 
 DRAWS = 40_000
 
@@ -228,3 +228,14 @@ def test_extreme_logits_and_half_precision_stay_finite() -> None:
 def test_settings_out_of_range_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(ValidationError, match=field):
         Sampling.model_validate({"temperature": 1.0, field: value})
+
+
+def test_normal_numbers_are_normal_and_belong_to_their_pair() -> None:
+    counter = torch.arange(DRAWS)
+    drawn = normal(torch.tensor([[3], [4]]), counter)  # two sessions
+    assert drawn.shape == (2, DRAWS) and drawn.dtype == torch.float32
+    assert bool(drawn.isfinite().all()) and 3.5 < float(drawn.abs().max()) < 5.4
+    for row in drawn:
+        assert stats.kstest(row.numpy(), "norm").pvalue > 1e-3
+    assert abs(float(torch.corrcoef(drawn)[0, 1])) < 0.03
+    assert torch.equal(normal(torch.tensor(4), counter[100:200]), drawn[1, 100:200])

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from streams import Streaming, Tick, assert_streams, chunkings, scripts, streaming_settings
 from torch import Tensor
 
+from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_SIZE, LogMel
+from audio_codec.quantize import FSQ
+from audio_codec.spectral import SpectralConfig
 from audio_codec.speech_tokenizer import (
     ALPHABET,
+    SILENCE,
     CTCText,
     SpeechTokenizer,
     TokenizerConfig,
     ctc_loss,
     greedy_text,
+    load_tokenizer,
     spell,
 )
+from audio_codec.whisper import DecoderConfig, StemConfig
 
 # A window of 0.32 s is 8 positions before the bottleneck and 4 after it: 10 frames wrap both.
 CONFIG = TokenizerConfig(
@@ -35,6 +44,26 @@ CONFIG = TokenizerConfig(
     levels=(5, 4, 3),
 )
 
+# Every choice that shapes the stream, at least once; positions of a Whisper begin anew within it.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "late": {"lookahead_ms": 160},
+    "blocks": {"block_ms": 240},
+    "slow": {"rate": 6.25, "lookahead_ms": 160},
+    "fast": {"rate": 50, "block_ms": 100},
+    "pooled": {"rate": 25, "layers_pooled": 1, "bottleneck": "vq", "codes": 40, "code_dim": 4},
+    "whisper": {
+        "whisper": StemConfig(positions=14),
+        "rate": 12.5,
+        "layers_pooled": 1,
+        "pooling": "avg",
+        "block_ms": 160,
+        "bottleneck": "vq",
+        "codes": 40,
+        "code_dim": None,
+    },
+    "late whisper": {"whisper": StemConfig(positions=11), "pooling": "max", "lookahead_ms": 80},
+}
+
 
 def build(config: TokenizerConfig = CONFIG) -> SpeechTokenizer:
     torch.manual_seed(1)
@@ -45,8 +74,12 @@ def build(config: TokenizerConfig = CONFIG) -> SpeechTokenizer:
     model.eval().requires_grad_(False)
     # Let the random model's bottleneck use all of its codes on noise.
     numbers = model.features(model.mel(0.1 * noise(4, 1, 40 * FRAME_SIZE, seed=9)))
-    model.quantizer.mean.copy_(numbers.mean((0, 1)))
-    model.quantizer.variance.copy_(numbers.var((0, 1)))
+    if isinstance(model.quantizer, FSQ):
+        model.quantizer.mean.copy_(numbers.mean((0, 1)))
+        model.quantizer.variance.copy_(numbers.var((0, 1)))
+    else:
+        model.quantizer.codebook.copy_(numbers.flatten(0, 1)[: config.codes])
+        model.quantizer.ready.fill_(True)
     return model
 
 
@@ -110,6 +143,52 @@ def test_characters_stream_in_float64(chunks: list[int], script: list[Tick]) -> 
     assert_streams(module, chunks, script)
 
 
+def variant(name: str) -> SpeechTokenizer:
+    return build(CONFIG.model_copy(update=CONFIGS[name]))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@streaming_settings
+@given(chunks=chunkings(8), script=scripts(6))
+def test_any_tokenizer_streams(name: str, chunks: list[int], script: list[Tick]) -> None:
+    model, generator = variant(name).double(), torch.Generator().manual_seed(6)
+    mels = model.frame_size // 240
+    module = Streaming(
+        model.features,
+        model.new_state,
+        lambda n: torch.randn(1, mels * n, 80, generator=generator, dtype=torch.float64),
+        tolerance=1e-9,
+    )
+    assert_streams(module, chunks, script)
+
+
+@pytest.mark.parametrize("name", ["blocks", "slow", "whisper"])
+@streaming_settings
+@given(chunks=chunkings(8), script=scripts(6))
+def test_any_tokenizer_codes_and_reads_a_stream(
+    name: str, chunks: list[int], script: list[Tick]
+) -> None:
+    model, generator = variant(name), torch.Generator().manual_seed(7)
+    module = Streaming(
+        model.encode,
+        model.new_state,
+        lambda n: 0.1 * torch.randn(1, 1, n * model.frame_size, generator=generator),
+        axis=2,
+    )
+    assert_streams(module, chunks, script)
+    model = model.double()
+    codes = model.frame_size // model.config.code_size
+    module = Streaming(
+        model.characters,
+        model.new_character_state,
+        lambda n: torch.randn(
+            1, codes * n, model.config.numbers, generator=generator, dtype=torch.float64
+        ),
+        tolerance=1e-9,
+    )
+    assert_streams(module, chunks, script)
+
+
 # --- Delay ----------------------------------------------------------------------------------------
 
 
@@ -127,6 +206,38 @@ def test_a_frame_is_coded_from_its_own_sound_at_once() -> None:
         if sample < FRAME_SIZE - 1 or sample % FRAME_SIZE:
             continue
         assert not torch.equal(after[:, frame], before[:, frame])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_code_sees_as_far_ahead_as_it_says(name: str) -> None:
+    model = variant(name)
+    struck = noise(1, 97, 80).repeat(97, 1, 1)[:, :96]
+    for row in range(96):  # from row · 10 ms on, all is another sound; the last row is untouched
+        struck[row, row:] += 1
+    numbers = model._narrow(model(struck).before)
+    furthest = 0.0
+    for row in range(96):
+        heard = (numbers[row] != numbers[-1]).any(-1)
+        if bool(heard.any()):  # the last of it may come too late for the last code
+            end = (1 + int(heard.nonzero()[0])) * 1000 / model.rate
+            furthest = max(furthest, 10 * (row + 1) - end)
+    # Whisper's convolution to 50 Hz, made causal as published, ends 10 ms before its position does.
+    unheard = 10 if model.config.whisper else 0
+    assert furthest == model.lookahead_ms - unheard
+
+
+def test_a_code_that_comes_late_is_that_of_an_earlier_frame() -> None:
+    late, now = variant("late"), build()
+    now.load_state_dict(late.state_dict())
+    assert (late.delay, now.delay, late.lookahead_ms) == (2 * FRAME_SIZE, 0, 160)
+    mel = noise(2, 8 * 6, 80)
+    longer = torch.cat((mel, torch.full((2, 16, 80), SILENCE)), 1)
+    expected, found = now(longer), late(mel, torch.tensor([6, 4]))
+    assert torch.equal(found.codes, expected.codes[:, 2:])
+    assert torch.equal(found.logits, expected.logits[:, 4:])
+    assert torch.equal(found.before, expected.before[:, 4:])
+    # A stream of it gives the codes as they come.
+    assert torch.equal(late.discretize(late.features(longer)), expected.codes)
 
 
 def test_an_impulse_within_a_frame_reaches_that_frame() -> None:
@@ -157,6 +268,87 @@ def test_codes_fill_the_codebook_and_embed_into_it() -> None:
     assert torch.equal(model.quantizer.codes(model.quantizer.digits(embedded)), codes)
 
 
+@pytest.mark.parametrize(
+    ("name", "rate", "lookahead", "codebook", "stride"),
+    [
+        ("late", 12.5, 160, (5, 4, 3), 1920),
+        ("blocks", 12.5, 160, (5, 4, 3), 3 * 1920),
+        ("slow", 6.25, 160, (5, 4, 3), 3840),
+        ("fast", 50, 80, (5, 4, 3), 9600),
+        ("pooled", 25, 0, (40,), 1920),
+        ("whisper", 12.5, 80, (40,), 3840),
+    ],
+)
+def test_what_a_tokenizer_says_of_itself(
+    name: str, rate: float, lookahead: float, codebook: tuple[int, ...], stride: int
+) -> None:
+    model = variant(name)
+    assert (model.rate, model.lookahead_ms, model.frame_size) == (rate, lookahead, stride)
+    assert model.codebook == codebook and model.codebook_size == math.prod(codebook)
+    assert model.bottleneck == ("fsq" if len(codebook) > 1 else "vq")
+    pcm = 0.1 * noise(2, 1, 4 * stride)
+    codes = model.encode(pcm)
+    assert codes.shape[1] == round(pcm.shape[-1] / 24_000 * rate)
+    assert int(codes.min()) >= 0 and int(codes.max()) < model.codebook_size
+    assert codes.unique().numel() > 4
+    embedded = model.embed(codes)
+    assert embedded.shape == (*codes.shape, model.config.numbers)
+    assert torch.equal(model.quantizer.decode(codes), embedded)
+    if isinstance(model.quantizer, FSQ):
+        assert torch.equal(model.quantizer.codes(model.quantizer.digits(embedded)), codes)
+    else:
+        assert torch.equal(model.discretize(embedded), codes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rate": 10}, "rate=10"),
+        ({"lookahead_ms": 40}, "lookahead_ms=40 must be a multiple of a code's 80 ms"),
+        ({"rate": 6.25, "block_ms": 80}, "block_ms=80 must be a multiple of a code's 160 ms"),
+        ({"block_ms": 160, "lookahead_ms": 80}, "lookahead_ms=80 is for"),
+        ({"block_ms": 160, "causal": False}, "block_ms=160 needs causal"),
+        ({"layers_after": 0}, "layers_after=0"),
+        ({"ctc": False}, "layers_after=4"),
+        ({"decoder": DecoderConfig(heads=5)}, "decoder.heads=5"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        TokenizerConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rate": 25}, {"block_ms": 160}, {"lookahead_ms": 80}, {"causal": False}]
+)
+def test_a_codec_takes_a_tokenizer_of_a_code_a_frame_at_once(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="a code a frame at once"):
+        SpectralConfig(tokenizer=TokenizerConfig(**changes))
+    vq = SpectralConfig(tokenizer=TokenizerConfig(bottleneck="vq", codes=64))
+    assert vq.tokenizer.codebook == (64,) and vq.tokenizer.numbers == 32
+
+
+def test_the_shipped_shape_is_the_default() -> None:
+    shipped = {"front_dim": 8, "front_blocks": 2, "dim": 16, "heads": 2, "levels": [5, 4, 3]}
+    model = SpeechTokenizer(TokenizerConfig.model_validate(shipped))
+    names = {name.split(".")[0] for name in model.state_dict()}
+    assert names == {
+        *("front_in", "front", "stack", "before", "to_bottleneck", "quantizer"),
+        *("from_bottleneck", "after", "head"),
+    }
+    assert not any(
+        "bias" in name for name, _ in model.before.named_parameters() if "norm" not in name
+    )
+
+
+@pytest.mark.parametrize("name", ["pooled", "whisper", "late"])
+def test_a_checkpoint_gives_the_same_codes(name: str, tmp_path: Path) -> None:
+    model = variant(name)
+    checkpoints.save(tmp_path / "t", model.config, model.state_dict(), dtype="fp32")
+    pcm = 0.1 * noise(1, 1, 2 * model.frame_size)
+    assert torch.equal(load_tokenizer(tmp_path / "t").encode(pcm), model.encode(pcm))
+
+
 # --- Training -------------------------------------------------------------------------------------
 
 
@@ -174,6 +366,55 @@ def test_training_ignores_padding() -> None:
     torch.testing.assert_close(outputs[0].logits[1, :6], outputs[1].logits[1, :6])
     torch.testing.assert_close(outputs[0].logits[0], outputs[1].logits[0])
     assert outputs[0].logits.shape == (2, 12, len(ALPHABET) + 1)
+
+
+@pytest.mark.parametrize("name", ["pooled", "whisper", "late", "slow", "fast"])
+def test_the_gradient_passes_any_bottleneck(name: str) -> None:
+    config = CONFIG.model_copy(update={**CONFIGS[name], "decoder": DecoderConfig(heads=2)})
+    model = build(config).train().requires_grad_(True)
+    frames, pieces = torch.tensor([4, 2]), torch.tensor([[0, 3, 4], [0, 5, 0]])
+    output = model(noise(2, 8 * 4, 80), frames, torch.tensor([True, False]), pieces)
+    assert output.logits.shape[1] == max(8, round(4 * model.rate / 12.5))
+    assert output.pieces.shape == (2, 3, len(ALPHABET) + 1)
+    assert output.codes.shape[1] == round(4 * model.rate / 12.5)
+    loss = output.logits.square().mean() + output.pieces.square().mean() + output.commitment
+    loss.backward()
+    assert bool(output.commitment > 0) == (model.bottleneck == "vq")
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+        assert bool(parameter.grad.any()), f"{name} gets no gradient"
+
+
+def test_a_vector_quantizer_learns_of_sound_alone_and_revives_its_dead() -> None:
+    config = CONFIG.model_copy(update={"bottleneck": "vq", "codes": 16, "code_dim": 4})
+    spoilt = noise(2, 8 * 6, 80)
+    spoilt[1, 8 * 3 :] = 50.0
+    outputs = []
+    for mel in (noise(2, 8 * 6, 80), spoilt):
+        model = build(config).train()
+        torch.manual_seed(3)
+        outputs.append(model(mel, torch.tensor([6, 3])))
+        outputs.append(model.quantizer.codebook.clone())
+    assert torch.equal(outputs[1], outputs[3])
+    assert torch.equal(outputs[0].commitment, outputs[2].commitment)
+    model.quantizer.codebook.fill_(1e6)
+    model.quantizer.codebook[0] = 0
+    model.quantizer.total.copy_(model.quantizer.codebook)
+    model.quantizer.usage.fill_(0).add_(1e-9)
+    model(noise(4, 8 * 40, 80))
+    assert model(noise(4, 8 * 40, 80)).codes.unique().numel() > 4
+
+
+def test_a_row_past_the_bottleneck_is_not_rounded() -> None:
+    for name in ("pooled", "late"):
+        model = variant(name).eval()
+        mel = noise(2, 8 * 4, 80)
+        free, rounded, mixed = (
+            model(mel, None, torch.tensor(rows)).logits
+            for rows in ([False, False], [True, True], [False, True])
+        )
+        assert torch.equal(mixed[0], free[0]) and torch.equal(mixed[1], rounded[1])
+        assert not torch.equal(free, rounded)
 
 
 def test_the_gradient_passes_the_bottleneck() -> None:

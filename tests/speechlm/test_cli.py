@@ -56,7 +56,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     import speechlm.evaluation
     import speechlm.training
     import streaming
-    import synth_data
+    import synth_data.recipes
 
     assert demo and speechlm and streaming and synth_data
     return fake
@@ -84,7 +84,7 @@ def test_help_answers_within_a_second_and_without_torch() -> None:
 @pytest.mark.parametrize(
     ("group", "commands"),
     [
-        ("train", ["tokenizer", "codec", "lm"]),
+        ("train", ["tokenizer", "codec", "token-decoder", "lm"]),
         ("synth", ["speech", "dialogues"]),
         ("eval", ["codec", "tokenizer", "spoken-qa", "duplex"]),
         ("codec", ["encode", "decode", "info"]),
@@ -103,7 +103,7 @@ class Config(BaseModel):
     output: Path = Path("shards")
 
 
-@pytest.mark.parametrize("trainee", ["tokenizer", "codec", "lm"])
+@pytest.mark.parametrize("trainee", ["tokenizer", "codec", "token-decoder", "lm"])
 def test_train_hands_over_the_validated_recipe(
     run: Run, room: Callable[..., None], tmp_path: Path, trainee: str
 ) -> None:
@@ -114,7 +114,7 @@ def test_train_hands_over_the_validated_recipe(
         return tmp_path / "checkpoint"
 
     room(
-        f"speechlm.training.{trainee}",
+        f"speechlm.training.{trainee.replace('-', '_')}",
         TrainConfig=Config,
         train=train,
     )
@@ -129,31 +129,63 @@ def test_train_hands_over_the_validated_recipe(
     assert len(calls) == 2
 
 
+class SynthConfig(Config):
+    ray: str | None = None
+
+
 def test_synth_hands_over_the_validated_recipe(
     run: Run, room: Callable[..., None], tmp_path: Path
 ) -> None:
-    calls: list[tuple[str, int]] = []
+    calls: list[tuple[str, int, str | None]] = []
 
-    def built(what: str) -> Callable[[Config], SimpleNamespace]:
-        def build(config: Config) -> SimpleNamespace:
-            calls.append((what, config.steps))
+    def built(what: str) -> Callable[[SynthConfig], SimpleNamespace]:
+        def build(config: SynthConfig) -> SimpleNamespace:
+            calls.append((what, config.steps, config.ray))
             return SimpleNamespace(samples=7, seconds=1800.0, written=2, kept=1, dropped=["x"])
 
         return build
 
+    room("synth_data.recipes.speech", SpeechConfig=SynthConfig, build_speech=built("speech"))
     room(
-        "synth_data.build",
-        SpeechConfig=Config,
-        DialoguesConfig=Config,
-        build_speech=built("speech"),
+        "synth_data.recipes.dialogues",
+        DialoguesConfig=SynthConfig,
         build_dialogues=built("dialogues"),
     )
     (tmp_path / "c.yaml").write_text("steps: 3\n")
     status, out, _ = run("synth", "speech", tmp_path / "c.yaml")
     assert status == 0 and out.startswith("shards: 7 samples, 0.50 h in 2 new shards; 1 stood")
-    assert run("synth", "dialogues", tmp_path / "c.yaml", "steps=4")[0] == 0
-    assert calls == [("speech", 3), ("dialogues", 4)]
+    ray = "ray://head:10001"
+    assert run("synth", "dialogues", tmp_path / "c.yaml", "steps=4", "--ray", ray)[0] == 0
+    assert calls == [("speech", 3, None), ("dialogues", 4, ray)]
     assert run("synth", "speech", tmp_path / "none.yaml")[0] == 2
+
+
+def test_synth_shows_a_sample_and_a_set(run: Run, tmp_path: Path) -> None:
+    from synth_data.shards import Sample, write
+
+    known = {"id": "s1", "text": "two plus two", "words": ((),), "voices": ("ann",)}
+    known |= {"source": "people", "licence": "CC0", "synthetic": False, "seconds": 0.2}
+    pcm = np.zeros((1, 4800), np.float32)
+    codes = np.zeros((1, 99, 2), np.uint16)
+    write(
+        tmp_path / "a.tar",
+        [Sample(**known, pcm=pcm), Sample(**{**known, "id": "s2"}, codes=codes)],
+    )
+    status, out, _ = run("synth", "inspect", tmp_path / "a.tar", "--out", tmp_path / "look")
+    assert status == 0 and "two plus two" in out and "recorded" in out
+    assert {path.name for path in (tmp_path / "look").iterdir()} == {"s1.wav", "s1.png"}
+    # No codec has so many codebooks: the codes are drawn, and the sentence says why no more is.
+    asked = ("--sample", "s2", "--out", tmp_path / "look")
+    status, _, err = run("synth", "inspect", tmp_path / "a.tar", *asked)
+    assert status == 2 and "99 codebooks" in err
+    assert (tmp_path / "look" / "s2.png").exists()
+    assert run("synth", "inspect", tmp_path / "a.tar", "--sample", "s3")[0] == 2
+    written = tmp_path / "numbers.json"
+    status, out, _ = run("synth", "stats", tmp_path / "a.tar", "--json", written)
+    assert status == 0 and "people" in out and "recorded_speech" in out
+    metrics = json.loads(written.read_text())["metrics"]
+    assert metrics["samples"]["value"] == 2 and metrics["recorded_speech"]["value"] == 1
+    assert run("synth", "stats", tmp_path / "none")[0] == 2
 
 
 @pytest.mark.parametrize("question", ["codec", "tokenizer", "spoken-qa", "duplex"])

@@ -21,10 +21,14 @@ from speechlm.data import (
     Packer,
     QuizSource,
     SentenceSource,
-    TextTokenizer,
     WeightConfig,
 )
 from speechlm.streams import ABSENT, BOS, EOS, EPAD, PAD, SPEECH, TEXT, Streams
+from speechlm.text_tokenizer import (
+    SentencePieceTokenizer,
+    TextTokenizer,
+    train_text_tokenizer,
+)
 from speechlm.training.lm import TrainConfig
 from synth_data import quiz, shards
 from synth_data.tts import Word
@@ -34,7 +38,7 @@ WEIGHTS = WeightConfig()
 
 @pytest.fixture(scope="module")
 def tokenizer() -> TextTokenizer:
-    return data.train_text_tokenizer(quiz.sentences("train", 400, 0), 300)
+    return train_text_tokenizer(quiz.sentences("train", 400, 0), 300)
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +88,14 @@ class TestTokenizer:
         assert tokenizer.pieces()[:7] == [""] * 7
 
     def test_the_same_texts_give_the_same_pieces(self, tokenizer: TextTokenizer) -> None:
-        again = data.train_text_tokenizer(quiz.sentences("train", 400, 0), 300)
+        again = train_text_tokenizer(quiz.sentences("train", 400, 0), 300)
         assert again.model == tokenizer.model
 
     def test_mistakes_are_named(self) -> None:
         with pytest.raises(UserError, match="vocab is 10"):
-            data.train_text_tokenizer(["a"], 10)
+            train_text_tokenizer(["a"], 10)
         with pytest.raises(UserError, match="not a SentencePiece model"):
-            TextTokenizer(b"nothing")
+            SentencePieceTokenizer(b"nothing")
 
 
 class TestPlace:

@@ -13,11 +13,11 @@ from audio_codec import checkpoint
 from audio_codec.errors import UserError
 from audio_codec.spectral import SpectralCodec
 from speechlm import convert
-from speechlm.data import TextTokenizer, train_text_tokenizer
 from speechlm.duplex import Duplex, DuplexState
 from speechlm.generate import generate
 from speechlm.model import SpeechLM
 from speechlm.streams import PAD
+from speechlm.text_tokenizer import TextTokenizer, train_text_tokenizer
 
 
 @pytest.fixture(scope="module")

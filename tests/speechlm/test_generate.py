@@ -19,7 +19,7 @@ WARM = LMSampling(
 )
 
 
-def small(heard: bool = True, delay: int = 1) -> SpeechLM:
+def small(heard: bool = True, delay: int | tuple[int, ...] = 1) -> SpeechLM:
     streams = Streams(
         text_size=20, codebooks=((3, 2), (5,), (5,)), heard=heard, acoustic_delay=delay
     )
@@ -44,9 +44,9 @@ def run(
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
-@pytest.mark.parametrize(("heard", "delay"), [(True, 1), (False, 2), (True, 0)])
+@pytest.mark.parametrize(("heard", "delay"), [(True, 1), (False, 2), (True, 0), (True, (2, 1))])
 def test_step_equals_generate_past_the_window(
-    sampling: LMSampling, heard: bool, delay: int
+    sampling: LMSampling, heard: bool, delay: int | tuple[int, ...]
 ) -> None:
     model, user = small(heard, delay), user_codes(3, 14)
     seed = torch.tensor([1, 2, 3])
@@ -56,7 +56,9 @@ def test_step_equals_generate_past_the_window(
     fast = run(model, user, state, sampling)
     assert torch.equal(torch.stack([text for _, _, text, _ in fast], 1), slow.text)
     assert torch.equal(torch.stack([h for _, _, _, h in fast], 1), slow.heard)
-    assert [bool(ready.all()) for _, ready, _, _ in fast] == [t >= delay for t in range(14)]
+    assert [bool(ready.all()) for _, ready, _, _ in fast] == [
+        t >= model.streams.longest_delay for t in range(14)
+    ]
     voice = [codes for codes, ready, _, _ in fast if bool(ready.all())]
     assert torch.equal(torch.stack(voice, 2), slow.codes)
 

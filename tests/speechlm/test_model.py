@@ -19,13 +19,14 @@ from speechlm.model import (
 from speechlm.streams import ABSENT, PAD, Streams
 
 
-def small(window: int = 6, heard: bool = True) -> SpeechLM:
+def small(window: int = 6, heard: bool = True, predicts_user: bool = False) -> SpeechLM:
     streams = Streams(text_size=12, codebooks=((3, 2), (5,), (5,)), heard=heard)
     config = LMConfig(
         streams=streams,
         temporal=TransformerConfig(dim=16, layers=2, heads=2, window=window),
         depth=TransformerConfig(dim=16, layers=2, heads=2),
         codec="none",
+        predicts_user=predicts_user,
     )
     return SpeechLM(config)
 
@@ -81,6 +82,25 @@ class TestLinearCrossEntropy:
         for mine, theirs in zip(grads, [x.grad, weight.grad], strict=True):
             assert mine is not None and theirs is not None
             assert torch.allclose(mine, theirs, atol=1e-5)
+
+    def test_the_penalty_on_z_has_its_gradient(self) -> None:
+        x = torch.randn(7, 4, requires_grad=True)
+        weight = torch.randn(9, 4, requires_grad=True)
+        target, scale = torch.randint(9, (7,)), torch.rand(7)
+        loss, nll, _ = linear_cross_entropy(x, weight, target, scale, z=0.1)
+        grads = torch.autograd.grad(loss, (x, weight))
+        logits = x @ weight.T
+        plain = F.cross_entropy(logits, target, reduction="none")
+        wanted = (scale * (plain + 0.1 * logits.logsumexp(1).square())).sum()
+        assert torch.allclose(loss, wanted, atol=1e-5) and torch.allclose(nll, plain, atol=1e-5)
+        for mine, theirs in zip(grads, torch.autograd.grad(wanted, (x, weight)), strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-5)
+
+    def test_a_frozen_head_gets_no_gradient(self) -> None:
+        x, weight = torch.randn(7, 4, requires_grad=True), torch.randn(9, 4)
+        loss, _, _ = linear_cross_entropy(x, weight, torch.randint(9, (7,)), torch.ones(7))
+        loss.backward()
+        assert x.grad is not None and weight.grad is None
 
     def test_blocks_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         x, weight, target = torch.randn(5, 4), torch.randn(9, 4), torch.randint(9, (5,))
@@ -198,3 +218,37 @@ class TestLoss:
     def test_without_heard_there_is_no_such_part(self) -> None:
         model = small(heard=False)
         assert "heard" not in model.loss(batch_of(model)).parts
+
+    def test_the_users_codes_are_one_mean_with_the_assistants(self) -> None:
+        model = small(predicts_user=True).eval()
+        streams, batch = model.streams, batch_of(model)
+        batch.weights[:, streams.user] = 0.5
+        got = model.loss(batch, LossConfig(text=0, heard=0))
+        with torch.no_grad():
+            hidden = model(batch.inputs).flatten(0, 1)
+        target = batch.targets.transpose(1, 2).flatten(0, 1)
+        assert model.depth.user_role is not None
+        sums = []
+        for x, before, codes in (
+            (hidden, target[:, streams.text_index], target[:, streams.own]),
+            (
+                hidden * model.depth.user_role,
+                target[:, streams.heard_index],
+                target[:, streams.user],
+            ),
+        ):
+            output = model.depth(x, before, codes)
+            logits = [model.depth.logits(output[:, book], book) for book in range(3)]
+            sums.append(sum(F.cross_entropy(one, codes[:, b]) for b, one in enumerate(logits)))
+        wanted = (sums[0] + 0.5 * sums[1]) / (3 + 3 * 0.5)
+        assert torch.allclose(got.total, wanted, atol=1e-4)
+        assert {"semantic", "acoustic", "user_semantic", "user_acoustic"} == {
+            name for name in got.parts if not name.endswith("accuracy")
+        }
+
+    def test_a_model_that_does_not_predict_the_user_ignores_their_weights(self) -> None:
+        model = small().eval()
+        batch = batch_of(model)
+        before = model.loss(batch).total
+        batch.weights[:, model.streams.user] = 1
+        assert torch.equal(model.loss(batch).total, before)

@@ -15,11 +15,12 @@ from speechlm import data
 from speechlm.data import Document, Packer, WeightConfig
 from speechlm.model import Batch, LMConfig, LossConfig, SpeechLM
 from speechlm.streams import ABSENT, Streams
+from speechlm.text_tokenizer import train_text_tokenizer
 from synth_data import quiz
 
 LENGTH = 64
 WEIGHTS = WeightConfig()
-TOKENIZER = data.train_text_tokenizer(quiz.sentences("train", 200, 0), 200)
+TOKENIZER = train_text_tokenizer(quiz.sentences("train", 200, 0), 200)
 STREAMS = Streams(text_size=TOKENIZER.size, codebooks=((3, 2), (5,), (5,)))
 
 
@@ -51,7 +52,7 @@ def duplex(rng: np.random.Generator) -> Document:
     said = np.where(rng.random(frames) < 0.3, pieces[0], 0)
     heard = np.where(rng.random(frames) < 0.3, pieces[1], 0)
     both = np.stack([codes(rng, frames), codes(rng, frames)]).astype(np.uint16)
-    dialogue = data.Dialogue(both, said, heard, rng.random(frames) < 0.5)
+    dialogue = data.Dialogue(both, said, heard, rng.random((2, frames)) < 0.5)
     return data.dialogue_document(dialogue, STREAMS, WEIGHTS, rng)
 
 

@@ -20,6 +20,9 @@ def framed(draw: st.DrawFn) -> tuple[Streams, torch.Tensor]:
         heard=draw(st.booleans()),
         acoustic_delay=draw(st.integers(0, 3)),
     )
+    if draw(st.booleans()):  # a delay for each
+        each = st.lists(st.integers(0, 3), min_size=streams.k - 1, max_size=streams.k - 1)
+        streams = streams.model_copy(update={"acoustic_delay": tuple(draw(each))})
     time = draw(st.integers(0, 6))
     batch = draw(st.integers(1, 2))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
@@ -85,3 +88,10 @@ def test_parts_of_a_column_cover_it_once() -> None:
 def test_a_negative_delay_is_refused() -> None:
     with pytest.raises(ValidationError, match="acoustic_delay"):
         Streams(text_size=9, codebooks=((5,),), acoustic_delay=-1)
+
+
+def test_a_delay_for_each_acoustic_codebook() -> None:
+    streams = Streams(text_size=9, codebooks=((5,), (5,), (5,)), acoustic_delay=(1, 3))
+    assert streams.code_delays == (0, 1, 3) and streams.longest_delay == 3
+    with pytest.raises(ValidationError, match="one for each of the 2 acoustic codebooks"):
+        Streams(text_size=9, codebooks=((5,), (5,), (5,)), acoustic_delay=(1, 3, 2))

@@ -343,6 +343,8 @@ def tokenizer_config(made: Path, run_dir: Path, **changes: Any) -> tokenizer_tra
             "noise": [made / "noise"],
             "batch_seconds": 3.0,
         },
+        "augment": {"speed_share": 0.5, "warp": [0.9, 1.1]},
+        "phones": 0.4,
         "optimizer": {"lr": 3e-3, "warmup": 2},
     }
     return tokenizer_training.TrainConfig.model_validate({**layout, **changes})
@@ -531,7 +533,44 @@ def test_collating_pads_to_whole_frames_and_keeps_the_sound() -> None:
     batch = tokenizer_training.collate(pair, (), None, np.random.default_rng(0))
     assert batch.mel.shape == (2, 4 * 8, 80) and batch.frames.tolist() == [2, 4]  # four frames
     assert (batch.mel == 1).all(-1).sum(1).tolist() == [10, 25]
-    assert batch.targets.tolist() == [spell("a")] * 2 and batch.lengths.tolist() == [1, 1]
+    assert batch.characters.classes.tolist() == [
+        spell("a")
+    ] * 2 and batch.characters.lengths.tolist() == [1, 1]
+
+
+def test_phones_share_the_loss_where_they_are_known() -> None:
+    config = tokenizer_training.TokenizerConfig.model_validate({**TINY_TOKENIZER, "dropout": 0.0})
+    torch.manual_seed(0)
+    trainee = tokenizer_training.Trainee(tokenizer_training.SpeechTokenizer(config), 0.25)
+    mel = np.random.default_rng(0).standard_normal((320, 80)).astype(np.float16)
+    known, unknown = (
+        tokenizer_training.Utterance(mel, text, "v", tokenizer_training.phones(text))
+        for text in ("the cat", "the qxzzt")
+    )
+    assert known.phones and not unknown.phones
+
+    def losses(*chosen: tokenizer_training.Utterance) -> dict[str, float]:
+        batch = tokenizer_training.collate(chosen, (), None, np.random.default_rng(0))
+        found, _ = trainee(batch, torch.ones(len(chosen), dtype=torch.bool))
+        return {name: loss.item() for name, loss in found.items()}
+
+    alone, both = losses(known), losses(known, unknown)
+    for found in (alone, both):
+        heads = (found["phones_before"] + found["phones_after"]) / 2
+        assert found["loss"] == pytest.approx(0.75 * found["characters"] + 0.25 * heads, rel=1e-5)
+    assert both["phones_before"] == pytest.approx(alone["phones_before"], rel=1e-5)
+    assert both["characters"] != pytest.approx(alone["characters"], rel=1e-3)
+    assert set(losses(unknown)) == {"loss"}
+
+
+def test_warping_moves_frequencies_and_leaves_the_tempo() -> None:
+    time = np.arange(SAMPLE_RATE) / SAMPLE_RATE
+    power = tokenizer_training.mel_power(features(np.sin(2 * np.pi * 1000 * time)))
+    moved = tokenizer_training._stretch(power, 1.0, 1.2)
+    centers = tokenizer_training._centers()
+    assert len(moved) == len(power)
+    assert centers[power.mean(0).argmax()] == pytest.approx(1000, rel=0.04)
+    assert centers[moved.mean(0).argmax()] == pytest.approx(1200, rel=0.04)
 
 
 def features(pcm: np.ndarray) -> tokenizer_training.Mel:

@@ -15,11 +15,13 @@ from audio_codec.errors import UserError
 from audio_codec.spectral import SpectralCodec, SpectralConfig
 from speechlm import convert
 from speechlm.config import load_config
+from speechlm.data import shares_of
 from speechlm.model import Batch
 from speechlm.streams import ABSENT, Streams
 from speechlm.training.lm import TrainConfig, mask_heard, mask_user, train
 from speechlm.training.run import Average
 from synth_data import shards
+from synth_data.mixture import Shares
 from synth_data.tts import Word
 
 
@@ -99,6 +101,19 @@ def test_whole_rows_lose_the_users_acoustic_codes_alone() -> None:
     expected[rows, streams.user.start + 1 : streams.user.stop] = True
     assert torch.equal(lost, expected) and (inputs == 1).all()
     assert mask_user(batch, streams, 0.0, np.random.default_rng(0)) is batch
+
+
+def test_a_mixture_of_too_little_that_people_made_is_refused(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sources: recorded_speech is 0.0%, and guard"):
+        train(config_of(made, tmp_path / "run", guard={"recorded_speech": 0.1}))
+    assert not (tmp_path / "run").exists()
+    sentences = {"kind": "sentences", "path": tmp_path / "none.txt", "rows": 1}
+    mixture = [*config_of(made, tmp_path / "run").sources]
+    mixture += config_of(made, tmp_path / "run", sources=[sentences]).sources
+    # By rows: two of dialogues and one of the quiz were made, one of sentences people wrote.
+    assert shares_of(mixture) == Shares(recorded_speech=0.0, human_text=0.25)
+    mixture[-1] = mixture[-1].model_copy(update={"human": False})
+    assert shares_of(mixture).human_text == 0
 
 
 class _StoppedError(Exception):

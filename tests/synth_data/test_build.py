@@ -1,194 +1,27 @@
-"""Builds: planned once, made by any number of workers, resumed by shard, the same bytes always."""
+"""The executor: whole shards or none, resumed by shard, the same bytes always."""
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
+import errno
+import functools
 import logging
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
-from pydantic import ValidationError
+from upath import UPath
 
-from audio_codec.audio import SAMPLE_RATE, save
 from audio_codec.errors import UserError
-from synth_data.build import (
-    BuildReport,
-    Dropped,
-    SpeechConfig,
-    build_speech,
-    plan_speech,
-    run_shards,
-)
-from synth_data.shards import Sample, read, shard_paths
-from synth_data.text import normalize
-from synth_data.tts import Voice, user_voices
-
-espeak = pytest.mark.skipif(
-    importlib.util.find_spec("espeakng_loader") is None, reason="needs espeakng-loader"
-)
-
-
-@pytest.fixture
-def sentences(tmp_path: Path) -> Path:
-    path = tmp_path / "sentences.txt"
-    path.write_text("Dr. Lee has 3 dogs.\nWhere are you?\nYes!\n?!\n" + "far " * 40 + "\n")
-    return path
-
-
-def config(tmp_path: Path, sentences: Path, **changes: Any) -> SpeechConfig:
-    settings: dict[str, Any] = {
-        "output": tmp_path / "out",
-        "utterances": 10,
-        "engines": ["espeak"],
-        "assistant": "espeak:en-us+f5@rate=140",
-        "assistant_share": 0.3,
-        "shard_size": 4,
-        "seed": 5,
-        "sources": [
-            {"kind": "text", "path": sentences, "licence": "CC0"},
-            {"kind": "quiz", "pool": 20},
-        ],
-    }
-    return SpeechConfig.model_validate({**settings, **changes})
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in shard_paths(folder)}
-
-
-# --- The plan -------------------------------------------------------------------------------------
-
-
-@espeak
-def test_the_plan_is_a_function_of_the_configuration(tmp_path: Path, sentences: Path) -> None:
-    settings = config(tmp_path, sentences, utterances=400)
-    plan = plan_speech(settings)
-    assert plan == plan_speech(settings.model_copy(update={"workers": 7}))
-    assert plan != plan_speech(settings.model_copy(update={"seed": 6}))
-    assert len(plan) == len({line.id for line in plan}) == 400
-    assert sum(line.voice == settings.assistant for line in plan) == pytest.approx(120, abs=30)
-    assert sum(line.source == "quiz" for line in plan) == pytest.approx(200, abs=40)
-    texts = {line.text for line in plan if line.source == "sentences.txt"}
-    # Numbers are spelled out; what holds no word, or too many, is left out.
-    assert texts == {"doctor Lee has three dogs.", "Where are you?", "Yes!"}
-    names = {voice.name for voice in user_voices("train", ("espeak",))}
-    assert {Voice.parse(line.voice).name for line in plan} <= names | {"en-us+f5"}
-
-
-@espeak
-def test_hours_become_utterances(tmp_path: Path, sentences: Path) -> None:
-    short = plan_speech(config(tmp_path, sentences, hours=0.02, utterances=None))
-    long = plan_speech(config(tmp_path, sentences, hours=0.04, utterances=None))
-    assert len(long) == pytest.approx(2 * len(short), rel=0.15)
-    report = build_speech(config(tmp_path, sentences, hours=0.02, utterances=None, shard_size=99))
-    assert report.seconds == pytest.approx(72, rel=0.3)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"hours": 1}, "either hours or utterances"),
-        ({"utterances": None}, "either hours or utterances"),
-        ({"sources": [{"kind": "recorded", "data": ".", "sets": ["digits"]}]}, "digits"),
-        ({"sources": [{"kind": "radio"}]}, "radio"),
-        ({"speed": 2}, "speed"),
-        ({"workers": 0}, "workers"),
-    ],
-)
-def test_bad_configurations_are_refused(
-    tmp_path: Path, sentences: Path, changes: dict[str, Any], named: str
-) -> None:
-    with pytest.raises(ValidationError, match=named):
-        config(tmp_path, sentences, **changes)
-
-
-@espeak
-def test_what_is_missing_shows_before_the_work(tmp_path: Path, sentences: Path) -> None:
-    (tmp_path / "empty.txt").write_text("?!\n")
-    for changes, named in (
-        ({"voices": ["espeak:en-us+nobody"]}, "nobody"),
-        ({"assistant": "festival:x"}, "festival"),
-        ({"sources": [{"kind": "text", "path": tmp_path / "no.txt", "licence": ""}]}, "no.txt"),
-        ({"sources": [{"kind": "text", "path": tmp_path / "empty.txt", "licence": ""}]}, "empty"),
-        ({"sources": [{"kind": "recorded", "data": tmp_path, "sets": ["x"]}]}, "manifest"),
-    ):
-        with pytest.raises(UserError, match=named):
-            build_speech(config(tmp_path, sentences, **changes))
-    assert not (tmp_path / "out").exists()
-
-
-# --- The build ------------------------------------------------------------------------------------
-
-
-@espeak
-def test_shards_hold_what_was_planned(tmp_path: Path, sentences: Path) -> None:
-    settings = config(tmp_path, sentences)
-    report = build_speech(settings)
-    assert (report.samples, report.written, report.kept, report.dropped) == (10, 3, 0, [])
-    assert report.speed > 1
-    plan, samples = plan_speech(settings), list(read(settings.output))
-    assert [sample.id for sample in samples] == [line.id for line in plan]
-    for sample, line in zip(samples, plan, strict=True):
-        assert sample.voices == (line.voice,) and sample.synthetic and sample.wer is None
-        assert " ".join(word.text for word in sample.words[0]) == normalize(line.text)
-        assert sample.pcm is not None
-        assert sample.pcm.shape == (1, round(sample.seconds * SAMPLE_RATE))
-        assert 0.02 < np.abs(sample.pcm).max() <= 1
-        assert sample.licence == ("Apache-2.0" if sample.source == "quiz" else "CC0")
-
-
-@espeak
-def test_a_build_resumes_by_shard_and_refuses_another_plan(tmp_path: Path, sentences: Path) -> None:
-    settings = config(tmp_path, sentences)
-    build_speech(settings)
-    first = contents(settings.output)
-    (settings.output / "speech-000001.tar").unlink()
-    report = build_speech(settings)
-    assert (report.written, report.kept, report.samples) == (1, 2, 4)
-    assert contents(settings.output) == first
-    sentences.write_text("Another text.\n")
-    for changed in (settings, settings.model_copy(update={"seed": 6})):
-        with pytest.raises(UserError, match="another plan"):
-            build_speech(changed)
-    assert contents(settings.output) == first
-
-
-@espeak
-def test_two_workers_make_the_same_bytes_as_one(tmp_path: Path, sentences: Path) -> None:
-    one = config(tmp_path, sentences, output=tmp_path / "one", utterances=6)
-    two = config(tmp_path, sentences, output=tmp_path / "two", utterances=6, workers=2)
-    assert build_speech(one).samples == build_speech(two).samples == 6
-    assert contents(one.output) == contents(two.output)
-
-
-@espeak
-def test_verification_drops_what_is_not_understood(
-    tmp_path: Path, sentences: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Deaf:
-        """Hears one thing, whatever is said."""
-
-        def transcribe(self, pcm: np.ndarray) -> str:
-            return "where are you"
-
-    monkeypatch.setattr("synth_data.verify.default_recognizer", Deaf)
-    settings = config(
-        tmp_path,
-        sentences,
-        utterances=20,
-        sources=[{"kind": "text", "path": sentences, "licence": "CC0"}],
-        verify={"drop_above": 0.5},
-    )
-    report = build_speech(settings)
-    samples = list(read(settings.output))
-    assert {(sample.text, sample.wer) for sample in samples} == {("Where are you?", 0.0)}
-    assert len(samples) + len(report.dropped) == 20 and len(samples) == report.samples > 0
-    assert all("word error rate" in dropped.reason for dropped in report.dropped)
+from synth_data import shards
+from synth_data.build import BuildReport, Dropped, run_shards
+from synth_data.mixture import INDEX, GuardConfig, read_index, summarize
+from synth_data.shards import Reader, Sample, read, shard_paths
 
 
 def make_part(part: list[int]) -> Iterator[Sample | Dropped]:
@@ -228,73 +61,200 @@ def test_run_shards_counts_and_leaves_whole_shards_only(
     assert BuildReport().speed == 0
 
 
-# --- Recorded speech ------------------------------------------------------------------------------
+def contents(folder: Path | UPath) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.fixture
-def recordings(tmp_path: Path) -> Path:
-    """A data folder: a good file, a broken one, one too long, one of another split, a test set."""
-    folder = tmp_path / "data"
-    header = "split\tset\tid\tspeaker\tpath\tseconds\trate\tbytes\ttext\tlicence_source"
-    rows = [
-        ("train", "people", "a.1", "ann", "audio/a.wav", "0.5", "It's 5 \"o'clock"),
-        ("train", "people", "b", "bob", "audio/broken.wav", "0.5", "hello"),
-        ("train", "people", "c", "bob", "audio/a.wav", "90", "long"),
-        ("validation", "people", "d", "bob", "audio/a.wav", "0.5", "later"),
-        ("train", "digits", "e", "bob", "audio/a.wav", "0.5", "five"),
-    ]
-    folder.mkdir()
-    lines = ["\t".join((*row[:6], "16000", "1", row[6], "CC0")) for row in rows]
-    manifest = "\n".join([header, *lines, ""])
-    (folder / "manifest.tsv.gz").write_bytes(gzip.compress(manifest.encode()))
-    tone = np.sin(np.arange(8000) / 5).astype(np.float32) / 3
-    save(folder / "audio" / "a.wav", tone, 16_000)
-    (folder / "audio" / "broken.wav").write_bytes(b"RIFF")
-    return folder
+PARTS = [list(range(start, start + 5)) for start in range(1, 51, 5)]
 
 
-def test_recordings_enter_once_each(tmp_path: Path, recordings: Path) -> None:
-    source = {"kind": "recorded", "data": recordings, "sets": ["people"]}
-    settings = SpeechConfig.model_validate({"output": tmp_path / "out", "sources": [source]})
-    report = build_speech(settings)
-    (sample,) = read(settings.output)
-    assert sample.id == "people-a_1" and sample.text == "It's five o'clock"
-    assert sample.voices == ("people/ann",) and sample.words == ((),) and not sample.synthetic
-    assert sample.pcm is not None and sample.pcm.shape == (1, 12_000)
-    assert [dropped.id for dropped in report.dropped] == ["people-b"]
+def coded(part: list[int], pause: float = 0.0) -> Iterator[Sample | Dropped]:
+    """Samples with codes, drawn from their number, slowly if need be."""
+    for made in make_part(part):
+        time.sleep(pause)
+        if isinstance(made, Dropped):
+            yield made
+            continue
+        rng = np.random.default_rng(int(made.id[1:]))
+        codes = rng.integers(0, 99, (1, 4, 500)).astype(np.uint16)
+        yield made.model_copy(update={"codes": codes, "text": f"number {made.id}"})
 
 
-def test_an_unknown_set_names_the_choices(tmp_path: Path, recordings: Path) -> None:
-    source = {"kind": "recorded", "data": recordings, "sets": ["peeple"]}
-    settings = SpeechConfig.model_validate({"output": tmp_path / "out", "sources": [source]})
-    with pytest.raises(UserError, match="choose from people"):
-        build_speech(settings)
+# --- The index ------------------------------------------------------------------------------------
 
 
-@pytest.mark.data
-def test_the_recorded_data_can_be_planned(tmp_path: Path, data_dir: Path) -> None:
-    sets = ("librispeech", "librispeech_many", "arctic", "kathleen")
-    source = {"kind": "recorded", "data": data_dir, "sets": sets}
-    plan = plan_speech(SpeechConfig.model_validate({"output": tmp_path, "sources": [source]}))
-    assert len(plan) == 2204 + 1585 + 863 + 244
-    assert len({line.id for line in plan}) == len(plan)
-    assert len({line.voice for line in plan}) > 250
-    missing = [line for line in plan if line.recording is None or not line.recording.is_file()]
-    assert not missing
+def test_an_index_stands_beside_the_shards(tmp_path: Path) -> None:
+    source = ["number one", "number two"]
+    report = run_shards(tmp_path, "n", PARTS, coded, fingerprint="a", source=source)
+    index = read_index(tmp_path)["n"]
+    assert index.summary == report.summary == summarize(tmp_path)[0]
+    assert index.summary.total.samples == report.samples == 34
+    assert index.summary.total.tokens == 34 * 2000
+    assert index.shards == {p.name: p.stat().st_size for p in shard_paths(tmp_path)}
+    assert index.source is not None and index.diversity.words == index.source.words == 4
+    assert index.diversity.frames == 34 * 500 and 6 < index.diversity.codes < 6.7
+    before = contents(tmp_path)
+    again = run_shards(tmp_path, "n", PARTS, coded, fingerprint="a", source=source)
+    assert (again.kept, again.written, again.samples) == (10, 0, 0)
+    assert again.summary == report.summary and contents(tmp_path) == before
 
 
-# --- The recipes ----------------------------------------------------------------------------------
+def test_a_set_below_its_guard_gets_no_index(tmp_path: Path) -> None:
+    guard = GuardConfig(recorded_speech=0.1)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"recorded_speech is 0.0%"):
+            run_shards(tmp_path, "n", PARTS, coded, guard=guard)
+    assert not (tmp_path / INDEX).exists()
 
 
-def test_the_speech_recipes_name_voices_that_exist(root: Path) -> None:
-    folder = root / "configs" / "synth"
-    recipes = [path for path in sorted(folder.glob("*.yaml")) if "dialogues" not in path.name]
-    assert recipes
-    for recipe in recipes:
-        settings = SpeechConfig.model_validate(OmegaConf.to_container(OmegaConf.load(recipe)))
-        named = () if isinstance(settings.voices, str) else settings.voices
-        for name in (*named, settings.assistant):
-            assert str(Voice.parse(name)) == name, recipe
-    # The reduced recipe needs nothing but espeak-ng's wheel.
-    tiny = OmegaConf.load(folder / "speech_tiny.yaml")
-    assert tiny.engines == ["espeak"] and tiny.assistant.startswith("espeak:")
+# --- What happens to folders and processes --------------------------------------------------------
+
+
+def test_a_broken_shard_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_shards(tmp_path, "n", PARTS, coded)
+    whole = contents(tmp_path)
+    shard = tmp_path / "n-000003.tar"
+    shard.write_bytes(whole["n-000003.tar"][:12_000])
+    broken = Reader(shard)
+    assert [sample.id for sample in broken] == ["n16"] and broken.skipped == 1
+    report = run_shards(tmp_path, "n", PARTS, coded)
+    assert (report.kept, report.written) == (9, 1) and "n-000003.tar is broken" in caplog.text
+    assert contents(tmp_path) == whole
+
+
+def test_a_store_is_as_good_as_a_disk(tmp_path: Path) -> None:
+    run_shards(tmp_path, "n", PARTS, coded, fingerprint="a")
+    store = UPath("memory://test-build/set")
+    report = run_shards(str(store), "n", PARTS, coded, fingerprint="a")
+    assert contents(store) == contents(tmp_path)
+    assert [s.id for s in read(store)] == [s.id for s in read(tmp_path)]
+    (store / "n-000002.tar").unlink()
+    (store / ".n-000002.tar.0123abcd.tmp").write_bytes(b"half")  # Of a killed worker.
+    report = run_shards(store, "n", PARTS, coded, fingerprint="a")
+    assert (report.kept, report.written) == (9, 1)
+    assert contents(store) == contents(tmp_path)
+    with pytest.raises(UserError, match="another plan"):
+        run_shards(store, "n", PARTS, coded, fingerprint="b")
+
+
+def test_a_store_never_shows_half_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = UPath("memory://test-build/lost")
+
+    def lost(self: object, local: str, remote: str, **options: object) -> None:
+        UPath(f"memory:/{remote}").write_bytes(Path(local).read_bytes()[:1000])
+        raise ConnectionError("the line is dead")
+
+    monkeypatch.setattr(type(store.fs), "put_file", lost)
+    with pytest.raises(UserError, match="Cannot write memory://test-build/lost.*the line is dead"):
+        shards.write(store / "a.tar", coded([1, 2]))
+    assert not (store / "a.tar").exists()
+    with pytest.raises(UserError, match="no shard"):
+        shard_paths(store)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FullDisk:
+        """A file on a disk that has room for two blocks."""
+
+        def __init__(self, path: Path, mode: str) -> None:
+            self.file, self.room = path.open(mode), 2 * 512
+
+        def write(self, data: bytes) -> int:
+            self.room -= len(data)
+            if self.room < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(data)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(shards.tarfile, "bltn_open", FullDisk)
+    with pytest.raises(UserError, match=r"Cannot write .*n-000000\.tar: No space left on device"):
+        run_shards(tmp_path, "n", PARTS, coded)
+    assert list(contents(tmp_path)) == ["n.json"]
+    monkeypatch.undo()
+    assert run_shards(tmp_path, "n", PARTS, coded).samples == 34
+
+
+def test_a_folder_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is no folder"):
+        run_shards(tmp_path / "file" / "out", "n", PARTS, coded)
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="may not be written"):
+        run_shards(tmp_path / "out", "n", PARTS, coded)
+
+
+# From Python 3.12 on, a fork beside torch's threads warns; the child takes no lock of theirs.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    make = functools.partial(coded, pause=0.005)
+
+    def build(folder: Path) -> None:
+        run_shards(folder, "n", PARTS, make, fingerprint="a", source=["a b", "c"])
+
+    started = time.monotonic()
+    build(whole)
+    duration = time.monotonic() - started
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(20):
+        child = os.fork()
+        if not child:
+            # In the child: nothing of the test may run on, whatever happens.
+            try:
+                build(killed)
+            finally:
+                os._exit(0)
+        time.sleep(rng.uniform(0.0, 0.25) * duration)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        present = sorted(killed.glob("*.tar"))
+        seen.add(len(present))
+        for path in present:  # What is there is whole.
+            assert path.read_bytes() == (whole / path.name).read_bytes()
+    assert len(seen) > 3  # It was stopped at many places, and went on.
+    build(killed)
+    assert contents(killed) == contents(whole)
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_a_killed_build(tmp_path: Path) -> None:
+    # A program of its own, for workers are spawned from what the main program is.
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from synth_data.build import run_shards\n"
+        "def make(part):\n"
+        "    Path(sys.argv[1], f'worker-{os.getpid()}').touch()\n"
+        "    time.sleep(0.2)\n"
+        "    return ()\n"
+        "if __name__ == '__main__':\n"
+        "    run_shards(sys.argv[1], 'n', range(1000), make, workers=2)\n"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(Path(shards.__file__).parents[1])}
+    child = subprocess.Popen(
+        [sys.executable, program, out], stdout=subprocess.DEVNULL, env=environment
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while len(list(out.glob("worker-*"))) < 2 and time.monotonic() < deadline:
+            assert child.poll() is None
+            time.sleep(0.2)
+    finally:
+        child.kill()
+        child.wait()
+    workers = [int(path.name.partition("-")[2]) for path in out.glob("worker-*")]
+    assert len(workers) == 2
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +16,8 @@ from synth_data.dialogue import (
     Backchannel,
     Dialogue,
     DialogueConfig,
+    Disfluency,
+    Exchange,
     Interruption,
     Pause,
     Script,
@@ -22,6 +26,7 @@ from synth_data.dialogue import (
     cut_events,
     cut_words,
     script,
+    spoken,
     truncate,
 )
 from synth_data.quiz import Question
@@ -68,7 +73,7 @@ def test_a_turn_is_answered_after_its_gap() -> None:
     assert end.meta["start"] == pytest.approx(1.03)
     assert end.end == pytest.approx(1.03 + 3 * 0.3 + 0.25)
     assert answer.start - end.end == pytest.approx(0.2)
-    assert not answer.meta["cut"]
+    assert answer.meta == {"text": "It is one two three four.", "cut": False}
     assert [w.text for w in found.user_words] == ["what", "is", "it", "now"]
     # Words stand where their sound is.
     for words, pcm in ((found.user_words, found.user), (found.assistant_words, found.assistant)):
@@ -129,6 +134,103 @@ def test_a_backchannel_lies_within_the_answer_that_goes_on() -> None:
     assert np.array_equal(without.assistant, found.assistant)
 
 
+def test_an_overlapping_answer_begins_before_the_question_ends() -> None:
+    found = arranged(Turn(question(), 1.0, gap=-0.3))
+    (overlap,) = of_kind(found, "overlap")
+    (end,) = of_kind(found, "turn_end")
+    (answer,) = of_kind(found, "answer")
+    assert overlap.start == answer.start == pytest.approx(end.end - 0.3)
+    assert (overlap.channel, overlap.end) == (ASSISTANT, end.end)
+    assert loud(found.user, overlap.start, overlap.end)
+    assert loud(found.assistant, overlap.start + 0.04, overlap.end)
+    # Nobody is answered before half of what they ask.
+    early = arranged(Turn(question("What now?"), 1.0, gap=-5.0))
+    (turn,) = of_kind(early, "turn_end")
+    (overlap,) = of_kind(early, "overlap")
+    assert overlap.start == pytest.approx((turn.meta["start"] + turn.end) / 2)
+
+
+def test_an_overlapping_answer_can_be_interrupted_all_the_same() -> None:
+    long = question(answer="One two three four five six seven eight nine ten.")
+    found = arranged(
+        Turn(long, 1.0, -0.5, interruption=Interruption(0.01, 0.24)),
+        Turn(question(), 1.0, 0.2),
+        seconds=20,
+    )
+    (event,) = of_kind(found, "interruption")
+    assert event.start >= of_kind(found, "turn_end")[0].end
+    words = found.user_words
+    assert all(a.end <= b.start for a, b in zip(words, words[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("slip", "said"),
+    [
+        (Disfluency(2, "filler", "um,"), "what is um it now"),
+        (Disfluency(0, "filler", "you know,"), "you know what is it now"),
+        (Disfluency(3, "repetition", "now"), "what is it now now"),
+        (Disfluency(2, "restart", "What is,"), "what is what is it now"),
+    ],
+)
+def test_a_disfluency_is_said_and_labelled(slip: Disfluency, said: str) -> None:
+    found = arranged(Turn(question(), 1.0, 0.2, disfluency=slip))
+    assert " ".join(word.text for word in found.user_words) == said
+    (event,) = of_kind(found, "disfluency")
+    inside = [w.text for w in found.user_words if event.start <= w.start < event.end]
+    assert inside == [token.text for token in tokenize(slip.text)]
+    assert event.meta == {"kind": slip.kind, "text": slip.text}
+    (end,) = of_kind(found, "turn_end")
+    assert end.meta["question"] == "What is it now?"  # What is meant, without the slip.
+
+
+def test_scripts_slip_and_overlap_when_told_to() -> None:
+    config = DialogueConfig(seconds=2000, overlap=0.4, disfluency=0.5, pause=0.2)
+    made = script(np.random.default_rng(0), config)
+    before = (None, *made.turns)
+    free = [
+        turn
+        for turn, last in zip(made.turns, before, strict=False)
+        if turn.pause is None and not (last and last.interruption)
+    ]
+    slips = [turn.disfluency for turn in free if turn.disfluency]
+    assert len(slips) / len(free) == pytest.approx(0.5, abs=0.06)
+    assert {slip.kind for slip in slips} == {"filler", "repetition", "restart"}
+    for turn in made.turns:
+        if turn.disfluency and turn.disfluency.kind == "repetition":
+            words = [token.text for token in tokenize(spoken(turn))]
+            assert any(a == b for a, b in zip(words, words[1:], strict=False))
+    early = [-turn.gap for turn in free if turn.gap < 0]
+    assert len(early) / len(free) == pytest.approx(0.4, abs=0.06)
+    assert min(early) >= 0.08 and max(early) <= 0.5
+    assert all(turn.gap > 0 for turn in made.turns if turn.pause)
+
+
+def test_what_is_switched_off_asks_nothing_of_chance() -> None:
+    """Recipes written before there were overlaps and slips keep their sound."""
+    plain = script(np.random.default_rng(0), DialogueConfig(seconds=600))
+    digest = hashlib.sha256(
+        repr([(t.question.text, t.silence, t.gap) for t in plain.turns]).encode()
+    )
+    assert digest.hexdigest()[:16] == "eca63019a7cd40a5"
+
+
+def test_a_written_dialogue_is_spoken_in_its_order() -> None:
+    exchanges = [Exchange("Is it far?", "No, it is near."), Exchange("Good.", "Yes.")]
+    config = DialogueConfig(seconds=30, interruption=0, backchannel=0, greeting=1.0)
+    made = script(np.random.default_rng(1), config, exchanges, "Hello there.")
+    found = arrange(made, speak, RATE)
+    assert " ".join(w.text for w in found.user_words) == "is it far good"
+    said = " ".join(w.text for w in found.assistant_words)
+    assert said == "hello there no it is near yes"
+    answers = of_kind(found, "answer")
+    assert [a.meta["text"] for a in answers] == ["Hello there.", "No, it is near.", "Yes."]
+    assert len(of_kind(found, "turn_end")) == 2
+    assert Exchange("Is it far?", "").pause == (1, 2) and Exchange("Good.", "").pause == ()
+    # Without an opening the assistant waits, whatever the greetings of the quiz.
+    quiet = arrange(script(np.random.default_rng(1), config, exchanges), speak, RATE)
+    assert quiet.assistant_words[0].start > quiet.user_words[0].start
+
+
 def test_noise_fills_the_silence_that_asks_for_it() -> None:
     found = arranged(Turn(question(), 1.0, 0.2), Turn(question(), 5.0, 0.2, noise_dbfs=-30.0))
     (noise,) = of_kind(found, "noise")
@@ -147,10 +249,20 @@ def test_whole_conversation_labels() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), seconds=st.integers(5, 90))
-def test_any_script_keeps_the_rules_of_turn_taking(seed: int, seconds: int) -> None:
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    seconds=st.integers(5, 90),
+    overlap=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_any_script_keeps_the_rules_of_turn_taking(seed: int, seconds: int, overlap: float) -> None:
     config = DialogueConfig(
-        seconds=seconds, interruption=0.3, backchannel=0.3, pause=0.5, greeting=0.5
+        seconds=seconds,
+        interruption=0.3,
+        backchannel=0.3,
+        pause=0.5,
+        greeting=0.5,
+        overlap=overlap,
+        disfluency=0.3,
     )
     found = arrange(script(np.random.default_rng(seed), config), speak, RATE)
     assert len(found.user) == len(found.assistant) == round(seconds * RATE)
@@ -169,8 +281,12 @@ def test_any_script_keeps_the_rules_of_turn_taking(seed: int, seconds: int) -> N
     for event in of_kind(found, "silence"):
         for word in (*found.user_words, *found.assistant_words):
             assert word.end <= event.start + 1e-9 or word.start >= event.end - 1e-9
-    # Both voices at once only where a backchannel or an interruption says so.
-    overlaps = (*of_kind(found, "backchannel"), *of_kind(found, "interruption"))
+    # Both voices at once only where a backchannel, an interruption or an overlap says so.
+    overlaps = [
+        event
+        for kind in ("backchannel", "interruption", "overlap")
+        for event in of_kind(found, kind)
+    ]
     both = np.flatnonzero((np.abs(found.user) > 1e-6) & (np.abs(found.assistant) > 1e-6)) / RATE
     for time in both:
         assert any(e.start - 0.05 <= time <= e.end + 0.05 for e in overlaps), time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,16 @@ from torch import Tensor
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
 from audio_codec.errors import UserError
 from audio_codec.state import State, all_active
-from synth_data import build
-from synth_data.build import BuildReport, DialoguesConfig, build_dialogues, encode_long
-from synth_data.dialogue import ASSISTANT, USER, DialogueConfig
+from synth_data.build import BuildReport
+from synth_data.dialogue import ASSISTANT, USER, DialogueConfig, Exchange
+from synth_data.mixture import read_index
+from synth_data.recipes import dialogues
+from synth_data.recipes.dialogues import (
+    DialoguesConfig,
+    build_dialogues,
+    encode_long,
+    parse_dialogue,
+)
 from synth_data.shards import Sample, read
 
 pytest.importorskip("espeakng_loader", reason="speech engine espeak is not installed")
@@ -59,10 +67,10 @@ def codec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LevelCode
     (tmp_path / "codec").mkdir()
     (tmp_path / "codec" / "model.safetensors").write_bytes(b"weights")
     fake = LevelCodec()
-    monkeypatch.setattr(build, "load_codec", lambda name: fake)
-    build._codec.cache_clear()
+    monkeypatch.setattr(dialogues, "load_codec", lambda name: fake)
+    dialogues.cached_codec.cache_clear()
     yield fake
-    build._codec.cache_clear()
+    dialogues.cached_codec.cache_clear()
 
 
 def config(tmp_path: Path, folder: str = "out", **changes: object) -> DialoguesConfig:
@@ -111,7 +119,7 @@ def test_samples_are_whole_and_aligned(codec: LevelCodec, tmp_path: Path) -> Non
                     a, b = int(word.start * FRAME_RATE), int(np.ceil(word.end * FRAME_RATE))
                     assert loud[a:b].any(), (sample.id, word)
         assert {e.kind for e in sample.events} & {"turn_end", "answer", "silence", "pause"}
-    assert max(codec.chunks) <= build._ENCODED_SECONDS * FRAME_RATE
+    assert max(codec.chunks) <= dialogues._ENCODED_SECONDS * FRAME_RATE
 
 
 def test_same_seed_same_bytes_and_resume(codec: LevelCodec, tmp_path: Path) -> None:
@@ -179,6 +187,108 @@ def test_encoding_in_pieces(codec: LevelCodec) -> None:
 def test_lengths_are_whole_frames(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"sample_seconds 0.1 is not a whole number"):
         config(tmp_path, sample_seconds=0.1)
+
+
+# --- Written dialogues ----------------------------------------------------------------------------
+
+
+LINES = [
+    {"turns": [{"speaker": "Ann", "text": "Is it 3 miles?"}, {"speaker": "Bob", "text": "No."}]},
+    {"messages": [{"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Hi."}]},
+    {"turns": ["One two three.", "Four."] * 40},
+]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Good lines, one nobody answers, and much that is no dialogue."""
+    path = tmp_path / "talks.jsonl"
+    bad = [b"", b"\x00\xff\xfe", b'{"turns": 3}', b"[" * 5000, b'{"x": "' + b"a" * 2**20 + b'"}']
+    good = [json.dumps(line).encode() for line in LINES]
+    path.write_bytes(b"\n".join([*good[:1], *bad, *good[1:]]))
+    return path
+
+
+def test_dialogues_of_a_file_are_spoken(codec: LevelCodec, tmp_path: Path, corpus: Path) -> None:
+    source = {"path": corpus, "licence": "CC0"}
+    plain = {"hours": None, "corpus": source, "keep_sound": True, "shard_size": 3}
+    report, samples = built(config(tmp_path, **plain))
+    # Two are spoken; of the five others each says why not. The empty line counts for nothing.
+    assert [sample.meta["conversation"] for sample in samples] == [0, 6, 6]
+    assert len(report.dropped) == 5
+    reasons = [dropped.reason for dropped in report.dropped]
+    assert all(f"dialogue {n} of talks.jsonl: " in r for n, r in enumerate(reasons, 1))
+    assert "more than 1048576" in reasons[3] and "nobody answers" in reasons[4]
+    first, long, _ = samples
+    assert [w.text for w in first.words[USER]] == ["is", "it", "three", "miles"]
+    assert [w.text for w in first.words[ASSISTANT]] == ["no"]
+    assert (first.source, first.licence, first.human_text) == ("talks.jsonl", "CC0", True)
+    # It ends when all is said, but for a second, in whole frames; the long one when time is up.
+    end = max(word.end for words in first.words for word in words)
+    assert end + 1 <= first.seconds < end + 1.1 and long.seconds == 16
+    for sample in samples:
+        assert sample.codes is not None and sample.pcm is not None
+        assert sample.codes.shape[2] * FRAME_SIZE == sample.pcm.shape[1]
+        assert sample.codes.shape[2] == round(sample.seconds * FRAME_RATE)
+        assert all(0 <= e.start <= e.end <= sample.seconds for e in sample.events)
+    index = read_index(tmp_path / "out")["dialogues"]
+    assert index.summary.count("text", "human").samples == 3 and index.source is not None
+
+
+def test_hours_ask_for_a_dialogue_again_in_other_voices(
+    codec: LevelCodec, tmp_path: Path, corpus: Path
+) -> None:
+    corpus.write_text(json.dumps(LINES[0]))
+    changes = {"corpus": {"path": corpus, "licence": "CC0"}, "hours": 3 * 24 / 3600}
+    _, samples = built(config(tmp_path, **changes))
+    assert len(samples) == 3 and len({sample.voices[USER] for sample in samples}) > 1
+    assert len({tuple(w.text for w in sample.words[USER]) for sample in samples}) == 1
+    corpus.write_text(json.dumps(LINES[2]))
+    with pytest.raises(UserError, match="another plan"):
+        build_dialogues(config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"turns": ["Hello.", "..."]}, "two speakers"),
+        ({"turns": [{"text": "Hello."}]}, "turn 0 has no speaker"),
+        ({"turns": [{"speaker": name, "text": "Hello."} for name in "abc"]}, "found 3"),
+        ([], "expected turns or messages"),
+    ],
+)
+def test_what_is_no_dialogue_says_why(line: object, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_dialogue(line)
+
+
+def test_turns_are_paired() -> None:
+    said = [("system", "Be good."), ("assistant", "Hello."), ("user", "Is it"), ("user", "far - ?")]
+    said += [("assistant", "No."), ("user", "Bye.")]
+    turns = [{"role": role, "content": text} for role, text in said]
+    assert parse_dialogue({"messages": turns}) == ("Hello.", [Exchange("Is it far?", "No.")])
+
+
+def test_a_guard_is_heard_before_the_work(tmp_path: Path, corpus: Path) -> None:
+    guard = {"guard": {"human_text": 0.3}}
+    with pytest.raises(UserError, match=r"planned dialogues: human_text is 0.0%"):
+        build_dialogues(config(tmp_path, **guard))
+    for path, named in ((tmp_path / "no.jsonl", "cannot be read"), (corpus, "holds no dialogue")):
+        corpus.write_text("\n \n")
+        with pytest.raises(UserError, match=named):
+            build_dialogues(config(tmp_path, corpus={"path": path, "licence": ""}))
+    with pytest.raises(ValueError, match="hours is missing"):
+        config(tmp_path, hours=None)
+
+
+def test_the_room_and_the_telephone_are_labelled(codec: LevelCodec, tmp_path: Path) -> None:
+    changes = {"reverberation": 1.0, "telephone": 1.0, "hours": 24 / 3600}
+    _, (first, second) = built(config(tmp_path, **changes))
+    for sample in (first, second):
+        found = {e.kind: e for e in sample.events if e.kind in ("room", "telephone")}
+        assert set(found) == {"room", "telephone"}
+        assert all((e.start, e.end) == (0, sample.seconds) for e in found.values())
+        assert 0.15 <= found["room"].meta["rt60"] <= 0.5
 
 
 def test_a_missing_codec_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,363 @@
+"""Every shape of tokenizer trains, resumes to the bit, and starts from a public Whisper."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from pydantic import ValidationError
+from torch import Tensor, nn
+from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperTokenizer
+
+from audio_codec import checkpoint as checkpoints
+from audio_codec.audio import SAMPLE_RATE
+from audio_codec.errors import UserError
+from audio_codec.speech_tokenizer import SpeechTokenizer, load_tokenizer
+from speechlm.config import load_config
+from speechlm.training import tokenizer as training
+from synth_data import shards
+
+STEPS = 6
+SMALL: dict[str, Any] = {
+    "front_dim": 8,
+    "front_blocks": 1,
+    "dim": 16,
+    "heads": 2,
+    "layers_before": 1,
+    "layers_after": 1,
+    "window_seconds": 0.32,
+    "levels": [3, 3],
+    "dropout": 0.1,  # draws from torch's generator at every step
+}
+VQ = {"bottleneck": "vq", "codes": 12, "code_dim": 4}
+SHAPES: dict[str, dict[str, Any]] = {
+    "vq": {"model": {**SMALL, **VQ, "rate": 25, "layers_pooled": 1}, "phones": 0.3},
+    "late slow": {"model": {**SMALL, "rate": 6.25, "lookahead_ms": 160}, "phones": 0.3},
+    "blocks and a decoder": {
+        "model": {**SMALL, "block_ms": 160, "decoder": {"layers": 1, "heads": 2}}
+    },
+    "decoder alone": {
+        "model": {**SMALL, "ctc": False, "rate": 50, "decoder": {"layers": 1, "heads": 2}}
+    },
+    "whisper": {
+        "model": {**SMALL, **VQ, "whisper": {"positions": 20}, "mels": 128, "pooling": "avg"}
+    },
+}
+
+
+class Killed(Exception):
+    """The machine went away."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    """Its precision is the process's, and other tests have another."""
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a few seconds of tones."""
+    path = tmp_path_factory.mktemp("training")
+    rng = np.random.default_rng(0)
+    for folder, number_of in (("train", 8), ("validation", 2)):
+        samples = []
+        for number in range(number_of):
+            time = np.arange(int((0.5 + 0.1 * (number % 4)) * SAMPLE_RATE)) / SAMPLE_RATE
+            tone = np.sin(2 * np.pi * rng.uniform(100, 900) * time) * rng.uniform(0.1, 0.4)
+            pcm = tone + 0.05 * rng.standard_normal(len(time))
+            samples.append(
+                shards.Sample(
+                    id=f"{folder}-{number}",
+                    text=("one two", "three", "yes I am")[number % 3],
+                    words=((),),
+                    voices=("tone",),
+                    source="test",
+                    licence="Apache-2.0",
+                    synthetic=True,
+                    seconds=len(time) / SAMPLE_RATE,
+                    pcm=pcm.astype(np.float32)[None],
+                )
+            )
+        shards.write(path / folder / shards.shard_name(folder, 0), samples)
+    return path
+
+
+def config(made: Path, run_dir: Path, **changes: Any) -> training.TrainConfig:
+    run = {"steps": STEPS, "log_every": 1, "save_every": 2, "eval_every": 3}
+    layout = {
+        "run": {"dir": run_dir, **run, **changes.pop("run", {})},
+        "model": SMALL,
+        "data": {
+            "train": [made / "train"],
+            "validation": [made / "validation"],
+            "batch_seconds": 3.0,
+        },
+        "optimizer": {"lr": 3e-3, "warmup": 2},
+    }
+    return training.TrainConfig.model_validate({**layout, **changes})
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_until(settings: training.TrainConfig, resume: bool, updates: int | None) -> Path | None:
+    """Train; die in the middle of the step after `updates` updates of this process."""
+    calls, real = count(), training.clip_gradients
+
+    def clip(model: nn.Module, limit: float) -> Tensor:
+        if next(calls) == updates:
+            raise Killed
+        return real(model, limit)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "clip_gradients", clip)
+        try:
+            return training.train(settings, resume)
+        except Killed:
+            return None
+        finally:
+            AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_run_that_was_killed_ends_with_the_same_bits(
+    made: Path, tmp_path: Path, shape: str
+) -> None:
+    whole = run_until(config(made, tmp_path / "whole", **SHAPES[shape]), False, None)
+    assert whole is not None
+    for updates in (1, 2, 3):  # before the first save, right after it, within a step
+        parts = config(made, tmp_path / "parts", **SHAPES[shape])
+        assert run_until(parts, True, updates) is None
+    ended = run_until(config(made, tmp_path / "parts", **SHAPES[shape]), True, None)
+    assert ended is not None
+    expected, found = checkpoints.load(whole).tensors, checkpoints.load(ended).tensors
+    assert expected.keys() == found.keys()
+    assert not [key for key in expected if not torch.equal(expected[key], found[key])]
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    said = [row for row in rows(tmp_path / "whole") if "loss" in row]
+    model = load_tokenizer(ended)
+    assert all(1 <= row["codes"] <= model.codebook_size for row in said)
+    assert all(row["batch_usage"] == row["codes"] / model.codebook_size for row in said)
+    assert ("commitment" in said[0]) == (model.bottleneck == "vq")
+    assert ("attention" in said[0]) == (model.decoder is not None)
+    assert {"wer_validation"} <= rows(tmp_path / "whole")[-1].keys()
+
+
+@pytest.mark.parametrize("shape", ["vq", "decoder alone", "whisper"])
+def test_any_shape_learns(made: Path, tmp_path: Path, shape: str) -> None:
+    changes = {**SHAPES[shape], "run": {"steps": 25, "eval_every": 25, "save_every": 25}}
+    training.train(config(made, tmp_path / "run", **changes))
+    losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert len(losses) == 25 and sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+# --- The loss -------------------------------------------------------------------------------------
+
+
+def batch(vocabulary: training.Vocabulary | None = None) -> training.Batch:
+    rng = np.random.default_rng(1)
+    utterances = [
+        training.Utterance(rng.standard_normal((size, 80)).astype(np.float16), text, "v")
+        for size, text in ((40, "abc"), (25, "no"))
+    ]
+    return training.collate(utterances, (), None, rng, vocabulary)
+
+
+def losses(shape: dict[str, Any], sound: training.Batch, **weights: float) -> dict[str, float]:
+    """Of a seed-made tokenizer, no row of which is rounded."""
+    torch.manual_seed(5)
+    model = SpeechTokenizer(training.TokenizerConfig.model_validate({**shape, "dropout": 0.0}))
+    if model.bottleneck == "vq":
+        model.quantizer.ready.fill_(True)
+    none = torch.zeros(len(sound.mel), dtype=torch.bool)
+    found, _ = training.Trainee(model, 0.0, **weights)(sound, none)
+    return {name: loss.item() for name, loss in found.items()}
+
+
+def test_the_attention_decoder_gets_its_share_of_the_loss() -> None:
+    shape, sound = {**SMALL, "decoder": {"layers": 1, "heads": 2}}, batch(training.Characters())
+    assert sound.pieces is not None
+    assert sound.pieces.classes.tolist() == [[0, 3, 4, 5, 0], [0, 16, 17, 0, 0]]
+    none, some, whole = (losses(shape, sound, attention=share) for share in (0.0, 0.25, 1.0))
+    assert whole["loss"] == pytest.approx(whole["attention"], rel=1e-6)
+    assert none["loss"] != pytest.approx(none["attention"], rel=1e-2)
+    assert some["loss"] == pytest.approx(0.75 * none["loss"] + 0.25 * whole["loss"], rel=1e-5)
+    alone = losses({**shape, "ctc": False}, sound, attention=0.25)
+    assert alone["loss"] == alone["attention"]
+
+
+def test_a_piece_of_the_padding_costs_nothing() -> None:
+    pieces = training.Classes.of([[0, 3, 4, 0], [0, 2, 0]])
+    logits = torch.randn(2, 3, 5)
+    said = [(0, 0, 3), (0, 1, 4), (0, 2, 0), (1, 0, 2), (1, 1, 0)]
+    log_p = torch.log_softmax(logits, -1)
+    expected = -sum(float(log_p[place]) for place in said) / 5
+    assert training.piece_loss(logits, pieces).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_encoder_is_drawn_to_the_codes_as_much_as_it_says() -> None:
+    shape, sound = {**SMALL, **VQ}, batch()
+    free, drawn = (losses(shape, sound, commitment=weight) for weight in (0.0, 2.0))
+    assert drawn["commitment"] > 0
+    assert drawn["loss"] == pytest.approx(free["loss"] + 2 * drawn["commitment"], rel=1e-5)
+    assert "commitment" not in losses(SMALL, sound, commitment=2.0)
+
+
+def test_the_unquantized_twin_is_not_drawn_to_codes(made: Path, tmp_path: Path) -> None:
+    ended = []
+    for weight in (0.0, 50.0):
+        twin = {"model": {**SMALL, **VQ}, "unquantized": True, "commitment_weight": weight}
+        path = training.train(config(made, tmp_path / str(weight), **twin))
+        ended.append(checkpoints.load(path).tensors["to_bottleneck.weight"])
+    assert torch.equal(*ended)
+
+
+def test_a_tokenizer_that_reads_no_text_says_so() -> None:
+    mute = training.TokenizerConfig.model_validate({**SMALL, "ctc": False, "layers_after": 0})
+    sound = batch()
+    with pytest.raises(UserError, match="reads no characters"):
+        training.transcribe(SpeechTokenizer(mute).eval(), sound.mel, sound.frames)
+
+
+def test_only_a_shape_with_a_lesson_is_trained(made: Path, tmp_path: Path) -> None:
+    public = {**SMALL, "whisper": {"public_features": True}}
+    mute = {**SMALL, "ctc": False, "layers_after": 0}
+    for changes, said in (
+        ({"model": mute}, "no head, no lesson"),
+        ({"model": public}, "public_features"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            config(made, tmp_path, **changes)
+
+
+# --- Whisper --------------------------------------------------------------------------------------
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz'"
+SPECIAL = ("<|endoftext|>", "<|startoftranscript|>", "<|transcribe|>", "<|notimestamps|>")
+
+
+def save_whisper(folder: Path) -> None:
+    """A small public checkpoint, its text pieces beside it."""
+    words = [*LETTERS, "Ġ", "Ġo", "Ġon"]
+    vocabulary = {piece: number for number, piece in enumerate((*words, *SPECIAL))}
+    pieces = WhisperTokenizer(vocab=vocabulary, merges=[("Ġ", "o"), ("Ġo", "n")])
+    pieces.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
+    pieces.save_pretrained(folder)
+    torch.manual_seed(6)
+    WhisperForConditionalGeneration(
+        WhisperConfig(
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            vocab_size=40,
+            max_source_positions=20,
+            max_target_positions=30,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=len(words),
+            decoder_start_token_id=len(words) + 1,
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+        )
+    ).save_pretrained(folder)
+
+
+WHISPERED: dict[str, Any] = {
+    **SMALL,
+    **VQ,
+    "hidden": 24,
+    "whisper": {"positions": 20},
+    "pooling": "avg",
+    "ctc": False,
+    "decoder": {"layers": 1, "heads": 2, "hidden": 24, "vocabulary": 40, "positions": 30},
+}
+
+
+def test_a_tokenizer_grows_out_of_a_public_whisper(made: Path, tmp_path: Path) -> None:
+    save_whisper(tmp_path / "w")
+    still = {"lr": 0.0, "weight_decay": 0.0}
+    one = {"steps": 1, "eval_every": 1}
+    start = {"model": WHISPERED, "init_from": str(tmp_path / "w")}
+    path = training.train(config(made, tmp_path / "a", run=one, optimizer=still, **start))
+    found, public = checkpoints.load(path).tensors, checkpoints.load(tmp_path / "w").tensors
+    for own, theirs in {
+        "stem.second.weight": "model.encoder.conv2.weight",
+        "after.blocks.0.mlp.up.weight": "model.encoder.layers.1.fc1.weight",
+        "decoder.embed.weight": "model.decoder.embed_tokens.weight",
+    }.items():
+        assert torch.equal(found[own], public[theirs])
+    # Trained on, it needs nothing but its own checkpoint: the text pieces lie in it.
+    again = {"model": WHISPERED, "init_from": str(path)}
+    more = {"steps": 20, "eval_every": 20, "save_every": 20}
+    training.train(config(made, tmp_path / "b", run=more, **again))
+    losses = [row["loss"] for row in rows(tmp_path / "b") if "loss" in row]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    with pytest.raises(UserError, match=r"after\.blocks|encoder\.layers\.2"):
+        deep = {**start, "model": {**WHISPERED, "layers_after": 2}}
+        training.train(config(made, tmp_path / "c", **deep))
+
+
+def test_text_pieces_are_those_of_the_checkpoint(made: Path, tmp_path: Path) -> None:
+    save_whisper(tmp_path / "w")
+    pieces = training.WhisperPieces(tmp_path / "w", 40)
+    said = pieces.encode("one two")
+    first = len(LETTERS) + 3
+    assert said[0] == first + 1 and said[-1] == pieces.end == first
+    assert said[len(pieces.prompt)] == first - 1  # " on" is one piece
+    assert pieces.decode(said) == "one two"
+    assert training.Characters().decode(training.Characters().encode("it's me")) == "it's me"
+    with pytest.raises(UserError, match="vocabulary=20, but"):
+        training.WhisperPieces(tmp_path / "w", 20)
+    with pytest.raises(UserError, match="needs init_from"):
+        training.train(config(made, tmp_path / "a", model=WHISPERED))
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match="no text pieces"):
+        training.WhisperPieces(tmp_path / "bare", 40)
+
+
+# --- Another vocal tract --------------------------------------------------------------------------
+
+
+def test_a_warp_is_drawn_only_where_the_speed_is() -> None:
+    augment = training.AugmentConfig(
+        gain_db=(0, 0), noise_share=0.0, band_share=0.0, speed_share=0.0, warp=(1.3, 1.3)
+    )
+    mel = training.log_mel(np.random.default_rng(0).standard_normal(9600).astype(np.float32))
+    same = training.disturb(mel, (), augment, np.random.default_rng(0))
+    assert np.abs(same - mel).max() < 1e-3
+
+
+# --- The sweep ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], {"rate": 12.5, "codebook": (7, 5, 5, 5, 5)}),
+        (["model.rate=50"], {"rate": 50}),
+        (["model.rate=6.25", "model.levels=[8,8,8,8]"], {"rate": 6.25, "codebook_size": 4096}),
+        (["model.bottleneck=vq", "model.codes=512"], {"bottleneck": "vq", "codebook": (512,)}),
+        (["model.lookahead_ms=160"], {"lookahead_ms": 160, "delay": 3840}),
+        (["model.block_ms=4000"], {"lookahead_ms": 3920, "frame_size": 96_000}),
+    ],
+)
+def test_the_sweep_is_steered_from_the_command_line(
+    root: Path, overrides: list[str], expected: dict[str, Any]
+) -> None:
+    path = root / "configs" / "tokenizer" / "sweep.yaml"
+    model = SpeechTokenizer(load_config(path, overrides, training.TrainConfig).model)
+    assert {name: getattr(model, name) for name in expected} == expected
