@@ -13,6 +13,8 @@ from audio_codec.encodec import EncodecCodec, load_encodec, names_encodec
 from audio_codec.errors import UserError
 from audio_codec.mimi import MimiCodec, read_hf, read_kyutai
 from audio_codec.spectral import SpectralCodec, SpectralConfig
+from audio_codec.speech_tokenizer import SpeechTokenizer, load_tokenizer
+from audio_codec.speech_tokenizer import kind_of as kind_of_tokenizer
 from audio_codec.state import State
 
 
@@ -122,3 +124,19 @@ def load_codec(name_or_path: str | Path, codebooks: int | None = None) -> AnyCod
             )
         codec.keep_codebooks(codebooks)
     return codec.eval().requires_grad_(False)
+
+
+def load_tokenizer_of(name_or_path: str | Path) -> SpeechTokenizer:
+    """The speech tokenizer inside a codec, or the one in its own checkpoint directory.
+
+    Raises UserError when there is none or it is broken.
+    """
+    if kind_of(name_or_path) is None and kind_of_tokenizer(checkpoints.load(name_or_path).config):
+        return load_tokenizer(name_or_path)
+    codec = load_codec(name_or_path)
+    if not isinstance(codec, SpectralCodec) or codec.tokenizer is None:
+        raise UserError(
+            f"The codec of '{name_or_path}' has no speech tokenizer inside: name a tokenizer, or a "
+            "codec around one."
+        )
+    return codec.tokenizer

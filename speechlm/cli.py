@@ -283,6 +283,17 @@ def bench_train(
     )
 
 
+@bench_app.command("synth")
+def bench_synth(json: Json = None, seed: Seed = 0) -> None:
+    """How good the making of data is: de-duplication against planted copies."""
+    _check(json)
+    from speechlm.evaluation.report import Metric
+    from synth_data import bench as room
+
+    measured = room.measure_dedup(seed=seed)
+    _report("bench synth", {name: Metric(**vars(f)) for name, f in measured.items()}, json)
+
+
 def _train(trainee: str, config: Path, overrides: list[str] | None, resume: bool) -> None:
     # Each trainee is a module of speechlm.training with a `TrainConfig` and a `train`.
     from speechlm.config import load_config
@@ -388,6 +399,18 @@ def scaling_fit(
         scaling.plot(points, law, plot)
 
 
+@synth_app.command("text")
+def synth_text(config: Recipe, overrides: Overrides = None) -> None:
+    """Corpora into clean spoken text: filtered, masked, without duplicates."""
+    from rich.console import Console
+
+    from speechlm.config import load_config
+    from synth_data import corpus
+
+    recipe = load_config(config, overrides or [], corpus.TextConfig)
+    Console().print(corpus.build_text(recipe).table())
+
+
 Ray = Annotated[
     str | None,
     typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: auto, or its address."),
@@ -415,12 +438,12 @@ def synth_dialogues(config: Recipe, overrides: Overrides = None, ray: Ray = None
 
 
 @synth_app.command("stereo")
-def synth_stereo(config: Recipe, overrides: Overrides = None) -> None:
+def synth_stereo(config: Recipe, overrides: Overrides = None, ray: Ray = None) -> None:
     """Recorded conversations in moshi-finetune's layout, encoded once, as shards."""
     from speechlm.config import load_config
     from synth_data.recipes import stereo
 
-    recipe = load_config(config, overrides or [], stereo.StereoConfig)
+    recipe = load_config(config, _where(overrides, ray), stereo.StereoConfig)
     _shards(recipe.output, stereo.build_stereo(recipe))
 
 
@@ -441,7 +464,7 @@ def synth_inspect(
     from synth_data import view
 
     found = view.find(shard, sample)
-    Console().print(view.describe(found))
+    Console().print(view.describe(found), soft_wrap=True)
     if out is None:
         return
     from speechlm import convert

@@ -27,12 +27,10 @@ import torch
 from torch import Tensor
 
 from audio_codec import checkpoint as checkpoints
-from audio_codec.codec import AnyCodec, kind_of, load_codec
+from audio_codec.codec import AnyCodec, kind_of, load_codec, load_tokenizer_of
 from audio_codec.errors import UserError
-from audio_codec.spectral import SpectralCodec
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from audio_codec.speech_tokenizer import kind_of as kind_of_tokenizer
-from audio_codec.speech_tokenizer import load_tokenizer as load_speech_tokenizer
 from audio_codec.transformer import TransformerConfig
 from speechlm import lora
 from speechlm.duplex import Duplex
@@ -94,15 +92,8 @@ def load_speech_tokenizer_of(name_or_path: str | Path) -> SpeechTokenizer:
 
     Raises UserError when there is none or it is broken.
     """
-    if kind_of_tokenizer(checkpoints.load(_base(name_or_path)).config) is not None:
-        return load_speech_tokenizer(name_or_path)
-    codec = load_codec_of(name_or_path)
-    if not isinstance(codec, SpectralCodec) or codec.tokenizer is None:
-        raise UserError(
-            f"The codec of '{name_or_path}' has no speech tokenizer inside: name a tokenizer, or a "
-            "codec around one."
-        )
-    return codec.tokenizer
+    alone = kind_of_tokenizer(checkpoints.load(_base(name_or_path)).config) is not None
+    return load_tokenizer_of(name_or_path if alone else codec_folder(name_or_path))
 
 
 def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Duplex:

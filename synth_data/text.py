@@ -5,8 +5,12 @@ abbreviation written as the words a person would say, and keeps the case and pun
 a synthesizer its prosody. The *word form* (``normalize``) is that, lower-cased and bare: the target
 of a recognizer and the unit of word error rate. By construction
 ``normalize(t).split() == [w.text for w in tokenize(spell_out(t))]``.
+
+Whole corpora are read and cleaned in ``corpus.py``, judged in ``quality.py`` and freed of
+duplicates in ``dedup.py``; each of them takes its spoken form from here.
 """
 
+import json
 import lzma
 import re
 import unicodedata
@@ -47,6 +51,19 @@ _ABBREVIATIONS = {
     "vs": "versus",
     "etc": "et cetera",
     "prof": "professor",
+    "jr": "junior",
+    "sr": "senior",
+    "capt": "captain",
+    "sgt": "sergeant",
+    "gov": "governor",
+    "mt": "mount",
+    "ave": "avenue",
+    "blvd": "boulevard",
+    "dept": "department",
+    "approx": "approximately",
+    "inc": "incorporated",
+    "ltd": "limited",
+    "corp": "corporation",
 }
 _SYMBOLS = {
     "&": "and",
@@ -61,11 +78,88 @@ _SYMBOLS = {
     "/": "slash",
 }
 
+_MONTHS = re.findall(
+    r"\w+",
+    """January February March April May June July August September October November December""",
+)
+_CURRENCIES = {  # symbol: one, many, a hundredth, hundredths
+    "$": ("dollar", "dollars", "cent", "cents"),
+    "€": ("euro", "euros", "cent", "cents"),
+    "£": ("pound", "pounds", "penny", "pence"),
+    "¥": ("yen", "yen", "sen", "sen"),
+}
+_MAGNITUDES = {"k": "thousand", "m": "million", "bn": "billion", "b": "billion"}
+# Letters that are a word or a name after a number ("5 in the morning", "4 A") are no units here.
+_UNITS = {  # symbol: one, many
+    "km/h": ("kilometer per hour", "kilometers per hour"),
+    "m/s": ("meter per second", "meters per second"),
+    "mph": ("mile per hour", "miles per hour"),
+    "km": ("kilometer", "kilometers"),
+    "cm": ("centimeter", "centimeters"),
+    "mm": ("millimeter", "millimeters"),
+    "m": ("meter", "meters"),
+    "ft": ("foot", "feet"),
+    "mi": ("mile", "miles"),
+    "kg": ("kilogram", "kilograms"),
+    "mg": ("milligram", "milligrams"),
+    "g": ("gram", "grams"),
+    "lbs": ("pound", "pounds"),
+    "lb": ("pound", "pounds"),
+    "oz": ("ounce", "ounces"),
+    "ml": ("milliliter", "milliliters"),
+    "kHz": ("kilohertz", "kilohertz"),
+    "MHz": ("megahertz", "megahertz"),
+    "GHz": ("gigahertz", "gigahertz"),
+    "Hz": ("hertz", "hertz"),
+    "KB": ("kilobyte", "kilobytes"),
+    "MB": ("megabyte", "megabytes"),
+    "GB": ("gigabyte", "gigabytes"),
+    "kW": ("kilowatt", "kilowatts"),
+    "ms": ("millisecond", "milliseconds"),
+    "min": ("minute", "minutes"),
+    "hrs": ("hour", "hours"),
+    "°C": ("degree Celsius", "degrees Celsius"),
+    "°F": ("degree Fahrenheit", "degrees Fahrenheit"),
+    "°": ("degree", "degrees"),
+}
+
 # Curly quotes, dashes and the slash of ½.
 _TYPOGRAPHY = {0x2018: "'", 0x2019: "'", 0x2013: "-", 0x2014: ", ", 0x2044: "/"}
 
 _ABBREVIATION = re.compile(rf"\b({'|'.join(_ABBREVIATIONS)})\.(?=\s|$)", re.IGNORECASE)
-_MONEY = re.compile(r"\$(\d[\d,]*)(?:\.(\d\d))?(?!\d)")
+_LATIN = ((re.compile(r"\be\.g\."), "for example"), (re.compile(r"\bi\.e\."), "that is"))
+_NUMERO = re.compile(r"\bNo\.\s?(?=\d)")
+
+_YEAR = r"(1[1-9]\d\d|20\d\d)(?!\d)"
+_DAY = r"(0?[1-9]|[12]\d|3[01])(?:st|nd|rd|th)?(?![.,:]?\d)\b"
+_MONTH = (
+    r"(Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?"
+    r"|Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)\b\.?"
+)
+_ISO_DATE = re.compile(rf"(?<![\d-]){_YEAR}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])(?![\d-])")
+_SLASH_DATE = re.compile(rf"(?<![\d/])(0?[1-9]|1[0-2])/(0?[1-9]|[12]\d|3[01])/{_YEAR}(?!/)")
+_MONTH_DAY = re.compile(rf"\b{_MONTH}\s+{_DAY}(?:,?\s+{_YEAR})?")
+_DAY_MONTH = re.compile(rf"\b(?:the\s+)?{_DAY}\s+(?:of\s+)?{_MONTH}(?:,?\s+{_YEAR})?")
+_MONTH_YEAR = re.compile(rf"\b{_MONTH},?\s+{_YEAR}")
+_YEARS = re.compile(rf"(?<![\d$€£¥.,]){_YEAR}-{_YEAR}")
+# A number of four digits is a year only where a word says so.
+_LONE_YEAR = re.compile(rf"(?i:\b(in|since|until|during|year|early|late)\s+){_YEAR}(?![.,]?\d|%)")
+_DECADE = re.compile(r"(?<![\w'])(?:(1[1-9]|20)(\d)0|'?([2-9])0)s\b")
+# Its full stop may be the sentence's.
+_HALF_DAY = r"([ap])\.?m\b(?:\.(?=\s+(?-i:[a-z])|[,;:?!]))?"
+_CLOCK = re.compile(
+    rf"(?<![\d:])([01]?\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?(?![\d:])(?:\s*{_HALF_DAY})?",
+    re.IGNORECASE,
+)
+_HOUR = re.compile(rf"(?<=\d)\s*{_HALF_DAY}", re.IGNORECASE)
+_MONEY = re.compile(
+    r"([$€£¥])\s?(\d[\d,]*)(?:\.(\d+))?"
+    r"(?:\s?(thousand|million|billion|trillion)\b|(k|K|m|M|bn|B)\b)?"
+)
+_UNIT = re.compile(
+    r"(?<![A-Za-z\d.,])(\d[\d,]*(?:\.\d+)?)\s?"
+    rf"({'|'.join(sorted(_UNITS, key=len, reverse=True))})(?![A-Za-z\d/])"
+)
 _ORDINAL = re.compile(r"\b(\d[\d,]*)(?:st|nd|rd|th)\b", re.IGNORECASE)
 _MINUS = re.compile(r"(?:(?<=^)|(?<=\s))[-−](?=\d)|(?<=\d)\s+[-−]\s+(?=\d)")
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
@@ -127,23 +221,99 @@ def _decimal(literal: str) -> str:
     return words
 
 
+def year_words(value: int) -> str:
+    """Read a year: 1984 -> "nineteen eighty four", 1905 -> "nineteen oh five".
+
+    From 2000 to 2009, and outside 1100..2099, a year is a number like others.
+    """
+    century, rest = divmod(value, 100)
+    if not 11 <= century <= 20 or century == 20 and rest < 10:
+        return number_words(value)
+    if rest == 0:
+        return f"{number_words(century)} hundred"
+    return f"{number_words(century)} {'oh ' if rest < 10 else ''}{number_words(rest)}"
+
+
 def _money(match: re.Match[str]) -> str:
-    dollars = int(match[1].replace(",", ""))
-    words = f"{number_words(dollars)} dollar{'' if dollars == 1 else 's'}"
-    cents = int(match[2] or 0)
+    one, many, hundredth, hundredths = _CURRENCIES[match[1]]
+    whole, fraction = match[2].replace(",", ""), match[3] or ""
+    magnitude = match[4] or (match[5] and _MAGNITUDES[match[5].lower()])
+    if magnitude or len(fraction) not in (0, 2):
+        amount = _decimal(f"{whole}.{fraction}")
+        return f"{amount} {magnitude} {many}" if magnitude else f"{amount} {many}"
+    words = f"{number_words(int(whole))} {one if int(whole) == 1 else many}"
+    cents = int(fraction or 0)
     if cents:
-        words += f" and {number_words(cents)} cent{'' if cents == 1 else 's'}"
+        words += f" and {number_words(cents)} {hundredth if cents == 1 else hundredths}"
     return words
 
 
-def spell_out(text: str) -> str:
-    """Write numbers, symbols and abbreviations as words; keep case and sentence punctuation.
+def _date(month: str, day: str | None, year: str | None) -> str:
+    name = _MONTHS[int(month) - 1] if month.isdigit() else _month_name(month)
+    words = name if day is None else f"{name} {ordinal_words(int(day))}"
+    if year is None:
+        return words
+    return f"{words}{'' if day is None else ','} {year_words(int(year))}"
 
-    The result holds only ASCII letters, spaces, inner apostrophes and ``. , ; : ? !``, so that
-    every synthesizer reads the same words from it.
+
+def _month_name(word: str) -> str:
+    return next(name for name in _MONTHS if name.startswith(word[:3]))
+
+
+def _decade(match: re.Match[str]) -> str:
+    century, tens = match[1], match[2] or match[3]
+    words = year_words(int(century + tens + "0")) if century else _TENS[int(tens)]
+    return words[:-1] + "ies" if words.endswith("y") else words + "s"
+
+
+def _clock(match: re.Match[str]) -> str:
+    hour, minute = int(match[1]), int(match[2])
+    words = number_words(hour)
+    if minute:
+        words += f" {'oh ' if minute < 10 else ''}{number_words(minute)}"
+    elif match[4] is None:
+        words += " o'clock" if 1 <= hour <= 12 else " hundred"
+    if match[3]:
+        words += f" and {number_words(int(match[3]))} seconds"
+    return f" {words} {match[4].lower()}m" if match[4] else f" {words}"
+
+
+def _dates_and_times(text: str) -> str:
+    text = _ISO_DATE.sub(lambda m: _date(m[2], m[3], m[1]), text)
+    text = _SLASH_DATE.sub(lambda m: _date(m[1], m[2], m[3]), text)
+    text = _MONTH_DAY.sub(lambda m: _date(m[1], m[2], m[3]), text)
+    text = _DAY_MONTH.sub(
+        lambda m: f"the {ordinal_words(int(m[1]))} of {_date(m[2], None, m[3])}", text
+    )
+    text = _MONTH_YEAR.sub(lambda m: _date(m[1], None, m[2]), text)
+    text = _YEARS.sub(lambda m: f"{year_words(int(m[1]))} to {year_words(int(m[2]))}", text)
+    text = _LONE_YEAR.sub(lambda m: f"{m[1]} {year_words(int(m[2]))}", text)
+    text = _DECADE.sub(_decade, text)
+    text = _CLOCK.sub(_clock, text)
+    return _HOUR.sub(lambda m: f" {m[1].lower()}m", text)
+
+
+def _unit(match: re.Match[str]) -> str:
+    one, many = _UNITS[match[2]]
+    return f"{match[1]} {one if match[1] == '1' else many}"
+
+
+def spell_out(text: str) -> str:
+    """Write numbers, dates, times, money, units, symbols and abbreviations as words.
+
+    Case and sentence punctuation stay. The result holds only ASCII letters, spaces, inner
+    apostrophes and ``. , ; : ? !``, so that every synthesizer reads the same words from it.
+
+    >>> spell_out("On 2 Jan. 1984, at 3:05 p.m.: 5 °C!")
+    'On the second of January nineteen eighty four, at three oh five pm: five degrees Celsius!'
     """
     text = unicodedata.normalize("NFKD", text).translate(_TYPOGRAPHY)
+    for pattern, words in _LATIN:
+        text = pattern.sub(words, text)
+    text = _NUMERO.sub("number ", text)
+    text = _dates_and_times(text)
     text = _MONEY.sub(_money, text)
+    text = _UNIT.sub(_unit, text)
     text = _ORDINAL.sub(lambda match: ordinal_words(int(match[1].replace(",", ""))), text)
     text = _MINUS.sub(" minus ", text)
     text = _LETTER_DIGIT.sub(" ", text)
@@ -159,6 +329,15 @@ def spell_out(text: str) -> str:
     text = re.sub(r"(?<=[A-Za-z])[.,;:?!](?=[A-Za-z])", " ", text)
     text = _ABBREVIATION.sub(lambda match: _ABBREVIATIONS[match[1].lower()], text)
     return " ".join(re.sub(r"^[\s.,;:?!]+", "", text).split())
+
+
+def split_sentences(spoken: str) -> list[str]:
+    """Cut a text in its spoken form (see ``spell_out``: no stop but a sentence's) into sentences.
+
+    >>> split_sentences("Hello there. Who is it?")
+    ['Hello there.', 'Who is it?']
+    """
+    return re.findall(r"\S(?:[^.?!]|[.?!](?!\s|$))*[.?!]*", spoken)
 
 
 def tokenize(text: str) -> list[Token]:
@@ -181,20 +360,29 @@ def normalize(text: str) -> str:
 
 
 def sentences_from(path: Path | str) -> Iterator[str]:
-    """Yield the non-empty lines of a ``.txt`` or ``.txt.xz`` file, one sentence a line, in order.
+    """Yield the sentences of a text file, or of the shards of ``speechlm synth text``, in order.
+
+    Of a ``.txt`` or ``.txt.xz`` file these are its non-empty lines. Of a ``.jsonl`` shard, or a
+    folder of them, they are the sentences of each document's text.
 
     Raises:
         UserError: the file is missing, of another kind, or not UTF-8 text.
     """
     path = Path(path)
+    if path.is_dir() and (shards := sorted(path.glob("*.jsonl"))):
+        for shard in shards:
+            yield from sentences_from(shard)
+        return
     if not path.is_file():
         raise UserError(f"text source {str(path)!r} is not a file")
-    if not path.name.endswith((".txt", ".txt.xz")):
-        raise UserError(f"text source {str(path)!r} must end in .txt or .txt.xz")
+    if not path.name.endswith((".txt", ".txt.xz", ".jsonl")):
+        raise UserError(f"text source {str(path)!r} must end in .txt, .txt.xz or .jsonl")
     try:
         with lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb") as lines:
             for line in lines:
-                if sentence := line.decode("utf-8").strip():
+                if path.suffix == ".jsonl":
+                    yield from split_sentences(json.loads(line)["text"])
+                elif sentence := line.decode("utf-8").strip():
                     yield sentence
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
+    except (ValueError, KeyError, TypeError, lzma.LZMAError, EOFError) as error:
         raise UserError(f"text source {str(path)!r} cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""An independent recognizer listens to what was synthesized, and to what the model says.
+"""A recognizer listens to what was synthesized, and to what the model says.
 
 pocketsphinx (its US English model lies inside its wheel) shares no data and no code with the models
 trained here, so it can judge them. It runs open, with its own trigram of general English, or with a
@@ -7,6 +7,9 @@ said. Both see the whole utterance at once (batch cepstral mean), so a transcrip
 what was heard before.
 
 One second of speech takes about 0.3 s of one core with the general model.
+
+Two others can take its place (``get_recognizer``): a Whisper checkpoint, and our own tokenizer's
+CTC head, which is quick but has learned from the very voices it is to judge.
 """
 
 import functools
@@ -17,12 +20,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pocketsphinx
+import torch
 
 from audio_codec.audio import SAMPLE_RATE, resample
+from audio_codec.codec import load_tokenizer_of
 from audio_codec.errors import UserError
 from audio_codec.files import replacing
 from synth_data.phones import DICTIONARY, pronunciations
@@ -172,7 +178,15 @@ def missing_words(texts: Iterable[str]) -> list[str]:
     return sorted(words - pronunciations().keys())
 
 
-# --- The recognizer -------------------------------------------------------------------------------
+# --- Recognizers ----------------------------------------------------------------------------------
+
+
+class Listener(Protocol):
+    """Whatever writes down what it hears."""
+
+    def transcribe(self, pcm: npt.NDArray[np.float32]) -> str:
+        """Words heard in ``pcm`` float32 [S] at 24 kHz, normalized; "" when none."""
+        ...
 
 
 class Recognizer:
@@ -256,10 +270,107 @@ class Recognizer:
         return normalize(hypothesis.hypstr) if hypothesis else ""
 
 
+class TokenizerRecognizer:
+    """The CTC head of our own speech tokenizer, reading its codes greedily."""
+
+    def __init__(self, name_or_path: str) -> None:
+        """Load a tokenizer, or a codec around one; UserError when there is none or it is broken."""
+        self._tokenizer = load_tokenizer_of(name_or_path)
+
+    @torch.inference_mode()
+    def transcribe(self, pcm: npt.NDArray[np.float32]) -> str:
+        """See ``Listener``."""
+        assert pcm.ndim == 1, pcm.shape
+        if not len(pcm):
+            return ""
+        sound = resample(pcm, SAMPLE_RATE, self._tokenizer.sample_rate)
+        whole = np.pad(sound, (0, -len(sound) % self._tokenizer.frame_size))
+        codes = self._tokenizer.encode(torch.from_numpy(whole)[None, None])
+        return normalize(self._tokenizer.transcribe(codes)[0])
+
+
+class Whisper:
+    """A Whisper checkpoint (arXiv 2212.04356) of ``transformers``, decoding greedily."""
+
+    _SECONDS = 30
+    """What the encoder hears at once; longer sound is cut there."""
+
+    def __init__(self, name_or_path: str) -> None:
+        """Load the model; UserError when there is none or it is broken."""
+        import transformers
+
+        pipeline: Any = transformers.pipeline  # An overload for every task there is.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self._pipeline = pipeline(
+                "automatic-speech-recognition", model=name_or_path, device=device
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"recognizer 'whisper:{name_or_path}': no checkpoint can be loaded: {first}"
+            ) from error
+        if self._pipeline.model.config.model_type != "whisper":
+            kind = self._pipeline.model.config.model_type
+            raise UserError(
+                f"recognizer 'whisper:{name_or_path}' is of type {kind!r}, not 'whisper'"
+            )
+
+    def transcribe(self, pcm: npt.NDArray[np.float32]) -> str:
+        """See ``Listener``; silence is never sent to a model that would make words of it."""
+        assert pcm.ndim == 1, pcm.shape
+        if np.abs(pcm).max(initial=0.0) < _SILENCE:
+            return ""
+        sound = resample(pcm, SAMPLE_RATE, _RECOGNIZER_RATE)
+        step = self._SECONDS * _RECOGNIZER_RATE
+        heard = [
+            self._pipeline({"raw": sound[start : start + step], "sampling_rate": _RECOGNIZER_RATE})
+            for start in range(0, len(sound), step)
+        ]
+        return normalize(" ".join(part["text"] for part in heard))
+
+
 def save_language_model(path: Path | str, texts: Iterable[str]) -> None:
     """Write ``arpa(texts)`` to ``path``, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(arpa(texts))
+
+
+@functools.cache
+def default_recognizer() -> Recognizer:
+    """The open recognizer, loaded once a process."""
+    return Recognizer()
+
+
+def get_recognizer(name: str) -> Listener:
+    """The process-wide recognizer of a name.
+
+    Args:
+        name: "pocketsphinx", "tokenizer:PATH" (a tokenizer's checkpoint, or a codec's around one)
+            or "whisper:PATH".
+
+    Raises:
+        UserError: unknown name, not installed, or a checkpoint that cannot be loaded.
+    """
+    kind, _, path = name.partition(":")
+    if name == "pocketsphinx":
+        return default_recognizer()
+    if kind not in _LOADED or not path:
+        raise UserError(
+            f"recognizer {name!r} is unknown; choose pocketsphinx, tokenizer:PATH or whisper:PATH"
+        )
+    return _loaded(kind, path)
+
+
+_LOADED: Mapping[str, type[TokenizerRecognizer] | type[Whisper]] = {
+    "tokenizer": TokenizerRecognizer,
+    "whisper": Whisper,
+}
+
+
+@functools.cache
+def _loaded(kind: str, path: str) -> Listener:
+    return _LOADED[kind](path)
 
 
 @dataclass(frozen=True)
@@ -270,18 +381,12 @@ class Verification:
     errors: WordErrors
 
 
-@functools.cache
-def default_recognizer() -> Recognizer:
-    """The open recognizer, loaded once a process."""
-    return Recognizer()
-
-
-def verify(utterance: Utterance, recognizer: Recognizer | None = None) -> Verification:
+def verify(utterance: Utterance, recognizer: Listener | None = None) -> Verification:
     """Transcribe an utterance and count its errors against its own words.
 
     Args:
         utterance: at 24 kHz, as from ``tts.speak``.
-        recognizer: None is the open one.
+        recognizer: None is pocketsphinx with its open language model.
     """
     assert utterance.sample_rate == SAMPLE_RATE, utterance.sample_rate
     hypothesis = (recognizer or default_recognizer()).transcribe(utterance.pcm)

@@ -200,6 +200,10 @@ def draw(sample: Sample, pcm: npt.NDArray[np.float32] | None, path: Path) -> Non
     figure = Figure(figsize=(width, sum(heights) + 0.8), layout="constrained", dpi=100)
     grid = figure.subplots(len(heights), 1, squeeze=False, sharex=True, height_ratios=heights)
     rows = list(grid[:, 0])
+    if pcm is not None:
+        pcm = pcm / max(
+            float(np.abs(pcm).max(initial=0.0)), 1e-3
+        )  # The louder channel fills its row.
     for channel in range(channels):
         _draw_speech(rows.pop(0), sample, channel, None if pcm is None else pcm[channel])
     if kinds:

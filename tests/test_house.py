@@ -22,6 +22,7 @@ PACKAGES = ["audio_codec", "synth_data", "speechlm", "streaming", "demo"]
 
 # A recipe's folder, or else the first word of its file name, says what it is a recipe for.
 RECIPES = {
+    "text": "synth_data.corpus:TextConfig",
     "speech": "synth_data.recipes.speech:SpeechConfig",
     "dialogues": "synth_data.recipes.dialogues:DialoguesConfig",
     "stereo": "synth_data.recipes.stereo:StereoConfig",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from audio_codec.audio import SAMPLE_RATE, load
 from audio_codec.errors import UserError
@@ -26,8 +26,16 @@ from synth_data.build import BuildReport, Dropped, run_shards
 from synth_data.mixture import GuardConfig, Shares
 from synth_data.shards import Folder, Sample
 from synth_data.text import normalize, sentences_from, spell_out
-from synth_data.tts import Voice, Word, speak, user_voices
-from synth_data.verify import verify
+from synth_data.tts import (
+    SynthesisConfig,
+    Voice,
+    Word,
+    get_synthesizer,
+    sample_voices,
+    speak,
+    user_voices,
+)
+from synth_data.verify import get_recognizer, verify
 
 # Kept out of training for good: it is what the finished model is tested on.
 _NEVER_TRAINED = frozenset({"digits"})
@@ -47,7 +55,7 @@ class TextSource(BaseModel):
 
     kind: Literal["text"]
     path: Path
-    """A ``.txt`` or ``.txt.xz`` file, one sentence a line."""
+    """A ``.txt`` or ``.txt.xz`` file, one sentence a line, or a folder of ``synth text``."""
     licence: str
     human: bool = True
     """Whether people wrote it; false for what a language model wrote."""
@@ -103,6 +111,8 @@ class VerifyConfig(BaseModel):
 
     drop_above: float = Field(gt=0)
     """Utterances with a larger word error rate are dropped; the others carry theirs."""
+    recognizer: str = "pocketsphinx"
+    """See ``verify.get_recognizer``."""
 
 
 class SpeechConfig(BaseModel):
@@ -117,10 +127,14 @@ class SpeechConfig(BaseModel):
     """Synthesized speech, about (recorded speech comes on top)."""
     utterances: int | None = Field(default=None, gt=0)
     """Synthesized utterances; one of ``hours`` and ``utterances`` is needed for text or quiz."""
-    voices: Literal["train", "heldout"] | tuple[str, ...] = "train"
-    """User voices: a split of ``tts.user_voices``, or voices by name."""
+    voices: Literal["train", "heldout"] | PositiveInt | tuple[str, ...] = "train"
+    """User voices: a split of ``tts.user_voices``, so many of ``tts.sample_voices``, or by name."""
     engines: tuple[str, ...] = ("espeak", "flite")
-    """Speech engines that a split's voices may use; all must be installed."""
+    """Speech engines that a split's or drawn voices may use; all must be installed."""
+    models: tuple[str, ...] = ()
+    """Voices of other engines to draw from beside them, as ``piper:libritts.onnx#0..903``."""
+    synthesis: SynthesisConfig = SynthesisConfig()
+    """A cache, a time limit."""
     assistant: str = "flite:rms"
     """The assistant's voice."""
     assistant_share: float = Field(default=0.0, ge=0, le=1)
@@ -177,7 +191,7 @@ def build_speech(config: SpeechConfig) -> BuildReport:
     ]
     # Of the plan, not of the configuration: another text file or quiz makes another data set too.
     fingerprint = hashlib.sha256(repr((lines, config.verify, config.shard_size)).encode())
-    make = functools.partial(_speech, verification=config.verify)
+    make = functools.partial(_speech, verification=config.verify, synthesis=config.synthesis)
     return run_shards(
         config.output,
         "speech",
@@ -222,12 +236,18 @@ def _utterances(
 ) -> Iterator[_Line]:
     if isinstance(config.voices, str):
         voices = user_voices(config.voices, config.engines)
+    elif isinstance(config.voices, int):
+        voices = sample_voices(config.voices, config.seed, config.engines, config.models)
     else:
         voices = [Voice.parse(text) for text in config.voices]
     assistant = Voice.parse(config.assistant)
     used = [*voices, assistant] if config.assistant_share else voices
+    synthesizer = get_synthesizer(config.synthesis)
     for voice in used:
-        speak("one", voice)  # A missing engine or an unknown name shows here, before hours of work.
+        # A missing engine or an unknown name shows here, before hours of work.
+        speak("one", voice, synthesizer)
+    if config.verify is not None:
+        get_recognizer(config.verify.recognizer)
     pools = [_sentences(source, config.seed) for source in sources]
     orders = [rng.permutation(len(pool)) for pool in pools]
     weights = np.array([source.weight for source in sources])
@@ -322,24 +342,26 @@ def _recordings(source: RecordedSource) -> Iterator[_Line]:
 
 
 def _speech(
-    lines: Sequence[_Line], verification: VerifyConfig | None
+    lines: Sequence[_Line], verification: VerifyConfig | None, synthesis: SynthesisConfig
 ) -> Iterator[Sample | Dropped]:
     for line in lines:
         try:
-            yield _sample(line, verification)
+            yield _sample(line, verification, synthesis)
         except UserError as error:
             # One text that an engine cannot read, or one broken recording, does not end a build.
             yield Dropped(line.id, str(error))
 
 
-def _sample(line: _Line, verification: VerifyConfig | None) -> Sample | Dropped:
+def _sample(
+    line: _Line, verification: VerifyConfig | None, synthesis: SynthesisConfig
+) -> Sample | Dropped:
     words: tuple[Word, ...] = ()
     wer = None
     if line.recording is None:
-        utterance = speak(line.text, Voice.parse(line.voice))
+        utterance = speak(line.text, Voice.parse(line.voice), get_synthesizer(synthesis))
         pcm, words = utterance.pcm, utterance.words
         if verification is not None:
-            wer = verify(utterance).errors.rate
+            wer = verify(utterance, get_recognizer(verification.recognizer)).errors.rate
             if wer > verification.drop_above:
                 return Dropped(line.id, f"word error rate {wer:.2f} of {line.text!r}")
     else:

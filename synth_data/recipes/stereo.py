@@ -33,8 +33,9 @@ from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, resample
 from audio_codec.errors import UserError
 from synth_data.build import BuildReport, Dropped, run_shards
 from synth_data.dialogue import ASSISTANT, USER
+from synth_data.mixture import GuardConfig, Shares
 from synth_data.recipes.dialogues import cached_codec, encode_long
-from synth_data.shards import Sample
+from synth_data.shards import Folder, Sample
 from synth_data.text import normalize, spell_out
 from synth_data.tts import Word
 
@@ -49,8 +50,8 @@ class StereoConfig(BaseModel):
 
     manifest: Path
     """The ``.jsonl`` file."""
-    output: Path
-    """Folder of the shards."""
+    output: Folder
+    """Folder of the shards, or its URL in a store (``s3://…``)."""
     codec: str
     """Checkpoint of the codec that encodes both channels: a directory, ``hf://…``, a shipped
     name."""
@@ -58,6 +59,10 @@ class StereoConfig(BaseModel):
     """Of the recordings; kept with every sample."""
     synthetic: bool = False
     """Whether a machine speaks in them."""
+    human: bool = True
+    """Whether people chose the words; false for what a language model wrote."""
+    guard: GuardConfig = GuardConfig()
+    """The least that people must have made of it."""
     device: str = "cpu"
     """Where the codec runs."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -66,6 +71,8 @@ class StereoConfig(BaseModel):
     """Recordings a shard."""
     workers: int = Field(default=1, gt=0)
     """Processes; 1 works in this one. The shards do not depend on it."""
+    ray: str | None = None
+    """Address of a Ray cluster that makes the shards in their place; ``auto`` finds one."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +167,10 @@ def build_stereo(config: StereoConfig) -> BuildReport:
 
     Raises:
         UserError: the manifest or the codec is missing or broken, or the folder holds another
-            build.
+            build, or too little of it is what people made.
     """
+    planned = Shares(float(not config.synthetic), float(config.human))
+    config.guard.check(planned, "the recordings")
     recordings = []
     for number, path in enumerate(read_manifest(config.manifest)):
         digest = hashlib.sha256()
@@ -174,7 +183,7 @@ def build_stereo(config: StereoConfig) -> BuildReport:
     weights = hashlib.sha256()
     for file in sorted(checkpoint.resolve(config.codec).glob("*.safetensors")):
         weights.update(file.read_bytes())
-    described = config.model_dump_json(exclude={"workers", "output", "manifest"})
+    described = config.model_dump_json(exclude={"workers", "output", "manifest", "ray", "guard"})
     contents = [(recording.id, recording.digest) for recording in recordings]
     plan = repr((described, contents, weights.hexdigest()))
     parts = [
@@ -188,6 +197,8 @@ def build_stereo(config: StereoConfig) -> BuildReport:
         functools.partial(_samples, config=config),
         workers=config.workers,
         fingerprint=hashlib.sha256(plan.encode()).hexdigest(),
+        ray=config.ray,
+        guard=config.guard,
     )
 
 
@@ -208,6 +219,7 @@ def _samples(recordings: Sequence[_Recording], config: StereoConfig) -> Iterator
             source=config.manifest.name,
             licence=config.licence,
             synthetic=config.synthetic,
+            human_text=config.human,
             seconds=pcm.shape[1] / SAMPLE_RATE,
             codes=encode_long(codec, pcm, config.precision),
         )

@@ -1,16 +1,25 @@
-"""A model that does what a test tells it to, in the place of the real one."""
+"""A process of its own for every test, and a model that does what a test tells it to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from audio_codec.audio import FRAME_SIZE, Pcm
 from speechlm.duplex import DuplexOutput
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process() -> Iterator[None]:
+    """accelerate keeps one precision a process; each test stands for a process."""
+    yield
+    AcceleratorState._reset_state(True)
+
 
 Behaviour = Callable[[Pcm], tuple[Pcm, str, str]]
 """A frame of the user's → a frame of the assistant's, what it says, what it heard."""

@@ -85,10 +85,10 @@ def test_help_answers_within_a_second_and_without_torch() -> None:
     ("group", "commands"),
     [
         ("train", ["tokenizer", "codec", "token-decoder", "lm"]),
-        ("synth", ["speech", "dialogues"]),
+        ("synth", ["text", "speech", "dialogues"]),
         ("eval", ["codec", "tokenizer", "spoken-qa", "duplex"]),
         ("codec", ["encode", "decode", "info"]),
-        ("bench", ["codec"]),
+        ("bench", ["codec", "synth"]),
     ],
 )
 def test_the_fixed_commands_exist(run: Run, group: str, commands: list[str]) -> None:
@@ -158,6 +158,32 @@ def test_synth_hands_over_the_validated_recipe(
     assert run("synth", "dialogues", tmp_path / "c.yaml", "steps=4", "--ray", ray)[0] == 0
     assert calls == [("speech", 3, None), ("dialogues", 4, ray)]
     assert run("synth", "speech", tmp_path / "none.yaml")[0] == 2
+
+
+def test_synth_text_prints_what_was_removed_and_why(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("How far is it?\nHow far is it?\nx\nMail a@b.org now.\n")
+    recipe = tmp_path / "text.yaml"
+    recipe.write_text(
+        f"output: {tmp_path / 'out'}\n"
+        f"sources: [{{path: {tmp_path / 'words.txt'}, licence: CC0-1.0, name: words}}]\n"
+    )
+    status, out, _ = run("synth", "text", recipe)
+    assert status == 0
+    for shown in ("2 of 4 documents kept", "exact duplicate", "too short", "masked: e-mail"):
+        assert shown in out, out
+    status, _, err = run("synth", "text", recipe, "personal=keep")
+    assert status == 2 and "holds another build" in err
+
+
+def test_bench_synth_prints_what_was_measured(
+    run: Run, room: Callable[..., None], tmp_path: Path
+) -> None:
+    from audio_codec.bench import Figure
+
+    room("synth_data.bench", measure_dedup=lambda seed: {"dedup_recall": Figure(0.5, n=seed)})
+    status, out, _ = run("bench", "synth", "--seed", "7", "--json", tmp_path / "m.json")
+    assert status == 0 and "dedup_recall" in out
+    assert json.loads((tmp_path / "m.json").read_text())["metrics"]["dedup_recall"]["n"] == 7
 
 
 def test_synth_shows_a_sample_and_a_set(run: Run, tmp_path: Path) -> None:

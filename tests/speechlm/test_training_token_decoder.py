@@ -62,13 +62,6 @@ class Killed(BaseException):
     """Stands for whatever ends a process in the middle."""
 
 
-@pytest.fixture(autouse=True)
-def _fresh_process() -> Iterator[None]:
-    """accelerate keeps one precision a process; each run of a test stands for a process."""
-    yield
-    AcceleratorState._reset_state(True)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _keep_the_allocator() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:

@@ -16,7 +16,9 @@ from synth_data.text import (
     ordinal_words,
     sentences_from,
     spell_out,
+    split_sentences,
     tokenize,
+    year_words,
 )
 
 
@@ -80,6 +82,43 @@ def test_spoken_form_keeps_case_and_punctuation(text: str, spoken: str) -> None:
     assert spell_out(text) == spoken
 
 
+@pytest.mark.parametrize(
+    ("text", "spoken"),
+    [
+        ("On 2 Jan. 1984, e.g.", "On the second of January nineteen eighty four, for example"),
+        ("May 5, 2024, 2024-05-06", "May fifth, twenty twenty four, May sixth, twenty twenty four"),
+        ("1/31/1999", "January thirty first, nineteen ninety nine"),
+        ("March 2005", "March two thousand five"),
+        ("since 1905, 1914–1918", "since nineteen oh five, nineteen fourteen to nineteen eighteen"),
+        ("in the 1990s and '80s", "in the nineteen nineties and eighties"),
+        ("1984 apples", "one thousand nine hundred eighty four apples"),
+        ("May 10,000 come", "May ten thousand come"),
+        ("at 3:05 p.m. Then 15:00", "at three oh five pm. Then fifteen hundred"),
+        ("at 5 p.m. sharp, 3:00 or 7:30", "at five pm sharp, three o'clock or seven thirty"),
+        ("£2.01, €5.5, ¥100", "two pounds and one penny, five point five euros, one hundred yen"),
+        ("$3.5 million or $5k", "three point five million dollars or five thousand dollars"),
+        ("5 km/h, 1 kg, 6ft", "five kilometers per hour, one kilogram, six feet"),
+        ("-5 °C", "minus five degrees Celsius"),
+        ("5 in the morning, No. 7", "five in the morning, number seven"),
+    ],
+)
+def test_dates_times_money_and_units(text: str, spoken: str) -> None:
+    assert spell_out(text) == spoken
+
+
+@given(st.integers(1000, 2999))
+def test_a_year_is_read_as_a_number_of_its_own(year: int) -> None:
+    assert year_words(year) not in {year_words(year - 1), year_words(year + 1)}
+    assert spell_out(year_words(year)) == year_words(year)
+
+
+@given(st.text(alphabet="ab .?!", max_size=40).map(spell_out))
+def test_sentences_are_the_text_cut_apart(spoken: str) -> None:
+    sentences = split_sentences(spoken)
+    assert " ".join(sentences) == spoken
+    assert all(not any(c in ".?!" for c in sentence[:-1]) for sentence in sentences)
+
+
 @given(st.text(max_size=60) | st.text(alphabet="ab Mr'.,:?!05-$%+s\n’…é½", max_size=14))
 def test_spoken_form_is_speakable_and_stable(text: str) -> None:
     spoken = spell_out(text)
@@ -104,7 +143,16 @@ def test_sentences_from_plain_and_compressed(tmp_path: Path) -> None:
         assert list(sentences_from(tmp_path / name)) == ["One.", "Zwölf."]
 
 
+def test_sentences_from_shards_of_text(tmp_path: Path) -> None:
+    (tmp_path / "text-000000.jsonl").write_text('{"text": "One. Two?"}\n{"text": "Three"}\n')
+    (tmp_path / "text-000001.jsonl").write_text('{"text": "Four."}\n')
+    assert list(sentences_from(tmp_path)) == ["One.", "Two?", "Three", "Four."]
+
+
 def test_unreadable_sources_are_named(tmp_path: Path) -> None:
+    (tmp_path / "f.jsonl").write_text("[1]\n")
+    with pytest.raises(UserError, match="f.jsonl"):
+        list(sentences_from(tmp_path))
     (tmp_path / "c.txt.xz").write_bytes(b"not xz")
     (tmp_path / "d.txt").write_bytes(b"\xff\xfe\xfa")
     (tmp_path / "e.csv").write_text("x")

@@ -22,6 +22,7 @@ from synth_data.tts import (
     Flite,
     Voice,
     get_engine,
+    sample_voices,
     speak,
     user_voices,
 )
@@ -67,6 +68,8 @@ def test_a_voice_reads_back_what_it_writes(voice: Voice) -> None:
         ("flite:rms@rate=fast", "fast"),
         ("flite:rms@rate=9", "0.5..2"),
         ("espeak:en-us@pitch=100", "0..99"),
+        ("piper:a.onnx@pitch=50", "no setting 'pitch'; choose rate"),
+        ("http:http://host/speech@rate=3", "0.5..2"),
     ],
 )
 def test_a_bad_voice_is_one_clear_sentence(text: str, named: str) -> None:
@@ -97,9 +100,34 @@ def test_heldout_voices_hold_engine_voices_that_training_lacks() -> None:
     assert not {v.name for v in train if v.engine == "espeak"} & {v.name for v in heldout}
 
 
+def test_thousands_of_timbres_none_of_them_held_out() -> None:
+    voices = sample_voices(3000, seed=1)
+    assert len(set(voices)) == 3000
+    assert voices[:50] == sample_voices(50, seed=1) != sample_voices(50, seed=2)
+    heldout = user_voices("heldout")
+    assert not {v.name for v in voices if v.engine == "espeak"} & {v.name for v in heldout}
+    assert not [v for v in voices if "scotland" in v.name or "steph" in v.name or "kal" in v.name]
+    assert len({voice.name for voice in voices}) > 200
+    assert all(Voice.parse(str(voice)) == voice for voice in voices[:200])
+
+
+def test_timbres_of_models() -> None:
+    models = ("piper:libritts.onnx#0..903", "transformers:vits")
+    voices = sample_voices(500, engines=(), models=models)
+    assert len({v.name for v in voices}) > 300 and {v.engine for v in voices} <= {
+        "piper",
+        "transformers",
+    }
+    for wrong in ({"engines": ()}, {"engines": ("piper",)}, {"engines": (), "models": ("rms",)}):
+        with pytest.raises(UserError):
+            sample_voices(3, **wrong)  # type: ignore[arg-type]
+
+
 def test_voices_of_one_engine() -> None:
     assert {voice.engine for voice in user_voices("train", ("espeak",))} == {"espeak"}
-    for split, engines in (("test", ("espeak",)), ("train", ("festival",)), ("train", ())):
+    for split, engines in (
+        ("test", ("espeak",)), ("train", ("festival",)), ("train", ()), ("train", ("piper",)),
+    ):  # fmt: skip
         with pytest.raises(UserError):
             user_voices(split, engines)
 

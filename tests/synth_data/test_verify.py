@@ -9,15 +9,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import TOKENIZER
 
+from audio_codec import checkpoint
 from audio_codec.errors import UserError
+from audio_codec.speech_tokenizer import SpeechTokenizer
+from synth_data.text import normalize
 from synth_data.tts import ASSISTANT, Utterance, Word, speak
 from synth_data.verify import (
     Recognizer,
+    TokenizerRecognizer,
+    Whisper,
     WordErrors,
     arpa,
+    default_recognizer,
+    get_recognizer,
     missing_words,
     save_language_model,
     verify,
@@ -216,3 +225,71 @@ def test_bad_language_models_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=reason):
             Recognizer(tmp_path / name)
+
+
+# --- Recognizers by name --------------------------------------------------------------------------
+
+
+def test_the_tokenizer_reads_its_own_codes(tmp_path: Path) -> None:
+    """An untrained one: what counts is that its transcript is that of its codes."""
+    torch.manual_seed(3)
+    tokenizer = SpeechTokenizer(TOKENIZER).eval()
+    torch.nn.init.normal_(tokenizer.head.weight, std=3.0)
+    path = checkpoint.save(
+        tmp_path / "tokenizer", tokenizer.config, tokenizer.state_dict(), dtype="fp32"
+    )
+    listener = get_recognizer(f"tokenizer:{path}")
+    assert isinstance(listener, TokenizerRecognizer)
+    pcm = np.random.default_rng(0).normal(0, 0.1, 4 * 1920 - 7).astype(np.float32)
+    whole = torch.from_numpy(np.append(pcm, np.zeros(7, np.float32)))[None, None]
+    expected = tokenizer.transcribe(tokenizer.encode(whole))[0]
+    assert listener.transcribe(pcm) == normalize(expected) != ""
+    assert listener.transcribe(np.zeros(0, np.float32)) == ""
+
+
+def test_whisper_listens(tmp_path: Path) -> None:
+    """A random checkpoint of the true architecture: it hears the same in the same sound."""
+    from transformers import (
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperTokenizer,
+    )
+
+    letters = "abcdefghijklmnopqrstuvwxyz\u0120"
+    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
+    vocabulary |= {name: len(vocabulary) + i for i, name in enumerate(special)}
+    WhisperTokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
+    WhisperFeatureExtractor(feature_size=8).save_pretrained(tmp_path)
+    end, start = vocabulary[special[0]], vocabulary[special[1]]
+    config = WhisperConfig(
+        vocab_size=len(vocabulary), num_mel_bins=8, d_model=8, encoder_layers=1,
+        encoder_attention_heads=2, decoder_layers=1, decoder_attention_heads=2, encoder_ffn_dim=8,
+        decoder_ffn_dim=8, max_target_positions=12, decoder_start_token_id=start,
+        eos_token_id=end, bos_token_id=end, pad_token_id=end, begin_suppress_tokens=None,
+        init_std=0.5,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config.max_length = 10
+    model.generation_config.no_timestamps_token_id = vocabulary[special[2]]
+    model.save_pretrained(tmp_path)
+    listener = get_recognizer(f"whisper:{tmp_path}")
+    assert isinstance(listener, Whisper)
+    pcm = np.random.default_rng(0).normal(0, 0.1, 24_000).astype(np.float32)
+    heard = listener.transcribe(pcm)
+    assert heard and heard == listener.transcribe(pcm) == normalize(heard)
+    assert listener.transcribe(np.zeros(24_000, np.float32)) == ""
+    # Longer than the encoder hears at once: in pieces, as if said one after the other.
+    quiet = np.zeros(29 * 24_000, np.float32)
+    assert listener.transcribe(np.concatenate([pcm, quiet, pcm])) == " ".join([heard, heard])
+
+
+def test_recognizers_by_name(tmp_path: Path) -> None:
+    assert get_recognizer("pocketsphinx") is default_recognizer()
+    for name in ("kaldi", "whisper:", "tokenizer"):
+        with pytest.raises(UserError, match="choose pocketsphinx, tokenizer:PATH or whisper:PATH"):
+            get_recognizer(name)
+    for name in (f"whisper:{tmp_path}", f"tokenizer:{tmp_path}"):
+        with pytest.raises(UserError, match=tmp_path.name):
+            get_recognizer(name)

@@ -284,7 +284,7 @@ def test_the_speech_recipes_name_voices_that_exist(root: Path) -> None:
     assert recipes
     for recipe in recipes:
         settings = SpeechConfig.model_validate(OmegaConf.to_container(OmegaConf.load(recipe)))
-        named = () if isinstance(settings.voices, str) else settings.voices
+        named = settings.voices if isinstance(settings.voices, tuple) else ()
         for name in (*named, settings.assistant):
             assert str(Voice.parse(name)) == name, recipe
     # The reduced recipe needs nothing but espeak-ng's wheel.

@@ -115,6 +115,15 @@ def test_one_channel_is_not_two(manifest: Path) -> None:
     assert "1 channels; expected 2" in build_stereo(config(manifest)).dropped[0].reason
 
 
+def test_what_people_said_counts_as_theirs(manifest: Path) -> None:
+    asked = {"guard": {"recorded_speech": 1.0, "human_text": 1.0}}
+    summary = build_stereo(config(manifest, **asked)).summary
+    assert summary.count("speech", "recorded").samples == 2
+    assert summary.count("text", "human") == summary.total
+    with pytest.raises(UserError, match=r"the recordings: recorded_speech is 0.0%"):
+        build_stereo(config(manifest, synthetic=True, output=manifest.parent / "b", **asked))
+
+
 @pytest.mark.parametrize("line", ["[]", "{}", "talks/a.wav"])
 def test_a_broken_manifest_is_named(manifest: Path, line: str) -> None:
     manifest.write_text(line)
