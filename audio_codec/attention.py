@@ -1,10 +1,12 @@
 """Scaled dot-product attention behind one call, whatever kernel the machine offers.
 
 Shapes: B batch, H query heads, G key/value heads (H a multiple of G), T queries, S keys,
-D head size.
+D head size, N documents.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -56,3 +58,54 @@ def by_products(
         scores = scores.view(batch, groups, -1, keys)
     mixed = torch.softmax(scores, dim=-1, dtype=scores.dtype) @ value
     return mixed.view(batch, heads, time, size)
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Where documents lie that stand one after the other, through all rows of a batch."""
+
+    bounds: Tensor  # [N + 1] int32: the first position of each, counted over B·T, and B·T
+    longest: int
+
+    @classmethod
+    def of(cls, fresh: Tensor) -> Documents:
+        """From where documents begin: bool [B, T]; a row always begins one."""
+        begins = fresh.clone()
+        begins[:, 0] = True
+        first = begins.flatten().nonzero().squeeze(1)
+        bounds = torch.cat((first, first.new_tensor([begins.numel()]))).to(torch.int32)
+        return cls(bounds, int(bounds.diff().max()))
+
+
+def attend_documents(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None = None
+) -> Tensor:
+    """Causal attention inside each document, [B, H, T, D] × [B, G, T, D] → [B, H, T, D].
+
+    On a GPU in half precision by torch's variable-length flash attention, which never looks at the
+    blocks between documents or outside the window. Anywhere else document by document, slow and
+    obvious: there `attend` with a mask is what to use, and gives the same numbers.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [B T, H, D]
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        bounds, longest = documents.bounds, documents.longest
+        sides = (-1 if window is None else window - 1, 0)
+        q, k, v = flat
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=sides)
+        assert isinstance(out, Tensor)
+    else:
+        sizes = documents.bounds.diff().tolist()
+        done = []
+        for q, k, v in zip(*(x.split(sizes) for x in flat), strict=True):
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            back = torch.arange(q.shape[2], device=q.device)
+            back = back[:, None] - back
+            mask = (back >= 0) & (back < (window or len(back)))
+            done.append(attend(q, k, v, mask)[0].transpose(0, 1))
+        out = torch.cat(done)
+    return out.unflatten(0, (query.shape[0], query.shape[2])).transpose(1, 2)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from audio_codec.attention import attend
+from audio_codec.attention import Documents, attend, attend_documents
 from audio_codec.state import State, all_active
 
 
@@ -152,6 +152,8 @@ class _Positions:
     mask: Tensor | None  # True may be seen
     causal: bool
     slots: Tensor | None  # [B, T] ring entry each new key goes to
+    documents: Documents | None = None  # instead of a mask, for a kernel that knows documents
+    window: int | None = None  # of that kernel
     memory: Tensor | None = None  # [B, N, E]
     memory_mask: Tensor | None = None  # [B, 1, 1, N] True may be seen
 
@@ -199,7 +201,10 @@ class Attention(nn.Module):
             state.key.transpose(1, 2)[rows, where.slots] = k.transpose(1, 2).to(state.key.dtype)
             state.value.transpose(1, 2)[rows, where.slots] = v.transpose(1, 2).to(state.value.dtype)
             k, v = state.key.to(q.dtype), state.value.to(q.dtype)
-        y = attend(q, k, v, where.mask, where.causal)
+        if where.documents is not None:
+            y = attend_documents(q, k, v, where.documents, where.window)
+        else:
+            y = attend(q, k, v, where.mask, where.causal)
         return self.out(y.transpose(1, 2).reshape(batch, time, -1))
 
     def new_state(self, batch: int, ring: int, like: Tensor) -> AttentionState:
@@ -364,8 +369,12 @@ class Transformer(nn.Module):
         time = x.shape[1]
         window = self.config.window
         positions = torch.arange(time, device=x.device)[None]  # [1, T]
-        mask = None
-        if segments is not None or self.config.block > 1 or (window is not None and window < time):
+        mask = documents = None
+        blocks = self.config.block > 1
+        within = segments is not None or blocks or (window is not None and window < time)
+        half = torch.is_autocast_enabled(x.device.type) or x.dtype.itemsize == 2
+        by_documents = within and self.config.causal and not blocks and half and x.is_cuda
+        if within and not by_documents:
             back = positions[0, :, None] - positions[0, None, :]  # [T, T] query minus key
             mask = torch.ones_like(back, dtype=torch.bool)
             if self.config.causal:
@@ -373,15 +382,19 @@ class Transformer(nn.Module):
             if window is not None:
                 mask = mask & ((back if self.config.causal else back.abs()) < window)
             mask = mask[None, None]
+        if by_documents and segments is None:
+            documents = Documents.of(torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device))
         if segments is not None:
-            assert mask is not None and self.config.block == 1, "blocks of packed rows are not told"
-            mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+            assert not blocks, "blocks of packed rows are not told"
+            if mask is not None:
+                mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
             fresh = torch.ones_like(segments, dtype=torch.bool)
             fresh[:, 1:] = segments[:, 1:] != segments[:, :-1]
+            documents = Documents.of(fresh) if by_documents else None
             starts = torch.where(fresh, positions, torch.zeros_like(positions))
             positions = positions - starts.cummax(dim=1).values
-        causal = self.config.causal and mask is None
-        return _Positions(self._rotation(positions), mask, causal, None)
+        causal = self.config.causal and not within
+        return _Positions(self._rotation(positions), mask, causal, None, documents, window)
 
     def _streaming(self, x: Tensor, state: TransformerState) -> _Positions:
         time, ring = x.shape[1], state.layers[0].key.shape[2]
