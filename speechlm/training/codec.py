@@ -534,6 +534,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         "crop_frames": config.crop_frames,
         "ema": config.ema,
     }
-    return checkpoints.save(
-        output_dir, codec.config, codec.state_dict(), dtype=config.dtype, card=card
-    )
+    if run.main:
+        checkpoints.save(output_dir, codec.config, codec.state_dict(), dtype=config.dtype, card=card)
+    run.accelerator.wait_for_everyone()
+    return output_dir
