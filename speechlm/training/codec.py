@@ -535,6 +535,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         "ema": config.ema,
     }
     if run.main:
-        checkpoints.save(output_dir, codec.config, codec.state_dict(), dtype=config.dtype, card=card)
+        weights = codec.state_dict()
+        checkpoints.save(output_dir, codec.config, weights, dtype=config.dtype, card=card)
     run.accelerator.wait_for_everyone()
     return output_dir
