@@ -14,7 +14,7 @@ it asks for an older torch, but runs with this one when installed apart, without
 
     speechlm bench codec --against encodec mimi
     uv pip install --no-deps --target side moshi einops
-    PYTHONPATH=side speechlm bench codec --against encodec mimi
+    NO_TORCH_COMPILE=1 PYTHONPATH=side speechlm bench codec --against encodec mimi
 
 Shapes: B batch, S samples, T frames, K codebooks.
 """

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -397,6 +400,34 @@ def test_a_wrapper_of_processes_finds_a_gradient_for_every_weight() -> None:
             assert all(p.grad is not None for p in trainee.parameters())
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_tokenizer(made: Path, root: Path, tmp_path: Path) -> None:
+    settings = config(made, tmp_path / "run", **SHAPES["vq"], data={
+        "train": [made / "train"], "validation": [made / "validation"], "batch_seconds": 1.0,
+    })  # fmt: skip
+    recipe = tmp_path / "run.yaml"  # JSON is YAML
+    recipe.write_text(settings.model_dump_json())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, "-m", "speechlm.cli", "train", "tokenizer", str(recipe)],
+        cwd=root, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    logged = [row["step"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert logged == list(range(STEPS))  # one process writes
+    # Had both taken the same batches, their gradients' mean would be that of one alone.
+    alone = training.train(
+        settings.model_copy(
+            update={"run": settings.run.model_copy(update={"dir": tmp_path / "alone"})}
+        )
+    )
+    one, two = (load_tokenizer(path) for path in (alone, tmp_path / "run" / "tokenizer"))
+    assert not torch.allclose(
+        one.before.blocks[0].mlp.up.weight, two.before.blocks[0].mlp.up.weight
+    )
 
 
 # --- Rooms ----------------------------------------------------------------------------------------
