@@ -679,8 +679,8 @@ def measure(
             more = shard_speech(codes_from) if codes_from else endless_speech(seed)
             _count_more(candidate, counts, codes, more, bar)
         if stream_hours:
-            speech = endless_speech(seed)
-            found |= streaming_agreement(candidate.tokenizer, speech, 3600 * stream_hours, bar)
+            sounds_of_hours, seconds = endless_speech(seed), 3600 * stream_hours
+            found |= streaming_agreement(candidate.tokenizer, sounds_of_hours, seconds, bar)
     share, entropy = codes_used(counts)
     found |= {
         "codebook_usage": share,
