@@ -225,6 +225,9 @@ class SemanticVQ(nn.Module):
         return x + (vectors - x).detach(), codes, commitment
 
 
+_DECODER = ("from_latent", "decoder_latent", "up", "back", "head", "synthesis")
+
+
 class SpectralCodec(nn.Module):
     """The `Codec` of this project. Stride: one frame of 1920 samples; see the module docstring."""
 
@@ -235,6 +238,7 @@ class SpectralCodec(nn.Module):
     def __init__(self, config: SpectralConfig) -> None:
         super().__init__()
         self.config = config
+        self.codes_frozen = False
         self.tokenizer = SpeechTokenizer(config.tokenizer) if config.semantic is None else None
         self.analysis = Analysis(config.window)
         self.front_in = nn.Linear(self.analysis.features, config.encoder_dim)
@@ -283,7 +287,17 @@ class SpectralCodec(nn.Module):
         super().train(mode)
         if self.tokenizer is not None:
             self.tokenizer.eval()
+        if self.codes_frozen:
+            for name, part in self.named_children():
+                part.train(mode and name in _DECODER)
         return self
+
+    def freeze_codes(self) -> None:
+        """From here on training moves the decoder alone: a sound keeps its codes."""
+        self.codes_frozen = True
+        for name, part in self.named_children():
+            part.requires_grad_(name in _DECODER)
+        self.train(self.training)
 
     def _encode_hidden(self, pcm: Tensor, state: SpectralEncoderState | None) -> Tensor:
         x = self.front_in(self.analysis(pcm[:, 0], None if state is None else state.samples))

@@ -11,7 +11,9 @@ the one that is heard), are coded and decoded. The criteria, and when they hold:
 What is listened to is balanced by its gradient on the decoded sound. Codebook 0 comes from a frozen
 semantic tokenizer, or, with `model.semantic` and `teacher`, by distillation. Rows keep a random
 number of codebooks at times, so that one codec serves any bitrate. The numbers of an evaluation,
-and the checkpoint at the end, are those of a moving average of the weights.
+and the checkpoint at the end, are those of a moving average of the weights. With `decoder_only` a
+finished codec learns to sound better and keeps its codes, so that a language model which has been
+trained on them need not be trained again.
 
     speechlm train codec configs/codec/tiny.yaml [run.steps=…]
 
@@ -132,6 +134,8 @@ class TrainConfig(BaseModel):
     optimizer: OptimizerConfig = OptimizerConfig(lr=6e-4, betas=(0.8, 0.99), weight_decay=0.01)
     init_from: str | None = None
     """A checkpoint of a codec, or of a model around one, to start from."""
+    decoder_only: bool = False
+    """Train the decoder alone: every sound keeps the codes that `init_from` gives it."""
     dtype: checkpoints.StoredType = "fp32"
     """How the weights of the finished checkpoint are stored."""
     output: Path | None = None
@@ -150,6 +154,10 @@ class TrainConfig(BaseModel):
             raise ValueError("model.semantic needs a teacher: set teacher.model, or remove it")
         if self.model.semantic is not None and self.tokenizer is not None:
             raise ValueError("tokenizer and model.semantic both give codebook 0: remove one")
+        if self.decoder_only and (self.init_from is None or self.teacher is not None):
+            raise ValueError(
+                "decoder_only keeps the codes of init_from: name it, without a teacher"
+            )
         return self
 
     @model_validator(mode="after")
@@ -426,7 +434,9 @@ def _build(config: TrainConfig) -> SpectralCodec:
     codec = SpectralCodec(shape)
     if config.init_from is not None:
         checkpoints.restore(codec, checkpoints.load(codec_folder(config.init_from)))
-    if codec.tokenizer is not None and tokenizer is not None:
+    if config.decoder_only:
+        codec.freeze_codes()
+    elif codec.tokenizer is not None and tokenizer is not None:
         codec.tokenizer.load_state_dict(tokenizer.state_dict())
         codec.tokenizer.requires_grad_(False)
     return codec
@@ -533,6 +543,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         "batch": config.batch,
         "crop_frames": config.crop_frames,
         "ema": config.ema,
+        "decoder_only": config.decoder_only,
     }
     if run.main:
         weights = codec.state_dict()

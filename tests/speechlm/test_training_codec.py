@@ -207,6 +207,27 @@ def test_a_run_of_the_first_phase_can_go_on_into_the_second(made: Path, tmp_path
     assert "adversarial" in rows(tmp_path / "run")[-2]
 
 
+def test_a_decoder_alone_learns_and_leaves_every_code(made: Path, tmp_path: Path) -> None:
+    first = train(config_of(made, tmp_path / "first", run={"steps": 3}, dtype="int8"))
+    AcceleratorState._reset_state(True)
+    torch.manual_seed(1)  # another tokenizer of the shape: the codec keeps its own
+    other = SpeechTokenizer(TOKENIZER).state_dict()
+    tokenizer = checkpoints.save(tmp_path / "other", TOKENIZER, other)
+    fields = {"init_from": str(first), "decoder_only": True, "dtype": "int8"}
+    second = train(config_of(made, tmp_path / "second", tokenizer=str(tokenizer), **fields))
+    before, after = (checkpoints.load(path).tensors for path in (first, second))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    decoder = ("from_latent.", "decoder_latent.", "up.", "back.", "head.")
+    assert changed and all(name.startswith(decoder) for name in changed)
+    assert {name.partition(".")[0] + "." for name in changed} == set(decoder)
+    pcm = 0.2 * torch.randn(1, 1, 20 * FRAME_SIZE)
+    old, new = load_codec(first), load_codec(second)
+    codes = old.encode(pcm)
+    assert torch.equal(new.encode(pcm), codes)
+    assert not torch.allclose(new.decode(codes), old.decode(codes))
+    assert "adversarial" in [row for row in rows(tmp_path / "second") if "mel" in row][-1]
+
+
 def test_what_is_saved_is_the_average(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,6 +431,7 @@ def test_a_teacher_that_is_none_is_a_user_error(made: Path, tmp_path: Path) -> N
         ({"teacher": {"model": "x"}}, "teacher has nothing to teach"),
         ({"model": DISTILLED, "tokenizer": None}, "model.semantic needs a teacher"),
         ({"model": DISTILLED, "teacher": {"model": "x"}}, "both give codebook 0"),
+        ({"decoder_only": True}, "decoder_only keeps the codes of init_from: name it"),
         ({"validation_codebooks": [4]}, "validation_codebooks has 4, but the codec has 1 to 3"),
         ({"adversarial": {"begin": 6}}, "adversarial.begin is step 6, but run.steps ends at 6"),
         ({"adversarial": {"start": 6}}, "unknown key 'adversarial.start'"),
