@@ -22,6 +22,7 @@ Shapes: B batch, S samples, T frames, K codebooks.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,7 +134,8 @@ class TrainConfig(BaseModel):
     """Decay of an average of the weights that is evaluated and saved in their place; 0: none."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=6e-4, betas=(0.8, 0.99), weight_decay=0.01)
     init_from: str | None = None
-    """A checkpoint of a codec, or of a model around one, to start from."""
+    """A checkpoint of a codec, or of a model around one, to start from; where `model.codebooks` has
+    more than it, those that it lacks are placed by the first batch, for a higher bitrate."""
     decoder_only: bool = False
     """Train the decoder alone: every sound keeps the codes that `init_from` gives it."""
     dtype: checkpoints.StoredType = "fp32"
@@ -425,6 +427,16 @@ def show(
         run.tensorboard.add_image(f"mel/{number}", picture(criterion, pair), step)
 
 
+def _further(codec: SpectralCodec, found: checkpoints.Checkpoint) -> dict[str, Tensor]:
+    """The codec's own codebooks beyond those of a checkpoint."""
+    there = len(checkpoints.parse_config(SpectralConfig, found).codebooks)
+    return {
+        f"quantizer.levels.{name}": tensor
+        for name, tensor in codec.quantizer.levels.state_dict().items()
+        if int(name.partition(".")[0]) >= there
+    }
+
+
 def _build(config: TrainConfig) -> SpectralCodec:
     shape, tokenizer = config.model, None
     if config.tokenizer is not None:
@@ -433,7 +445,10 @@ def _build(config: TrainConfig) -> SpectralCodec:
         shape = configs.build(heard, SpectralConfig, f"tokenizer '{config.tokenizer}'")
     codec = SpectralCodec(shape)
     if config.init_from is not None:
-        checkpoints.restore(codec, checkpoints.load(codec_folder(config.init_from)))
+        found = checkpoints.load(codec_folder(config.init_from))
+        if not config.decoder_only:
+            found = dataclasses.replace(found, tensors={**_further(codec, found), **found.tensors})
+        checkpoints.restore(codec, found)
     if config.decoder_only:
         codec.freeze_codes()
     elif codec.tokenizer is not None and tokenizer is not None:
