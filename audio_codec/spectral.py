@@ -283,7 +283,7 @@ class SpectralCodec(nn.Module):
         self.config = self.config.model_copy(update={"codebooks": kept})
 
     def train(self, mode: bool = True) -> SpectralCodec:
-        """As of any module, but the tokenizer is frozen: its running statistics stay too."""
+        """As of any module, but what is frozen keeps its running statistics too."""
         super().train(mode)
         if self.tokenizer is not None:
             self.tokenizer.eval()
@@ -293,7 +293,7 @@ class SpectralCodec(nn.Module):
         return self
 
     def freeze_codes(self) -> None:
-        """From here on training moves the decoder alone: a sound keeps its codes."""
+        """From here on training moves the decoder alone: whoever learned the codes keeps them."""
         self.codes_frozen = True
         for name, part in self.named_children():
             part.requires_grad_(name in _DECODER)

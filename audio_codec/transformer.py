@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from audio_codec.attention import attend
+from audio_codec.attention import Documents, attend, attend_documents
 from audio_codec.state import State, all_active
 
 
@@ -152,6 +152,8 @@ class _Positions:
     mask: Tensor | None  # True may be seen
     causal: bool
     slots: Tensor | None  # [B, T] ring entry each new key goes to
+    documents: Documents | None = None  # instead of a mask, for a kernel that knows documents
+    window: int | None = None  # of that kernel
     memory: Tensor | None = None  # [B, N, E]
     memory_mask: Tensor | None = None  # [B, 1, 1, N] True may be seen
 
@@ -194,11 +196,15 @@ class Attention(nn.Module):
         if state is not None:
             assert where.slots is not None
             # A frozen row writes too, but into entries that its unmoved offset keeps out of sight.
-            index = where.slots[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
-            state.key.scatter_(2, index, k.to(state.key.dtype))
-            state.value.scatter_(2, index, v.to(state.value.dtype))
+            # By index: a scatter of whole heads takes a CPU fifty times as long.
+            rows = torch.arange(batch, device=x.device)[:, None]
+            state.key.transpose(1, 2)[rows, where.slots] = k.transpose(1, 2).to(state.key.dtype)
+            state.value.transpose(1, 2)[rows, where.slots] = v.transpose(1, 2).to(state.value.dtype)
             k, v = state.key.to(q.dtype), state.value.to(q.dtype)
-        y = attend(q, k, v, where.mask, where.causal)
+        if where.documents is not None:
+            y = attend_documents(q, k, v, where.documents, where.window)
+        else:
+            y = attend(q, k, v, where.mask, where.causal)
         return self.out(y.transpose(1, 2).reshape(batch, time, -1))
 
     def new_state(self, batch: int, ring: int, like: Tensor) -> AttentionState:
@@ -326,18 +332,24 @@ class Transformer(nn.Module):
             state.offset.add_(state.active * x.shape[1])
         return self.norm(x)
 
-    def new_state(self, batch: int, max_chunk: int = 1) -> TransformerState:
+    def new_state(
+        self, batch: int, max_chunk: int = 1, length: int | None = None
+    ) -> TransformerState:
         """State for chunks of up to `max_chunk` positions.
 
         A ring of exactly `window` entries would be wrong once it has wrapped: the last key of a
         chunk overwrites one that the chunk's first query still sees. Hence window + max_chunk − 1.
         Without a window a stream has no end and the ring no size, so a window is required.
+
+        `length`, less than the window: the stream ends after so many positions. A ring of that size
+        never wraps and costs as little as what it holds; its chunks may be of any size.
         """
         assert self.config.window is not None, "streaming needs a transformer with a window"
         assert self.config.causal, "a transformer that is not causal cannot stream"
+        assert length is None or length < self.config.window, (length, self.config.window)
         blocks = cast("Sequence[Block]", self.blocks)
         like = blocks[0].attention.out.weight
-        ring = self.config.window + max_chunk - 1
+        ring = self.config.window + max_chunk - 1 if length is None else length
         layers = [block.attention.new_state(batch, ring, like) for block in blocks]
         offset = torch.zeros(batch, dtype=torch.int64, device=like.device)
         return TransformerState(all_active(batch, like.device), layers, offset)
@@ -357,8 +369,12 @@ class Transformer(nn.Module):
         time = x.shape[1]
         window = self.config.window
         positions = torch.arange(time, device=x.device)[None]  # [1, T]
-        mask = None
-        if segments is not None or self.config.block > 1 or (window is not None and window < time):
+        mask = documents = None
+        blocks = self.config.block > 1
+        within = segments is not None or blocks or (window is not None and window < time)
+        half = torch.is_autocast_enabled(x.device.type) or x.dtype.itemsize == 2
+        by_documents = within and self.config.causal and not blocks and half and x.is_cuda
+        if within and not by_documents:
             back = positions[0, :, None] - positions[0, None, :]  # [T, T] query minus key
             mask = torch.ones_like(back, dtype=torch.bool)
             if self.config.causal:
@@ -366,20 +382,25 @@ class Transformer(nn.Module):
             if window is not None:
                 mask = mask & ((back if self.config.causal else back.abs()) < window)
             mask = mask[None, None]
+        if by_documents and segments is None:
+            documents = Documents.of(torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device))
         if segments is not None:
-            assert mask is not None and self.config.block == 1, "blocks of packed rows are not told"
-            mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+            assert not blocks, "blocks of packed rows are not told"
+            if mask is not None:
+                mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
             fresh = torch.ones_like(segments, dtype=torch.bool)
             fresh[:, 1:] = segments[:, 1:] != segments[:, :-1]
+            documents = Documents.of(fresh) if by_documents else None
             starts = torch.where(fresh, positions, torch.zeros_like(positions))
             positions = positions - starts.cummax(dim=1).values
-        causal = self.config.causal and mask is None
-        return _Positions(self._rotation(positions), mask, causal, None)
+        causal = self.config.causal and not within
+        return _Positions(self._rotation(positions), mask, causal, None, documents, window)
 
     def _streaming(self, x: Tensor, state: TransformerState) -> _Positions:
         time, ring = x.shape[1], state.layers[0].key.shape[2]
         assert self.config.window is not None
-        limit = ring - self.config.window + 1
+        # A ring smaller than the window holds its whole stream.
+        limit = ring if ring < self.config.window else ring - self.config.window + 1
         assert time <= limit, f"a chunk of {time} positions, but the state was made for {limit}"
         now = state.offset[:, None] + torch.arange(time, device=x.device)  # [B, T] query positions
         last = now[:, -1:]

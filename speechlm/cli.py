@@ -1,4 +1,4 @@
-"""The front door: `speechlm chat|serve|talk|demo|codec|bench|train|merge|synth|eval|card`.
+"""The front door: `speechlm chat|serve|talk|demo|codec|bench|train|merge|synth|eval|card|scaling`.
 
 Every command parses its arguments, calls one function of a room and writes what came back. Rooms
 are imported inside the commands, so that `speechlm --help` answers at once.
@@ -33,11 +33,13 @@ synth_app = typer.Typer(no_args_is_help=True, help="Make training data by a reci
 eval_app = typer.Typer(no_args_is_help=True, help="Measure a model; prints a table.")
 codec_app = typer.Typer(no_args_is_help=True, help="Files of sound into codes, and back.")
 bench_app = typer.Typer(help="How fast a model is on this machine; prints a table.")
+scaling_app = typer.Typer(no_args_is_help=True, help="Laws of size and data, from finished runs.")
 app.add_typer(codec_app, name="codec")
 app.add_typer(bench_app, name="bench")
 app.add_typer(train_app, name="train")
 app.add_typer(synth_app, name="synth")
 app.add_typer(eval_app, name="eval")
+app.add_typer(scaling_app, name="scaling")
 
 Recipe = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")]
 Overrides = Annotated[
@@ -222,7 +224,8 @@ def bench(
     if context.invoked_subcommand is not None:
         sources = (context.get_parameter_source(name) for name in context.params)
         if any(source is not None and source.name != "DEFAULT" for source in sources):
-            raise UserError("the options of 'bench codec' stand behind the word 'codec'.")
+            word = context.invoked_subcommand
+            raise UserError(f"the options of 'bench {word}' stand behind the word '{word}'.")
         return
     _check(json)
     from speechlm import convert
@@ -256,14 +259,62 @@ def bench_codec(
     _report("bench codec", metrics, json)
 
 
-@bench_app.command("synth")
-def bench_synth(json: Json = None, seed: Seed = 0) -> None:
-    """How good the making of data is: de-duplication against planted copies."""
+@bench_app.command("train")
+def bench_train(
+    against: Annotated[
+        list[str] | None, typer.Option("--against", metavar="PEER", help="transformers.")
+    ] = None,
+    model: ModelName = "tiny",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 3,
+    length: Annotated[int, typer.Option(min=1, help="Columns of a row.")] = 750,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each to time.")] = 10,
+    json: Json = None,
+) -> None:
+    """How fast a model of this shape trains, and the same in another library, in turns."""
     _check(json)
+    from speechlm import bench as room
+    from speechlm import convert
+
+    shape = convert.load_lm(model)[0].config
+    _report(
+        "bench train",
+        room.measure(shape, against or (), rows=rows, length=length, steps=steps),
+        json,
+    )
+
+
+@bench_app.command("synth")
+def bench_synth(
+    text_to_token: Annotated[
+        str | None,
+        typer.Option("--text-to-token", metavar="FOLDER", help="A model to measure against TTS."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Whose codes it speaks [default: it knows].")
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option("--decoder", help="A token decoder that speaks its codes again.")
+    ] = None,
+    texts: Annotated[int, typer.Option(min=16, help="Held-out sentences to say.")] = 1024,
+    json: Json = None,
+    seed: Seed = 0,
+) -> None:
+    """How good the making of data is: de-duplication against planted copies, text to codes."""
+    _check(json)
+    if text_to_token is None and (tokenizer or decoder):
+        raise UserError("--tokenizer and --decoder need a model to measure: --text-to-token.")
     from speechlm.evaluation.report import Metric
     from synth_data import bench as room
 
     measured = room.measure_dedup(seed=seed)
+    if text_to_token is not None:
+        from speechlm import convert
+
+        known = tokenizer or room.tokenizer_of(text_to_token)
+        listener = str(convert.tokenizer_folder(known))
+        measured |= room.measure_text_to_token(
+            text_to_token, listener, texts, decoder=decoder, seed=seed
+        )
     _report("bench synth", {name: Metric(**vars(f)) for name, f in measured.items()}, json)
 
 
@@ -287,6 +338,14 @@ def train_codec(config: Recipe, overrides: Overrides = None, resume: Resume = Fa
     _train("codec", config, overrides, resume)
 
 
+@train_app.command("text-to-token")
+def train_text_to_token(
+    config: Recipe, overrides: Overrides = None, resume: Resume = False
+) -> None:
+    """The model that turns text into semantic codes without any sound."""
+    _train("text_to_token", config, overrides, resume)
+
+
 @train_app.command("token-decoder")
 def train_token_decoder(
     config: Recipe, overrides: Overrides = None, resume: Resume = False
@@ -299,6 +358,77 @@ def train_token_decoder(
 def train_lm(config: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
     """The language model, on codes."""
     _train("lm", config, overrides, resume)
+
+
+Processes = Annotated[int, typer.Option("--processes", min=1, help="Devices, one a process.")]
+
+
+@train_app.command("plan")
+def train_plan(
+    config: Recipe,
+    overrides: Overrides = None,
+    device: Annotated[
+        str | None, typer.Option(help="A GPU by name, as H100 [default: this machine].")
+    ] = None,
+    processes: Processes = 1,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak to reach.")] = 0.4,
+    price: Annotated[float | None, typer.Option(min=0, help="Of a device for an hour.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=1, help="FLOPs for the optimal size [default: this run's].")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """What a run of the language model will take: size, memory, FLOPs, time, cost."""
+    _check(json)
+    from speechlm.config import load_config
+    from speechlm.training import lm
+    from speechlm.training import plan as room
+
+    recipe = load_config(config, overrides or [], lm.TrainConfig)
+    made = room.plan(
+        recipe, device=device, processes=processes, utilization=mfu, price=price, budget=budget
+    )
+    _report("train plan", made.metrics, json)
+    for one in made.exposures:
+        print(f"{one.path}: {one.samples} samples, seen {one.epochs:.2g} times")
+
+
+@train_app.command("samples")
+def train_samples(
+    config: Recipe,
+    step: Annotated[int, typer.Option("--step", min=0, help="Of which step, from 0.")],
+    overrides: Overrides = None,
+) -> None:
+    """Which samples a step of a language-model run sees."""
+    from speechlm.config import load_config
+    from speechlm.training import lm
+
+    for source, part in lm.samples(load_config(config, overrides or [], lm.TrainConfig), step):
+        where = f"columns {part.first}–{part.first + part.columns - 1}"
+        print(f"{source}\tlane {part.lane}\t{where}\tdocument {part.number}\t{part.name}")
+
+
+@scaling_app.command("fit")
+def scaling_fit(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders of the language model.")],
+    metric: Annotated[str, typer.Option(help="The loss to fit.")] = "validation/loss",
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw it, as .svg or .png.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Fit L = E + A/N^α + B/D^β to finished runs, with intervals."""
+    _check(json)
+    from speechlm import scaling
+
+    if plot is not None:
+        check_writable(plot)
+        scaling.check_plot(plot)
+    points = [scaling.read_run(run, metric) for run in runs]
+    law = scaling.fit(points)
+    _report("scaling fit", scaling.metrics(points, law, scaling.bootstrap(points, law)), json)
+    if plot is not None:
+        scaling.plot(points, law, plot)
 
 
 @synth_app.command("text")
@@ -337,6 +467,26 @@ def synth_dialogues(config: Recipe, overrides: Overrides = None, ray: Ray = None
 
     recipe = load_config(config, _where(overrides, ray), dialogues.DialoguesConfig)
     _shards(recipe.output, dialogues.build_dialogues(recipe))
+
+
+@synth_app.command("pairs")
+def synth_pairs(config: Recipe, overrides: Overrides = None, ray: Ray = None) -> None:
+    """Texts with the semantic codes of their sound, for the text-to-token model."""
+    from speechlm.config import load_config
+    from synth_data.recipes import pairs
+
+    recipe = load_config(config, _where(overrides, ray), pairs.PairsConfig)
+    _shards(recipe.output, pairs.build_pairs(recipe))
+
+
+@synth_app.command("interleave")
+def synth_interleave(config: Recipe, overrides: Overrides = None, ray: Ray = None) -> None:
+    """Documents of text and speech in turns, spoken by a text-to-token model."""
+    from speechlm.config import load_config
+    from synth_data.recipes import interleave
+
+    recipe = load_config(config, _where(overrides, ray), interleave.InterleaveRecipe)
+    _shards(recipe.output, interleave.build_interleaved(recipe))
 
 
 @synth_app.command("stereo")

@@ -9,6 +9,8 @@ sees what an uninterrupted one would have seen.
     lane 1   │ dialogue 9 ──────┬ dialogue 30 ───────────── … │  input there the column before
     lane 2   │ text ┬ text ┬ text ┬ text ┬ (padding)          │  text is never cut
 
+Lanes are numbered over all processes: any number of them reads the same rows, each its share.
+
 Shards name no vocabulary: ids are given here, when they are loaded.
 
 Shapes: S streams, K codebooks, T frames or columns, B rows.
@@ -18,16 +20,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
 from audio_codec.audio import FRAME_RATE
 from audio_codec.errors import UserError
@@ -36,7 +38,14 @@ from speechlm.streams import ABSENT, BOS, EOS, EPAD, PAD, SPEECH, TEXT, Streams
 from speechlm.text_tokenizer import TextTokenizer
 from synth_data import quiz, shards
 from synth_data.dialogue import ASSISTANT, USER
-from synth_data.interleave import InterleaveConfig, Modality, frame_range, interleave
+from synth_data.interleave import (
+    QUESTION_RULES,
+    InterleaveConfig,
+    Modality,
+    frame_range,
+    interleave,
+    read_segments,
+)
 from synth_data.mixture import HUMAN, MADE, Count, Shares, Summary, shares, summarize
 from synth_data.text import normalize, sentences_from, spell_out
 from synth_data.tts import Word
@@ -118,6 +127,8 @@ class Document:
     weights: Weights  # [S, T], of the columns 1 … T as targets
     whole: bool = False
     """Never cut in two."""
+    name: str = ""
+    """Of the sample it was made of, or what it says."""
 
 
 def _assemble(streams: Streams, frames: Ids) -> Ids:
@@ -149,6 +160,7 @@ class Dialogue:
     text: Ids  # [T]
     heard: Ids  # [T]
     near: npt.NDArray[np.bool_]  # [2, T] at or around each speaker's speech
+    name: str = ""
 
 
 def encode_dialogue(
@@ -171,6 +183,7 @@ def encode_dialogue(
         text=place(said, frames, tokenizer, at="start", offset=-config.lead),
         heard=place(asked, frames, tokenizer, at="end", offset=delay, epad=False),
         near=np.stack([speaking_frames(w, frames, config.margin) for w in (said, asked)]),
+        name=sample.id,
     )
 
 
@@ -220,7 +233,7 @@ def dialogue_document(
         kept = dialogue.near[USER] | (rng.random(len(text)) < config.silence)
         learned = _code_weights(targets[streams.user], streams, config) * kept
         weights[streams.user] = config.user * learned
-    return Document(columns, weights)
+    return Document(columns, weights, name=dialogue.name)
 
 
 def _moved(row: Ids, config: WeightConfig, rng: np.random.Generator) -> Ids:
@@ -318,6 +331,8 @@ class Spoken:
     """Empty where their times are unknown."""
     text: tuple[str, ...]
     """The words without times; empty where they are unknown too."""
+    name: str = ""
+    """Of the sample that it comes from."""
 
 
 def spoken(sample: shards.Sample, streams: Streams) -> list[Spoken]:
@@ -330,7 +345,7 @@ def spoken(sample: shards.Sample, streams: Streams) -> list[Spoken]:
         text = tuple(word.text for word in words)
         if not text and len(sample.words) == 1:
             text = tuple(normalize(spell_out(sample.text)).split())
-        found.append(Spoken(codes, words, text))
+        found.append(Spoken(codes, words, text, sample.id))
     return found
 
 
@@ -366,7 +381,7 @@ def exchanges(sample: shards.Sample, streams: Streams) -> list[tuple[Spoken, Spo
         begin = first / FRAME_RATE
         here = [replace(w, start=w.start - begin, end=w.end - begin) for w in words]
         text = tuple(word.text for word in words)
-        return Spoken(sample.codes[channel, :, first:last], tuple(here), text)
+        return Spoken(sample.codes[channel, :, first:last], tuple(here), text, sample.id)
 
     return [
         (cut(*asked), cut(*answered)) for asked, answered in pairwise(turns) if asked[0] == USER
@@ -556,16 +571,43 @@ def answer_document(
 # ---------------------------------------------------------------------------------------- sources
 
 
+class Part(BaseModel):
+    """One folder of a mixture of shards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path
+    weight: float = Field(1.0, ge=0)
+    """Times that each of its samples is seen in one pass over the mixture; 0.5 is half of them."""
+    epochs: float | None = Field(None, gt=0)
+    """Times that each may be seen in the whole run; one that would need more is refused. Up to
+    four are almost as good as new data (arXiv 2305.16264)."""
+
+
+def _some_weight(path: Path | tuple[Part, ...]) -> Path | tuple[Part, ...]:
+    if isinstance(path, tuple) and sum(part.weight for part in path) == 0:
+        names = ", ".join(str(part.path) for part in path) or "none"
+        raise ValueError(f"the mixture sums to zero: give a weight above 0 to a folder ({names})")
+    return path
+
+
+Shards = Annotated[Path | tuple[Part, ...], AfterValidator(_some_weight)]
+"""A shard folder, or several with weights."""
+
+Order = Literal["shuffled", "quality"]
+"""Anew in every pass; or from the samples that the recognizer understood worst to the best."""
+
+
 class DialogueSource(BaseModel):
     """Two-channel conversations with codes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["dialogues"]
-    path: Path
-    """Shard folder."""
+    path: Shards
     rows: PositiveInt
-    """Rows of every batch that come from here: its share of the mixture."""
+    """Rows of every batch that come from here, over all processes: its share of the mixture."""
+    order: Order = "shuffled"
     exchange: float = Field(0.0, ge=0, le=1)
     """Share of the conversations in which the two speakers change roles: where neither is the
     assistant, as in recorded ones, 0.5 learns from both."""
@@ -600,18 +642,30 @@ class SentenceSource(BaseModel):
 
 
 class InterleavedSource(BaseModel):
-    """Utterances of which some words stay text and the others become speech."""
+    """Text and speech in one document: laid out by `speechlm synth interleave`, or only now.
+
+    Of an utterance with codes and word times some words stay text and the others become speech.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["interleaved"]
-    path: Path
-    """Shard folder with codes and word times; each channel is a speaker of its own."""
+    path: Shards
+    """Of interleaved documents; or with codes and word times, where each channel is a speaker of
+    its own."""
     rows: PositiveInt
+    order: Order = "shuffled"
     layout: InterleaveConfig = InterleaveConfig()
-    """How much of it is speech."""
+    """How much of an utterance is speech; its unit must be the word."""
     max_words: PositiveInt = 60
-    """Words in a document."""
+    """Words of an utterance in a document."""
+
+    @field_validator("layout")
+    @classmethod
+    def _words(cls, layout: InterleaveConfig) -> InterleaveConfig:
+        if layout.unit != "word":
+            raise ValueError("utterances with word times name no sentences; layout.unit is 'word'")
+        return layout
 
 
 class AudioSource(BaseModel):
@@ -620,9 +674,10 @@ class AudioSource(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["audio"]
-    path: Path
-    """Shard folder with codes; each channel is a speaker of its own."""
+    path: Shards
+    """With codes; each channel is a speaker of its own."""
     rows: PositiveInt
+    order: Order = "shuffled"
     listen: float = Field(0.0, ge=0, le=1)
     """Share of the documents that are heard and written down, instead of being said."""
 
@@ -641,9 +696,10 @@ class TaskSource(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["asr", "tts", "spoken_qa"]
-    path: Path
-    """Shard folder with codes: of single speakers, or of conversations (spoken_qa)."""
+    path: Shards
+    """With codes: of single speakers, or of conversations (spoken_qa)."""
     rows: PositiveInt
+    order: Order = "shuffled"
     prompt: str | None = None
     """What a document begins with; None means the task's own (`PROMPTS`), "" nothing."""
     question: Modality = "speech"
@@ -665,18 +721,23 @@ def shares_of(sources: Iterable[Source]) -> Shares:
 
     Raises UserError when there are no shards where a source says.
     """
-    return shares((source.rows, _summary(source)) for source in sources)
+    return shares(part for source in sources for part in _summaries(source))
 
 
-def _summary(source: Source) -> Summary:
+def _summaries(source: Source) -> Iterator[tuple[float, Summary]]:
+    """What a source is made of, and how many of its rows come from each."""
     word = Count(words=1)
     match source:
         case QuizSource():
-            return Summary(total=word, by={"text": {MADE: word}})
+            yield source.rows, Summary(total=word, by={"text": {MADE: word}})
         case SentenceSource():
-            return Summary(total=word, by={"text": {HUMAN if source.human else MADE: word}})
+            by = {"text": {HUMAN if source.human else MADE: word}}
+            yield source.rows, Summary(total=word, by=by)
         case _:
-            return summarize(source.path)[0]
+            found = [(part.weight, summarize(part.path)[0]) for part in _parts(source.path)]
+            masses = [weight * summary.total.seconds for weight, summary in found]
+            for mass, (_, summary) in zip(masses, found, strict=True):
+                yield source.rows * mass / sum(masses), summary
 
 
 class Documents(Protocol):
@@ -695,6 +756,111 @@ def _shuffled(seed: int, lane: int, number: int, count: int) -> int:
     """Which of `count` items is number `number` of a lane: each once an epoch."""
     epoch, index = divmod(number, count)
     return int(_order(seed, lane, epoch, count)[index])
+
+
+@dataclass(frozen=True, slots=True)
+class Exposure:
+    """How often a run sees the samples of a folder."""
+
+    path: Path
+    samples: int
+    epochs: float
+    limit: float | None
+
+
+_JITTER = 0.1  # of a pass; lanes that went by quality alone would all read the same at a time
+
+
+class _Pool:
+    """Which sample of a mixture of shards a lane sees when."""
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        found: Sequence[Sequence[tuple[int, float | None]]],
+        order: Order,
+        seed: int,
+    ) -> None:
+        """`found` has, for each part and sample, its columns and its word error rate."""
+        self.parts, self.seed = parts, seed
+        self.counts = [len(samples) for samples in found]
+        self.columns = sum(
+            part.weight * sum(columns for columns, _ in samples)
+            for part, samples in zip(parts, found, strict=True)
+        )
+        worst_first = [-math.inf if wer is None else -wer for part in found for _, wer in part]
+        ranks = np.argsort(np.argsort(worst_first, kind="stable"), kind="stable")
+        self.ranks = ranks / max(1, len(ranks)) if order == "quality" else None
+        self.order = lru_cache(maxsize=256)(self._order)
+
+    def _order(self, lane: int, epoch: int) -> npt.NDArray[np.int64]:
+        rng = np.random.default_rng((self.seed, lane, epoch))
+        items, first = [], 0
+        for part, count in zip(self.parts, self.counts, strict=True):
+            here = np.arange(first, first + count)
+            items.append(np.repeat(here, int(part.weight)))
+            if extra := self._extra(part, count):
+                items.append(rng.permutation(here)[:extra])
+            first += count
+        chosen = np.concatenate(items)
+        if self.ranks is None:
+            return rng.permutation(chosen)
+        return chosen[np.argsort(self.ranks[chosen] + rng.uniform(0, _JITTER, len(chosen)))]
+
+    @staticmethod
+    def _extra(part: Part, count: int) -> int:
+        return round(part.weight % 1 * count)
+
+    def __len__(self) -> int:
+        """Samples in one pass."""
+        return sum(
+            int(part.weight) * count + self._extra(part, count)
+            for part, count in zip(self.parts, self.counts, strict=True)
+        )
+
+    def index(self, lane: int, number: int) -> int:
+        """Which sample, counted over all parts, is number `number` of a lane."""
+        epoch, place = divmod(number, len(self))
+        return int(self.order(lane, epoch)[place])
+
+    def exposures(self, columns: float) -> list[Exposure]:
+        """How often each part is seen in so many columns, over all lanes."""
+        passes = columns / max(1.0, self.columns)
+        return [
+            Exposure(part.path, count, passes * part.weight, part.epochs)
+            for part, count in zip(self.parts, self.counts, strict=True)
+        ]
+
+
+def _parts(path: Path | tuple[Part, ...]) -> tuple[Part, ...]:
+    return path if isinstance(path, tuple) else (Part(path=path),)
+
+
+_Any = TypeVar("_Any")
+_Item: TypeAlias = tuple[_Any, int, float | None]
+"""What a document is made of, its columns, its word error rate."""
+
+
+def _gather(
+    config: DialogueSource | InterleavedSource | AudioSource | TaskSource,
+    seed: int,
+    read: Callable[[Path], Iterable[_Item[_Any]]],
+    lack: str,
+) -> tuple[list[_Any], _Pool]:
+    """What there is in a mixture of shards, and which of it a lane sees when.
+
+    `lack` is what a folder ({}) without any is told. Raises UserError then.
+    """
+    items: list[_Any] = []
+    found = []
+    parts = _parts(config.path)
+    for part in parts:
+        here = list(read(part.path))
+        if not here:
+            raise UserError(f"data: {lack.format(part.path)}.")
+        items += [item for item, _, _ in here]
+        found.append([(columns, wer) for _, columns, wer in here])
+    return items, _Pool(parts, found, config.order, seed)
 
 
 def join(samples: Iterable[shards.Sample]) -> Iterator[shards.Sample]:
@@ -752,21 +918,25 @@ class _Dialogues:
         seed: int,
     ) -> None:
         self.config, self.streams, self.weights, self.seed = config, streams, weights, seed
-        samples = list(join(shards.read(config.path, audio=False)))
+
+        def read(path: Path) -> Iterator[_Item[shards.Sample]]:
+            for sample in join(shards.read(path, audio=False)):
+                frames = 0 if sample.codes is None else sample.codes.shape[-1]
+                yield sample, frames, sample.wer
+
+        samples, self.pool = _gather(config, seed, read, "no dialogue in '{}'")
         self.dialogues = [encode_dialogue(s, streams, tokenizer, weights) for s in samples]
         self.exchanged: list[Dialogue] = []
         if config.exchange > 0:
             self.exchanged = [
                 encode_dialogue(exchanged(s), streams, tokenizer, weights) for s in samples
             ]
-        if not self.dialogues:
-            raise UserError(f"data: no dialogue in '{config.path}'.")
         self._last: dict[int, tuple[int, Document]] = {}
 
     def document(self, lane: int, number: int) -> Document:
         # A dialogue spans many rows, one after the other: the one at hand is kept.
         if lane not in self._last or self._last[lane][0] != number:
-            index = _shuffled(self.seed, lane, number, len(self.dialogues))
+            index = self.pool.index(lane, number)
             rng = np.random.default_rng((self.seed, lane, number, 1))
             dialogue = self.dialogues[index]
             if self.config.exchange > 0 and rng.random() < self.config.exchange:
@@ -801,9 +971,10 @@ class _Quiz:
         def pace(pieces: int) -> int:
             return int(rng.integers(2, 6)) + pieces - 1
 
-        return question_document(
+        made = question_document(
             turns, self.streams, self.tokenizer, self.weights, pace if paced else None
         )
+        return replace(made, name=" ".join(question for question, _ in turns))
 
 
 class _Sentences:
@@ -823,13 +994,55 @@ class _Sentences:
 
     def document(self, lane: int, number: int) -> Document:
         index = _shuffled(self.seed, lane, number, len(self.sentences))
-        return sentence_document(self.sentences[index], self.streams, self.tokenizer)
+        sentence = self.sentences[index]
+        return replace(sentence_document(sentence, self.streams, self.tokenizer), name=sentence)
 
 
 @dataclass(frozen=True, slots=True)
 class _Utterance:
     codes: npt.NDArray[np.uint16]  # [K, T]
     words: tuple[Word, ...]
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _LaidOut:
+    """A document of which somebody has decided what is speech."""
+
+    spans: list[list[int] | Codes]
+    roles: list[Role] | None
+    """Of each span; None where any role will do, the same for all."""
+    name: str
+
+    @property
+    def columns(self) -> int:
+        """About how long it is."""
+        return sum(
+            span.shape[1] if isinstance(span, np.ndarray) else len(span) for span in self.spans
+        )
+
+
+def lay_out(sample: shards.Sample, streams: Streams, tokenizer: TextTokenizer) -> _LaidOut:
+    """Give ids to an interleaved sample. Raises UserError when its codes are not for this model."""
+    if sample.codes is None:
+        raise UserError(f"interleaved sample '{sample.id}' has no codes.")
+    check_codes(sample, streams)
+    segments = read_segments(sample.meta)
+    spans = [
+        tokenizer.encode(segment.text)
+        if segment.modality == "text"
+        else sample.codes[0][:, segment.first : segment.last]
+        for segment in segments
+    ]
+    rule, roles = sample.meta["rule"], None
+    if rule in QUESTION_RULES:  # the user asks, the model answers
+        roles = [_ROLES[segment.utterance] for segment in segments]
+    elif rule in ("asr", "tts"):
+        roles = [_ROLES[rule == "tts"]] * len(segments)
+    return _LaidOut(spans, roles, sample.id)
+
+
+_ROLES: tuple[Role, Role] = ("user", "own")
 
 
 class _Interleaved:
@@ -843,20 +1056,35 @@ class _Interleaved:
     ) -> None:
         self.config, self.streams, self.tokenizer = config, streams, tokenizer
         self.weights, self.seed = weights, seed
-        self.utterances = [
-            _Utterance(sample.codes[channel], words)
-            for sample in shards.read(config.path, audio=False)
-            if sample.codes is not None
-            for channel, words in enumerate(sample.words)
-            if words and sample.codes.shape[1] == streams.k
-        ]
-        if not self.utterances:
-            raise UserError(f"data: no utterance with {streams.k} codebooks in '{config.path}'.")
+
+        def read(path: Path) -> Iterator[_Item[_Utterance | _LaidOut]]:
+            for sample in shards.read(path, audio=False):
+                if "segments" in sample.meta:
+                    laid = lay_out(sample, streams, tokenizer)
+                    yield laid, laid.columns, sample.wer
+                elif sample.codes is not None and sample.codes.shape[1] == streams.k:
+                    for codes, words in zip(sample.codes, sample.words, strict=True):
+                        if words:
+                            yield _Utterance(codes, words, sample.id), codes.shape[1], sample.wer
+
+        lack = f"no interleaved document and no utterance with {streams.k} codebooks in '{{}}'"
+        self.found, self.pool = _gather(config, seed, read, lack)
 
     def document(self, lane: int, number: int) -> Document:
-        index = _shuffled(self.seed, lane, number, len(self.utterances))
+        found = self.found[self.pool.index(lane, number)]
         rng = np.random.default_rng((self.seed, lane, number, 1))
-        words, codes = self.utterances[index].words, self.utterances[index].codes
+        spans: list[list[int] | Codes]
+        roles: list[Role] | None
+        if isinstance(found, _LaidOut):
+            spans, roles = found.spans, found.roles
+        else:
+            spans, roles = self._spans(found, rng), None
+        role = _ROLES[int(rng.random() < 0.5)]
+        made = interleaved_document(spans, self.streams, self.weights, roles or role)
+        return replace(made, name=found.name)
+
+    def _spans(self, found: _Utterance, rng: np.random.Generator) -> list[list[int] | Codes]:
+        words, codes = found.words, found.codes
         count = min(len(words), self.config.max_words)
         first = int(rng.integers(len(words) - count + 1))
         spans: list[list[int] | Codes] = []
@@ -868,8 +1096,7 @@ class _Interleaved:
             else:
                 said = words[here.start : here.end]
                 spans.append([piece for word in said for piece in self.tokenizer.word(word.text)])
-        role: Literal["own", "user"] = "own" if rng.random() < 0.5 else "user"
-        return interleaved_document(spans, self.streams, self.weights, role)
+        return spans
 
 
 class _Audio:
@@ -883,21 +1110,23 @@ class _Audio:
     ) -> None:
         self.config, self.streams, self.tokenizer = config, streams, tokenizer
         self.weights, self.seed = weights, seed
-        samples = shards.read(config.path, audio=False)
-        self.utterances = [said for sample in samples for said in spoken(sample, streams)]
-        if not self.utterances:
-            raise UserError(
-                f"data: no sample in '{config.path}' has codes; build its shards with a codec."
-            )
+
+        def read(path: Path) -> Iterator[_Item[Spoken]]:
+            for sample in shards.read(path, audio=False):
+                for said in spoken(sample, streams):
+                    yield said, said.codes.shape[1], sample.wer
+
+        lack = "no sample in '{}' has codes; build its shards with a codec"
+        self.utterances, self.pool = _gather(config, seed, read, lack)
 
     def document(self, lane: int, number: int) -> Document:
-        index = _shuffled(self.seed, lane, number, len(self.utterances))
+        said = self.utterances[self.pool.index(lane, number)]
         rng = np.random.default_rng((self.seed, lane, number, 1))
-        said = self.utterances[index]
         listens = bool(said.words) and rng.random() < self.config.listen
-        return monologue_document(
+        made = monologue_document(
             said, self.streams, self.tokenizer, self.weights, rng, "user" if listens else "own"
         )
+        return replace(made, name=said.name)
 
 
 class _Tasks:
@@ -912,22 +1141,38 @@ class _Tasks:
         self.config, self.streams, self.tokenizer = config, streams, tokenizer
         self.weights, self.seed = weights, seed
         self.prompt = PROMPTS[config.kind] if config.prompt is None else config.prompt
-        samples = shards.read(config.path, audio=False)
-        found: list[tuple[Spoken, ...]]
-        if config.kind == "spoken_qa":
-            found = [pair for sample in samples for pair in exchanges(sample, streams)]
-        else:
-            found = [(said,) for sample in samples for said in spoken(sample, streams)]
-        most = config.max_words
-        self.items = [item for item in found if all(1 <= len(s.text) <= most for s in item)]
-        if not self.items:
-            wanted = "question and answer" if config.kind == "spoken_qa" else "utterance"
-            raise UserError(
-                f"data: '{config.path}' has no {wanted} with codes and 1 to {most} words."
-            )
+        answers, most = config.kind == "spoken_qa", config.max_words
+
+        def read(path: Path) -> Iterator[_Item[tuple[Spoken, ...]]]:
+            for sample in shards.read(path, audio=False):
+                found: Sequence[tuple[Spoken, ...]]
+                if answers:
+                    found = exchanges(sample, streams)
+                else:
+                    found = [(said,) for said in spoken(sample, streams)]
+                for item in found:
+                    if all(1 <= len(said.text) <= most for said in item):
+                        yield item, self._columns(item), sample.wer
+
+        wanted = "question and answer" if answers else "utterance"
+        lack = f"'{{}}' has no {wanted} with codes and 1 to {most} words"
+        self.items, self.pool = _gather(config, seed, read, lack)
+
+    def _columns(self, item: tuple[Spoken, ...]) -> int:
+        """About how long a document is; a word counts as a piece."""
+        modalities: tuple[Modality, ...] = (self.config.question, self.config.answer)
+        if self.config.kind != "spoken_qa":
+            item, modalities = item * 2, ("speech", "text")  # what is said, and its words
+        return sum(
+            said.codes.shape[1] if modality == "speech" else len(said.text)
+            for said, modality in zip(item, modalities, strict=True)
+        )
 
     def document(self, lane: int, number: int) -> Document:
-        item = self.items[_shuffled(self.seed, lane, number, len(self.items))]
+        item = self.items[self.pool.index(lane, number)]
+        return replace(self._document(item), name=item[0].name)
+
+    def _document(self, item: tuple[Spoken, ...]) -> Document:
         if self.config.kind == "asr":
             make = asr_document
         elif self.config.kind == "tts":
@@ -969,23 +1214,87 @@ def open_source(
 # ---------------------------------------------------------------------------------------- packing
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Part of a document in a row of a batch."""
+
+    lane: int
+    number: int
+    """Of the document in its lane."""
+    name: str
+    first: int
+    """Column of the row that it begins in."""
+    columns: int
+
+
+@dataclass(slots=True)
+class _Lane:
+    """Where a lane stands."""
+
+    number: int = 0
+    """The next document."""
+    used: int = 0
+    """Columns of it that are used already."""
+    held: list[int] = field(default_factory=list)
+    """Earlier documents that did not fit, and wait for a row with room."""
+
+
 class Packer:
     """Fills rows of one source, a lane each."""
 
     def __init__(
-        self, documents: Documents, streams: Streams, rows: int, length: int, first_lane: int = 0
+        self,
+        documents: Documents,
+        streams: Streams,
+        rows: int,
+        length: int,
+        first_lane: int = 0,
+        lookahead: int = 0,
     ) -> None:
-        """`length` is the number of columns in a row; lanes count from `first_lane`."""
+        """`length` is the number of columns in a row; lanes count from `first_lane`.
+
+        Where a whole document does not fit, the longest that does of the `lookahead` next ones
+        takes its place; it waits itself, for the beginning of the next row at the latest.
+        """
         self.documents, self.streams, self.length = documents, streams, length
+        self.lookahead = lookahead
         self.lanes = range(first_lane, first_lane + rows)
-        # Number of the document, columns of it already used. Each lane starts at another point of
-        # its first document: were all conversations some rows long, all would be cut alike.
-        self.places = [(0, self._phase(lane)) for lane in self.lanes]
+        # Each lane starts at another point of its first document: were all conversations some rows
+        # long, all would be cut alike.
+        self.places = [_Lane(used=self._phase(lane)) for lane in self.lanes]
+        self.placed: list[Placed] = []
+        """What the last batch is made of."""
+        self._made: dict[tuple[int, int], Document] = {}
 
     def _phase(self, lane: int) -> int:
         document = self.documents.document(lane, 0)
         golden = (lane * (math.sqrt(5) - 1) / 2) % 1  # spread evenly, however many lanes
         return 0 if document.whole else int(golden * document.weights.shape[1])
+
+    def _document(self, lane: int, number: int) -> Document:
+        if self.lookahead == 0:
+            return self.documents.document(lane, number)
+        if (lane, number) not in self._made:  # it may be looked at in several rows
+            self._made[lane, number] = self.documents.document(lane, number)
+        return self._made[lane, number]
+
+    def _choose(self, lane: int, place: _Lane, room: int) -> int | None:
+        """The number of the document that comes next into a row with so much room left."""
+        if place.used:
+            return place.number
+        fresh = range(place.number, place.number + self.lookahead + 1 - len(place.held))
+        waiting = [*place.held, *fresh]
+        if room == self.length:
+            return waiting[0]
+        best, longest = None, 0
+        for number in waiting:
+            document = self._document(lane, number)
+            size = document.weights.shape[1]
+            if not document.whole:  # it fits into any room, and is never passed over
+                return number if best is None else best
+            if longest < size <= room:
+                best, longest = number, size
+        return best
 
     def next(self) -> Batch:
         """The next batch: every lane moves on by one row."""
@@ -994,27 +1303,34 @@ class Packer:
         targets = np.full_like(inputs, ABSENT)
         weights = np.zeros(inputs.shape, np.float32)
         segments = np.zeros((rows, self.length), np.int64)
+        self.placed = []
         for row, lane in enumerate(self.lanes):
-            number, used = self.places[row]
+            place = self.places[row]
             filled = segment = 0
             while filled < self.length:
-                document = self.documents.document(lane, number)
-                size = document.weights.shape[1]
-                room = self.length - filled
-                if document.whole and size > room and filled:
+                number = self._choose(lane, place, self.length - filled)
+                if number is None:
                     break
-                take = min(room, size - used)
+                document = self._document(lane, number)
+                used = place.used if number == place.number else 0
+                size = document.weights.shape[1]
+                take = min(self.length - filled, size - used)
                 into, taken = slice(filled, filled + take), slice(used, used + take)
                 inputs[row, :, into] = document.columns[:, taken]
                 targets[row, :, into] = document.columns[:, 1:][:, taken]
                 weights[row, :, into] = document.weights[:, taken]
                 segments[row, into] = segment
+                self.placed.append(Placed(lane, number, document.name, filled, take))
                 filled, segment = filled + take, segment + 1
-                # A whole document longer than a row loses what does not fit.
-                done = used + take == size or document.whole
-                number, used = (number + 1, 0) if done else (number, used + take)
+                if number < place.number:
+                    place.held.remove(number)
+                else:
+                    place.held += range(place.number, number)
+                    # A whole document longer than a row loses what does not fit.
+                    done = used + take == size or document.whole
+                    place.number, place.used = (number + 1, 0) if done else (number, used + take)
+                self._made.pop((lane, number), None)
             segments[row, filled:] = segment
-            self.places[row] = (number, used)
         packed = bool((segments[:, 0] != segments[:, -1]).any())
         return Batch(
             torch.from_numpy(inputs),
@@ -1037,31 +1353,77 @@ class Mixture:
         length: int,
         seed: int,
         rank: int = 0,
+        world: int = 1,
+        lookahead: int = 0,
     ) -> None:
-        """`rank` is the number of this process among several; each reads lanes of its own."""
+        """`rank` is the number of this process among `world`; each reads its share of the lanes.
+
+        Raises UserError on data that is missing or unfit, and where lanes cannot be shared evenly.
+        """
         total = sum(source.rows for source in sources)
+        self.sources, self.length = sources, length
         self.shares = [source.rows / total for source in sources]
-        self.packers = [
-            Packer(
-                open_source(source, streams, tokenizer, weights, seed + 1000 * number),
-                streams,
-                source.rows,
-                length,
-                first_lane=rank * source.rows,
-            )
-            for number, source in enumerate(sources)
-        ]
+        self.packers = []
+        for number, source in enumerate(sources):
+            if source.rows % world:
+                raise UserError(
+                    f"sources.{number}.rows is {source.rows}; it must be a multiple of the number "
+                    f"of processes, {world}."
+                )
+            rows = source.rows // world
+            opened = open_source(source, streams, tokenizer, weights, seed + 1000 * number)
+            self.packers.append(Packer(opened, streams, rows, length, rank * rows, lookahead))
 
     def next(self) -> list[tuple[float, Batch]]:
         """One batch a source, with its share of the rows."""
         return [(share, p.next()) for share, p in zip(self.shares, self.packers, strict=True)]
 
+    def exposures(self, steps: int) -> list[Exposure]:
+        """How often so many steps see the samples of each folder.
+
+        Raises UserError where that is more often than the folder's `epochs` allow.
+        """
+        found: list[Exposure] = []
+        for source, packer in zip(self.sources, self.packers, strict=True):
+            pool = getattr(packer.documents, "pool", None)
+            if isinstance(pool, _Pool):
+                found += pool.exposures(steps * source.rows * self.length)
+        for one in found:
+            if one.limit is not None and one.epochs > one.limit:
+                raise UserError(
+                    f"sources: the samples of '{one.path}' would be seen {one.epochs:.2g} times in "
+                    f"{steps} steps; its epochs allow {one.limit:g}."
+                )
+        return found
+
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data."""
-        return {"places": [[list(place) for place in packer.places] for packer in self.packers]}
+        """The position in the data of this process's lanes; `together` makes it that of all."""
+        return {
+            "places": [
+                [[lane.number, lane.used, *lane.held] for lane in packer.places]
+                for packer in self.packers
+            ]
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position; the sources must be the same."""
+        """Go on from a position of all lanes; this process takes its own.
+
+        Raises UserError when it is one of other sources.
+        """
+        rows = [len(places) for places in state["places"]]
+        if rows != [source.rows for source in self.sources]:
+            raise UserError(
+                f"sources: their rows are {[source.rows for source in self.sources]}, but the run "
+                f"to go on with has {rows}."
+            )
         for packer, places in zip(self.packers, state["places"], strict=True):
-            assert len(places) == len(packer.places), "the sources have other shares than before"
-            packer.places = [(int(number), int(used)) for number, used in places]
+            packer.places = [
+                _Lane(int(number), int(used), [int(waiting) for waiting in held])
+                for number, used, *held in (places[lane] for lane in packer.lanes)
+            ]
+
+
+def together(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The position of all lanes, from those of each process in the order of ranks."""
+    by_source = zip(*(state["places"] for state in states), strict=True)
+    return {"places": [[place for part in parts for place in part] for parts in by_source]}

@@ -196,7 +196,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for begin in range(0, len(x), block):
                 part = slice(begin, begin + block)
                 rows = x[part].to(dtype)
-                logits = (rows @ matrix.T).float()
+                logits = rows @ matrix.T
+                logits = logits if logits.dtype == torch.float64 else logits.float()
                 top = logits.amax(1)
                 right = logits.gather(1, target[part, None]).squeeze(1)
                 hit[part] = right >= top
@@ -469,6 +470,7 @@ class SpeechLM(nn.Module):
                     parts[f"{name}semantic_accuracy"] = one_hit[mask].float().mean()
                 else:
                     detail[name].append(mean)
+                    parts[f"{name}acoustic/{codebook}"] = mean
         for name, means in detail.items():
             if means:
                 parts[f"{name}acoustic"] = torch.stack(means).mean()

@@ -14,26 +14,32 @@ difference alone (`lora={}`):
 
 from __future__ import annotations
 
+import math
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from audio_codec import checkpoint as checkpoints
+from audio_codec.audio import FRAME_RATE, SAMPLE_RATE
 from audio_codec.codec import load_codec
 from audio_codec.errors import UserError
 from audio_codec.files import replacing
 from audio_codec.transformer import TransformerConfig
-from speechlm import convert, lora
-from speechlm.data import Mixture, Source, WeightConfig, shares_of
+from speechlm import convert, generate, lora
+from speechlm.data import Mixture, Placed, Source, WeightConfig, shares_of, together
 from speechlm.lora import LoraConfig
-from speechlm.model import Batch, LMConfig, LMSampling, LossConfig, Losses, SpeechLM
+from speechlm.model import Batch, LMConfig, LMSampling, LossConfig, SpeechLM
 from speechlm.streams import ABSENT, Streams
 from speechlm.text_tokenizer import (
     SentencePieceTokenizer,
@@ -41,7 +47,12 @@ from speechlm.text_tokenizer import (
     load_text_tokenizer,
     train_text_tokenizer,
 )
-from speechlm.training.run import Average, OptimizerConfig, Run, RunConfig, clip_gradients
+from speechlm.training import distributed
+from speechlm.training.loader import Loader
+from speechlm.training.objective import Masses, Meter, Objective, cut, masses, summed
+from speechlm.training.optimize import Average, OptimizerConfig, clip_gradients, recompute
+from speechlm.training.run import Run, RunConfig
+from speechlm.training.work import Counts, body_parameters, peak_flops, work
 from synth_data import quiz
 from synth_data.mixture import GuardConfig
 from synth_data.text import sentences_from
@@ -148,6 +159,20 @@ class TrainConfig(BaseModel):
     alike from one voice to the next, where the acoustic ones let a small corpus be memorized."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of an average of the weights that is evaluated and saved in their place; 0: none."""
+    average_from: float | None = Field(None, ge=0, lt=1)
+    """Share of the steps from which on the weights at every save are averaged evenly; the mean is
+    evaluated and saved in their place. For a curriculum, whose best data comes last: a rate that
+    has decayed by then wastes it, a mean of checkpoints does what the decay is for."""
+    accumulate: PositiveInt = 1
+    """Pieces in which the rows of a source are gone through, for less memory; the numbers stay."""
+    recompute: bool = False
+    """Compute activations of the temporal transformer again in the backward pass."""
+    lookahead: NonNegativeInt = 0
+    """Documents to choose from when a row has little room left."""
+    ahead: NonNegativeInt = 2
+    """Batches that are made in the background; 0 makes each when it is asked for."""
+    listen_every: NonNegativeInt = 0
+    """Steps between sounds in TensorBoard, an answer to a held-out user; 0 makes none."""
     compile: bool = False
     """Compile the transformer blocks: minutes at the start, about a quarter faster after it."""
     init_from: str | None = None
@@ -184,19 +209,22 @@ class TrainConfig(BaseModel):
             raise ValueError("lora is a difference to a model; name it in init_from")
         if self.separate_states and not (kinds & _TEXT and kinds - _TEXT):
             raise ValueError("separate_states needs sources of text alone and of sound")
+        if self.ema > 0 and self.average_from is not None:
+            raise ValueError("ema and average_from are two averages of the weights; choose one")
         return self
 
+    def averages(self, step: int) -> bool:
+        """Whether the weights after a step go into the even mean."""
+        done = step + 1
+        return (
+            self.average_from is not None
+            and done % self.run.save_every == 0
+            and done > self.average_from * self.run.steps
+        )
 
-class Objective(nn.Module):
-    """Model and loss as one module, the way data-parallel wrappers want it."""
 
-    def __init__(self, model: SpeechLM, config: LossConfig) -> None:
-        super().__init__()
-        self.model, self.config = model, config
-
-    def forward(self, batch: Batch) -> Losses:
-        """Loss of a batch."""
-        return self.model.loss(batch, self.config)
+LISTEN_FRAMES = 100
+SEEDS_APART = 10**6
 
 
 def mask_heard(batch: Batch, streams: Streams, share: float, rng: np.random.Generator) -> Batch:
@@ -303,10 +331,15 @@ def _differences(given: BaseModel, brought: BaseModel, where: str = "") -> Itera
             yield f"{where}{name}", one, other
 
 
-def build(config: TrainConfig, run_dir: Path, resume: bool) -> tuple[SpeechLM, TextTokenizer]:
+def build(
+    config: TrainConfig,
+    run_dir: Path,
+    resume: bool,
+    scattered: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> tuple[SpeechLM, TextTokenizer]:
     """The model to train and its text pieces, of a config with its shape resolved.
 
-    Raises UserError when codec, losses and model disagree.
+    It is made inside `scattered()`. Raises UserError when codec, losses and model disagree.
     """
     codebooks = load_codec(config.codec).codebooks
     if config.weights.user > 0 and not config.model.predicts_user:
@@ -333,25 +366,26 @@ def build(config: TrainConfig, run_dir: Path, resume: bool) -> tuple[SpeechLM, T
                 f"pieces, but the model was trained with {source.streams.text_size}."
             )
     shape = config.model
-    model = SpeechLM(
-        LMConfig(
-            streams=Streams(
-                text_size=tokenizer.size,
-                codebooks=codebooks,
-                heard=shape.heard,
-                acoustic_delay=shape.acoustic_delay,
-            ),
-            temporal=shape.temporal,
-            depth=shape.depth,
-            codec=config.codec,
-            predicts_user=shape.predicts_user,
-            sampling=config.sampling,
-        )
+    made = LMConfig(
+        streams=Streams(
+            text_size=tokenizer.size,
+            codebooks=codebooks,
+            heard=shape.heard,
+            acoustic_delay=shape.acoustic_delay,
+        ),
+        temporal=shape.temporal,
+        depth=shape.depth,
+        codec=config.codec,
+        predicts_user=shape.predicts_user,
+        sampling=config.sampling,
     )
-    if source is not None:
-        model.load_state_dict(source.state_dict())
-    elif config.init_from is not None:
-        convert.fill_from_hf(model, config.init_from)
+    if source is None and config.init_from is not None:
+        source = SpeechLM(made)
+        convert.fill_from_hf(source, config.init_from)
+    with scattered():
+        model = SpeechLM(made)
+        if source is not None:
+            model.load_state_dict(source.state_dict())
     return model.train(), tokenizer
 
 
@@ -402,152 +436,236 @@ def _named(sources: Sequence[Source]) -> list[str]:
     ]
 
 
-class _Meter:
-    """Means of what was measured since the last look."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, prefix: str, parts: dict[str, Tensor]) -> None:
-        for key, value in parts.items():
-            name = f"{prefix}/{key}"
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def read(self) -> dict[str, float]:
-        """The means; starts anew."""
-        means = {name: total / self.counts[name] for name, total in self.sums.items()}
-        self.sums, self.counts = {}, {}
-        return means
-
-
 def train(config: TrainConfig, resume: bool = False) -> Path:
-    """Train and write a checkpoint directory; returns its path. Raises UserError on bad data."""
+    """Train and write a checkpoint directory; returns its path. Raises UserError on bad data.
+
+    Under `torchrun` or `accelerate launch` with several processes the model is sharded over them
+    (FSDP2); the numbers stay those of one process.
+    """
     output = config.output or config.run.dir / "lm"
     checkpoints.check_replaceable(output)
     config = resolve_shape(config)
     if config.guard.asks:  # Shards without an index are read for it.
         config.guard.check(shares_of(config.sources), "sources")
-    run = Run("lm", config.run, config, resume)
-    model, tokenizer = build(config, run.dir, resume)
+    run = Run("lm", config.run, config, resume, sharded=True)
+    for field, asked in (("listen_every", config.listen_every), ("lora", config.lora)):
+        if asked and run.mesh is not None:
+            raise UserError(f"{field} is for runs of one process; leave it out.")
+    model, tokenizer = build(config, run.dir, resume, run.scattered)
+    streams, amount = model.streams, work(model, config.length)
+    schedule = config.optimizer.proposed(body_parameters(model))
+    run.record(config.model_copy(update={"optimizer": schedule}))
     adapted = None
     if config.lora is not None:
         assert config.init_from is not None
         adapted = lora.attach(model, config.lora, config.init_from)
 
-    def mixture(sources: Sequence[Source], rank: int) -> Mixture:
+    def mixture(sources: Sequence[Source], seed: int, rank: int = 0, world: int = 1) -> Mixture:
         return Mixture(
             sources,
-            model.streams,
+            streams,
             tokenizer,
             config.weights,
             length=config.length,
-            seed=config.run.seed,
+            seed=seed,
             rank=rank,
+            world=world,
+            lookahead=config.lookahead,
         )
 
-    data = mixture(config.sources, run.accelerator.process_index)
+    source = mixture(config.sources, config.run.seed, run.rank, run.world)
+    exposures = source.exposures(config.run.steps)
+    if run.main:
+        for one in exposures:
+            run.console.print(f"{one.path}: {one.samples} samples, seen {one.epochs:.2g} times")
     names, held_out_names = _named(config.sources), _named(config.validation)
     held_out = []
     if config.validation:
-        unseen = mixture(config.validation, 0)
+        # Sources without end draw others of their documents than in training.
+        unseen = mixture(config.validation, config.run.seed + SEEDS_APART)
         held_out = [unseen.next() for _ in range(config.validation_batches)]
+    listener = _listener(model, config, held_out) if config.listen_every else None
+
     model.to(run.device)  # before anything copies its weights
-    optimizer = config.optimizer.build(model)
+    if config.recompute:
+        recompute(model.temporal.blocks)
+    objective = Objective(model, config.loss, sharded=run.mesh is not None)
+    if run.mesh is not None:
+        distributed.shard(objective, [*model.temporal.blocks], run.mesh)
+    optimizer = schedule.build(model)
     set_rates(optimizer, model, config.rates)
+    # An update is made of some of the sources: of all of them, or of text and of sound in turn.
+    updates: list[tuple[torch.optim.Optimizer, Sequence[int]]] = [(optimizer, range(len(names)))]
     text_optimizer = None
     if config.separate_states:
-        text_optimizer = config.optimizer.build(model)
+        text_optimizer = schedule.build(model)
         set_rates(text_optimizer, model, config.rates)
-    run.restore(model, optimizer)
-    average = Average(model, config.ema) if config.ema > 0 else None
-    if (saved := run.load()) is not None:
-        data.load_state_dict(saved["data"])
-        if text_optimizer is not None:
-            text_optimizer.load_state_dict(saved["text_optimizer"])
-        if average is not None and saved["average"]:
-            average.load(saved["average"])
-    if config.compile:
-        for block in (*model.temporal.blocks, *model.depth.transformer.blocks):
-            block.compile()
-    objective, optimizer = run.accelerator.prepare(Objective(model, config.loss), optimizer)
-    # An update is made of some of the sources: of all of them, or of text and of sound in turn.
-    updates: list[tuple[Any, Sequence[int]]] = [(optimizer, range(len(names)))]
-    if text_optimizer is not None:
-        text_optimizer = run.accelerator.prepare(text_optimizer)
         kinds = [source.kind in _TEXT for source in config.sources]
         alone = [number for number, text in enumerate(kinds) if text]
         sound = [number for number, text in enumerate(kinds) if not text]
         updates = [(text_optimizer, alone), (optimizer, sound)]
+    average = None
+    if config.ema > 0 or config.average_from is not None:
+        average = Average(model, config.ema)
+    if config.compile:
+        for block in (*model.temporal.blocks, *model.depth.transformer.blocks):
+            block.compile()
+    loader = Loader(source, config.ahead)
+    counts = {"averaged": 0, "bad_gradients": 0}
+
+    def go_on() -> None:
+        """Take up the state of the last checkpoint, if there is one."""
+        run.restore(model, optimizer)
+        if (saved := run.load()) is not None:
+            if text_optimizer is not None:
+                text_optimizer.load_state_dict(saved["text_optimizer"])
+            loader.load_state_dict(saved["data"])
+            counts.update(saved.get("counts", {}))
+            if average is not None:
+                begun = {name: p.detach() for name, p in model.named_parameters()}
+                average.load(saved["average"] or begun)
 
     def state() -> dict[str, Any]:
         return {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "text_optimizer": None if text_optimizer is None else text_optimizer.state_dict(),
-            "data": data.state_dict(),
+            "data": together(distributed.collect(loader.state_dict())),
             "average": {} if average is None else average.weights,
+            "counts": dict(counts),
         }
 
+    def averaged() -> bool:
+        return average is not None and (config.ema > 0 or counts["averaged"] > 0)
+
     def evaluate(step: int) -> dict[str, float]:
-        meter = _Meter()
-        if average is not None:
+        meter = Meter()
+        if average is not None and averaged():
             average.swap(model)
         objective.eval()
         # Compiling the forward alone would take longer than this does.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with (
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            run.accelerator.autocast(),
+        ):
             for batches in held_out:
-                for name, (_, batch) in zip(held_out_names, batches, strict=True):
-                    meter.add(f"validation/{name}", objective(batch.to(run.device)).parts)
+                total = 0.0
+                for name, (share, batch) in zip(held_out_names, batches, strict=True):
+                    loss, parts = objective(batch.to(run.device))
+                    meter.add(f"validation/{name}", parts)
+                    total += share * float(loss)
+                meter.add("validation", {"loss": total})
         objective.train()
-        if average is not None:
+        if average is not None and averaged():
             average.swap(model)
         return meter.read()
 
-    def train_step(step: int) -> tuple[float, dict[str, dict[str, Tensor]]]:
-        """One update of the weights; the gradient's norm and the numbers of each source."""
-        rate = config.optimizer.rate(step, config.run.steps)
-        parts, rng, batches = {}, run.rng(step), data.next()
-        for chosen, numbers in updates:
+    def train_step(step: int) -> tuple[float, float, dict[str, dict[str, float]], Counts]:
+        """A step's updates of the weights.
+
+        The gradient's norm, the loss, the numbers of each source, what the step saw.
+        """
+        rate, rng = schedule.rate(step, config.run.steps), run.rng(step)
+        batches = loader.next()
+        saw = sum((Counts.of(batch, streams) for _, batch in batches), Counts())
+        if run.passes_over(step):
+            return 0.0, math.nan, {}, saw
+        own = [masses(batch, streams) for _, batch in batches]
+        whole = [summed(parts) for parts in zip(*distributed.collect(own), strict=True)]
+        numbers: dict[str, dict[str, float]] = {}
+        norms, mean = [], 0.0
+        for chosen, members in updates:
             for group in chosen.param_groups:
                 group["lr"] = rate * group.get("scale", 1.0)
-            total = sum(batches[number][0] for number in numbers)
-            for number in numbers:
+            total = sum(batches[number][0] for number in members)
+            for number in members:
                 share, batch = batches[number]
-                seen = mask_heard(batch.to(run.device), model.streams, config.heard_mask, rng)
-                seen = mask_user(seen, model.streams, config.user_mask, rng)
-                seen = mask_text(seen, model.streams, config.text_mask, rng)
-                losses = objective(seen)
-                run.accelerator.backward(share / total * losses.total)
-                parts[names[number]] = losses.parts
-            norm = clip_gradients(objective, config.optimizer.clip).item()
-            chosen.step()
+                found = numbers[names[number]] = learn(batch, share / total, whole[number], rng)
+                mean += share * found["loss"]
+            if run.mesh is not None:
+                distributed.drop_untouched(objective)
+            norms.append(clip_gradients(objective, schedule.clip).item())
+            if math.isfinite(norms[-1]):
+                chosen.step()
+            else:
+                counts["bad_gradients"] += 1
             chosen.zero_grad()
-        if average is not None:
-            average.update(model, step)
-        return norm, parts
+        return math.hypot(*norms), sum(distributed.collect(mean)), numbers, saw
 
-    meter, began, columns = _Meter(), time.monotonic(), 0
+    def learn(
+        batch: Batch, share: float, mass: Masses, rng: np.random.Generator
+    ) -> dict[str, float]:
+        """Add the gradient of a source's batch, times its share of the update; its numbers.
+
+        `mass` is what the batches of all ranks have of each kind of prediction.
+        """
+        seen = mask_heard(batch, streams, config.heard_mask, rng)
+        seen = mask_user(seen, streams, config.user_mask, rng)
+        seen = mask_text(seen, streams, config.text_mask, rng)
+        found = {"loss": 0.0}
+        for piece in cut(seen, config.accumulate):
+            has = masses(piece, streams)
+            shares = {kind: has[kind] / mass[kind] if mass[kind] else 0.0 for kind in mass}
+            with run.accelerator.autocast():
+                loss, parts = objective(piece.to(run.device), shares)
+            if loss.requires_grad:
+                (share * loss).backward()
+            for key, value in {"loss": loss.detach(), **parts}.items():
+                found[key] = found.get(key, 0.0) + float(value)
+        return found
+
+    meter, began, saw = Meter(), time.monotonic(), Counts()
+    go_on()
     objective.train()
-    for step in run.steps(state, evaluate if held_out else None):
-        norm, parts = train_step(step)
-        columns += config.length * sum(source.rows for source in config.sources)
-        for name, numbers in parts.items():
-            meter.add(name, numbers)
-        if (step + 1) % config.run.log_every == 0:
-            spent = time.monotonic() - began
-            rate = config.optimizer.rate(step, config.run.steps)
-            speed = columns / spent
-            run.log(step, {**meter.read(), "norm": norm, "lr": rate, "columns_per_second": speed})
-            began, columns = time.monotonic(), 0
-    if average is not None:
+    with loader:
+        for step in run.steps(state, evaluate if held_out else None):
+            norm, loss, numbers, seen = train_step(step)
+            if not run.passes_over(step):
+                if run.spiked(step, loss):
+                    go_on()
+                    meter, began, saw = Meter(), time.monotonic(), Counts()
+                    continue
+                if average is not None and config.ema > 0 and math.isfinite(norm):
+                    average.update(model, step)
+                for name, found in numbers.items():
+                    meter.add(name, found)
+            if average is not None and config.averages(step):
+                counts["averaged"] += 1
+                average.add(model, counts["averaged"])
+            saw = saw + seen
+            if (step + 1) % config.run.log_every == 0:
+                spent = time.monotonic() - began
+                done = amount.training(saw.columns, saw.frames)
+                share = done / spent / peak_flops(run.device, config.run.precision)
+                pace = run.world / spent  # every rank counts its own rows
+                run.log(
+                    step,
+                    {
+                        "loss": loss,
+                        **meter.read(together=run.mesh is not None),
+                        "norm": norm,
+                        "lr": schedule.rate(step, config.run.steps),
+                        "bad_gradients": counts["bad_gradients"],
+                        "columns_per_second": saw.columns * pace,
+                        "tokens_per_second": saw.tokens * pace,
+                        "audio_hours_per_second": saw.audio / FRAME_RATE / 3600 * pace,
+                        "mfu": share,
+                        "loader_busy": loader.busy(),
+                    },
+                )
+                began, saw = time.monotonic(), Counts()
+            if listener is not None and (step + 1) % config.listen_every == 0:
+                with torch.compiler.set_stance("force_eager"):
+                    run.play(step, "validation/voice", listener(), SAMPLE_RATE)
+    if average is not None and averaged():
         average.swap(model)
     card = {
         "trainee": "lm",
         "stage": config.stage,
         "steps": run.done,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "body_parameters": body_parameters(model),
         "codec": config.codec,
         "init_from": config.init_from,
         "sources": [source.model_dump(mode="json") for source in config.sources],
@@ -556,4 +674,93 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     }
     if adapted is not None:
         return lora.save(output, adapted, card)
-    return convert.save(output, model, tokenizer, dtype=config.dtype, card=card)
+    if run.mesh is not None:
+        model = _whole(model)
+    if run.main:
+        convert.save(output, model, tokenizer, dtype=config.dtype, card=card)
+    run.accelerator.wait_for_everyone()
+    return output
+
+
+def _whole(model: SpeechLM) -> SpeechLM:
+    """A sharded model on the CPU of rank 0; elsewhere an empty one."""
+    weights = distributed.gather(model)
+    with torch.device("meta"):
+        whole = SpeechLM(model.config)
+    if weights:
+        whole.load_state_dict(weights, assign=True)
+    return whole
+
+
+def _listener(
+    model: SpeechLM, config: TrainConfig, held_out: Sequence[Sequence[tuple[float, Batch]]]
+) -> Callable[[], Tensor]:
+    """What lets one hear how the model answers the first held-out conversation: float32 [S].
+
+    Raises UserError when there is none.
+    """
+    streams = model.streams
+    batches = [batch for _, batch in held_out[0]] if held_out else []
+    rows = [row for batch in batches for row in batch.targets if (row[streams.user] >= 0).any()]
+    if not rows:
+        raise UserError("listen_every: validation has no conversation to listen to.")
+    limit = torch.tensor(streams.code_sizes)[:, None] - 1
+    user = streams.undelay(rows[0])[streams.user, :LISTEN_FRAMES].clamp(min=0).minimum(limit)
+    codec = load_codec(config.codec)
+
+    def listen() -> Tensor:
+        model.eval()
+        state, frames = generate.new_state(model, 1), []
+        for frame in user.T.to(model.text_head.weight.device):
+            drawn = generate.step(model, frame[None], state)
+            if bool(drawn.ready[0]):
+                frames.append(drawn.codes[0])
+        model.train()
+        with torch.inference_mode():
+            return codec.decode(torch.stack(frames, dim=-1)[None].cpu())[0, 0]
+
+    return listen
+
+
+def samples(config: TrainConfig, step: int) -> list[tuple[str, Placed]]:
+    """What step `step` of a run sees, by source, in the order of rows.
+
+    A kept checkpoint before that step saves reading from the beginning.
+    """
+    with planned(config) as (model, tokenizer):
+        mixture = Mixture(
+            config.sources,
+            model.streams,
+            tokenizer,
+            config.weights,
+            length=config.length,
+            seed=config.run.seed,
+            lookahead=config.lookahead,
+        )
+    begin = 0
+    kept = {
+        int(path.stem.partition("-")[2]): path for path in config.run.dir.glob("checkpoint-*.pt")
+    }
+    if before := [number for number in kept if number <= step]:
+        begin = max(before)
+        saved = torch.load(kept[begin], map_location="cpu", weights_only=True, mmap=True)
+        mixture.load_state_dict(saved["state"]["data"])
+    for _ in range(begin, step + 1):
+        mixture.next()
+    return [
+        (name, placed)
+        for name, packer in zip(_named(config.sources), mixture.packers, strict=True)
+        for placed in packer.placed
+    ]
+
+
+@contextmanager
+def planned(config: TrainConfig) -> Iterator[tuple[SpeechLM, TextTokenizer]]:
+    """The model that a config would train, without its weights, and its text pieces."""
+    begun = (config.run.dir / SentencePieceTokenizer.FILE).exists()
+    with tempfile.TemporaryDirectory() as nowhere, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
+        with init_empty_weights(include_buffers=False):
+            folder = config.run.dir if begun else Path(nowhere)
+            made = build(resolve_shape(config), folder, resume=begun)
+        yield made

@@ -2,24 +2,28 @@
 
 A run directory holds
 
-    config.json      the resolved config, so that a run can be repeated
-    metrics.jsonl    one line a logged step (cut back to the checkpoint on resume)
-    tensorboard/     the same numbers as curves
-    checkpoint.pt    everything to go on from: step, weights, optimizer, random state, data position
+    config.json         the resolved config, so that a run can be repeated
+    metrics.jsonl       one line a logged step (cut back to the checkpoint on resume)
+    tensorboard/        the same numbers as curves, and what was listened to
+    checkpoint.pt       everything to go on from: step, weights, optimizer, random state, position
+                        in the data; `checkpoint-<step>/` instead where the weights are sharded
+    checkpoint-<step>.pt   those of steps 1, 2, 4, 8, … where `log_spaced` asks for them
 
 and a resumed run gives the numbers of one never stopped: whatever is random is drawn either from
-the generators kept in the checkpoint or from `Run.rng(step)`, which needs but seed and step.
+the generators kept in the checkpoint or from `Run.rng(step)`, which needs but seed and step. So
+does one that was rolled back: it goes over the same steps to the same numbers, but for the batch
+that it passes over.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import math
 import os
-import sys
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
+from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -38,9 +42,28 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.tensorboard import SummaryWriter
 
 from audio_codec.errors import UserError
+from audio_codec.memory import tune_allocator
+from speechlm.training import distributed
+from speechlm.training.optimize import (
+    Average,
+    OptimizerConfig,
+    SpikeConfig,
+    SpikeGuard,
+    clip_gradients,
+)
+
+__all__ = [
+    "Average",
+    "OptimizerConfig",
+    "Run",
+    "RunConfig",
+    "clip_gradients",
+]
 
 
 class RunConfig(BaseModel):
@@ -57,80 +80,42 @@ class RunConfig(BaseModel):
     log_every: int = Field(20, gt=0)
     save_every: int = Field(500, gt=0)
     eval_every: int = Field(500, gt=0)
+    log_spaced: bool = False
+    """Also keep the checkpoints of steps 1, 2, 4, 8, …: how a model came to be, as Pythia shows
+    (arXiv 2304.01373)."""
     minutes: float | None = None
     """Stop after so many minutes of this process, as if that had been the last step's time; None
     runs all steps. A schedule that decays by time is the trainee's own affair."""
-
-
-class OptimizerConfig(BaseModel):
-    """AdamW with warm-up, a stable phase and a decay (WSD, arXiv 2404.06395)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.05
-    """On matrices only."""
-    warmup: int = 200
-    """Steps from nothing to `lr`."""
-    decay: float = Field(0.3, ge=0, le=1)
-    """Last share of the steps, over which the rate falls to `final`·lr along 1 − √x."""
-    final: float = 0.02
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-
-    def rate(self, step: int, steps: int) -> float:
-        """Learning rate of a step (0 … steps−1)."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup))
-        begin = steps * (1 - self.decay)
-        if step < begin:
-            return self.lr * warm
-        x = (step - begin) / max(1.0, steps - begin)
-        return self.lr * warm * max(self.final, 1 - math.sqrt(x))
-
-    def build(self, model: nn.Module) -> torch.optim.AdamW:
-        """AdamW over what the model trains."""
-        named = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in named if p.dim() > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in named if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
-
-
-def tune_allocator() -> None:
-    """Keep freed memory in the process (glibc only, elsewhere nothing happens).
-
-    By default glibc hands every large buffer back to the kernel at once and faults it in again a
-    moment later; on the CPU, where each activation is such a buffer, that costs a third of the time
-    of a training step.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_top_pad, 64 * 2**20)
+    spikes: SpikeConfig | None = None
+    """Roll back to the last checkpoint at a spike of the loss, and pass over the batch that made
+    it (arXiv 2204.02311); null never does. For trainees that ask `Run.spiked`."""
 
 
 class Run:
     """A run directory and what a training loop needs around it.
 
     `for step in run.steps(): …; run.log(step, {...})`; the loop's own state goes in and out through
-    `save` and `load`. On more than one process only the main one writes.
+    `save` and `load`. On more than one process only the main one writes, save for the pieces of a
+    sharded checkpoint.
     """
 
-    def __init__(self, name: str, run: RunConfig, config: BaseModel, resume: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        run: RunConfig,
+        config: BaseModel,
+        resume: bool = False,
+        sharded: bool = False,
+    ) -> None:
         """`config` is the trainee's whole config.
 
+        With `sharded`, more than one process means FSDP2: `mesh` is then what to shard over.
         Raises UserError when the directory holds a run and `resume` is off, is no directory, or
         holds a checkpoint that cannot be read.
         """
         self.name, self.config, self.dir = name, run, run.dir
         self.checkpoint = self.dir / "checkpoint.pt"
-        if self.checkpoint.exists() and not resume:
+        if not resume and (self.checkpoint.exists() or distributed.folders(self.dir)):
             raise UserError(
                 f"run.dir '{self.dir}' already holds a run: add --resume, or choose another folder."
             )
@@ -144,26 +129,34 @@ class Run:
             mixed_precision=run.precision, cpu=not torch.cuda.is_available()
         )
         self.device = self.accelerator.device
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        self.mesh: DeviceMesh | None = None
+        if sharded and self.world > 1:
+            self.mesh = init_device_mesh(self.device.type, (self.world,))
         torch.manual_seed(run.seed)
+        self.guard = None if run.spikes is None else SpikeGuard(run.spikes)
         self.first_step = 0
         self._resumed: dict[str, Any] | None = None
-        if resume and self.checkpoint.exists():
-            try:
-                self._resumed = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
-                raise UserError(
-                    f"run.dir '{self.dir}': checkpoint.pt cannot be read ({error}); delete it to "
-                    "start anew."
-                ) from error
-            self.first_step = int(self._resumed["step"])
+        self._back: int | None = None
+        if resume:
+            self._read_checkpoint()
         self.done = self.first_step
         """Steps done so far."""
-        self.main = self.accelerator.is_main_process
+        self._last = ""
+        self._began, self._began_at = time.monotonic(), self.first_step
         if self.main:
-            (self.dir / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+            self.record(config)
             self._trim_metrics()
         self.tensorboard = self._open_tensorboard() if self.main else None
         self.console = Console(stderr=True)
+
+    # -------------------------------------------------------------------------------- directory
+
+    def record(self, config: BaseModel) -> None:
+        """Write the trainee's config, as far as it is resolved."""
+        if self.main:
+            (self.dir / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
 
     def _open_tensorboard(self) -> SummaryWriter:
         # What a killed run drew past its checkpoint is drawn again: hide the first version.
@@ -183,9 +176,88 @@ class Run:
                     kept.append(line)
         path.write_text("".join(line + "\n" for line in kept))
 
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write numbers of a step to metrics.jsonl and TensorBoard.
+
+        The progress line leaves out what is a part of a part: names with more than one slash.
+        """
+        if not self.main:
+            return
+        with open(self.dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        assert self.tensorboard is not None
+        for key, value in metrics.items():
+            self.tensorboard.add_scalar(key, value, step)
+        shown = [item for item in metrics.items() if item[0].count("/") < 2]
+        self._last = " ".join(f"{key} {value:.4g}" for key, value in shown)
+        if not self.console.is_terminal:
+            left = ""
+            if self.done > self._began_at:
+                pace = (time.monotonic() - self._began) / (self.done - self._began_at)
+                seconds = round(pace * (self.config.steps - self.done))
+                left = f" ({timedelta(seconds=seconds)} left)"
+            self.console.print(
+                f"{self.name} {step}/{self.config.steps}{left} {self._last}", soft_wrap=True
+            )
+
+    def play(self, step: int, name: str, pcm: Tensor, sample_rate: int) -> None:
+        """Keep a sound, float32 [S], for TensorBoard's listener."""
+        if self.tensorboard is not None:
+            self.tensorboard.add_audio(name, pcm[None], step, sample_rate)
+
+    # ------------------------------------------------------------------------------- randomness
+
     def rng(self, step: int) -> np.random.Generator:
-        """A generator that depends on the seed and the step alone."""
-        return np.random.default_rng((self.config.seed, step))
+        """A generator that depends on the seed and the step alone.
+
+        Over a mesh, `random` gives this rank's rows of what one process would have drawn.
+        """
+        if self.mesh is None:
+            return np.random.default_rng((self.config.seed, step))
+        return distributed.RowsOfRank(
+            np.random.PCG64((self.config.seed, step)), self.rank, self.world
+        )
+
+    def _restore_rng(self) -> None:
+        assert self._resumed is not None
+        torch.set_rng_state(self._resumed["torch_rng"])
+        if self.device.type == "cuda" and "cuda_rng" in self._resumed:
+            torch.cuda.set_rng_state(self._resumed["cuda_rng"], self.device)
+
+    # ------------------------------------------------------------------------------ checkpoints
+
+    def scattered(self) -> AbstractContextManager[None]:
+        """Where the model of a sharded run is made; see `distributed.scattered`."""
+        return distributed.scattered(self.mesh)
+
+    def _read_checkpoint(self) -> None:
+        """Read the last whole checkpoint there is, of one process or of many."""
+        sharded = distributed.folders(self.dir)
+        found: dict[str, Any] | None = None
+        if self.checkpoint.exists():
+            try:
+                # Mapped where each rank takes but its rows; read whole where it may be replaced.
+                found = torch.load(
+                    self.checkpoint,
+                    map_location="cpu",
+                    weights_only=True,
+                    mmap=self.mesh is not None,
+                )
+            except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+                raise UserError(
+                    f"run.dir '{self.dir}': checkpoint.pt cannot be read ({error}); delete it to "
+                    "start anew."
+                ) from error
+        if sharded and (found is None or max(sharded) > int(found["step"])):
+            found = distributed.load(sharded[max(sharded)], self.mesh)
+        elif found is not None and self.mesh is not None:
+            found = {**found, "state": distributed.spread(found["state"], self.mesh)}
+        if found is None:
+            return
+        self._resumed = found
+        self.first_step = int(found["step"])
+        if self.guard is not None and "guard" in found:
+            self.guard.load_state_dict(found["guard"])
 
     def load(self) -> dict[str, Any] | None:
         """What the last `save` was given, or None when there is nothing to resume."""
@@ -213,32 +285,109 @@ class Run:
             ) from error
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Keep `state` (tensors, numbers, strings, containers of them) as of `step` done steps."""
-        if not self.main:
-            return
+        """Keep `state` (tensors, numbers, strings, containers of them) as of `step` done steps.
+
+        The checkpoint before is gone only once the new one is whole. Raises UserError when it
+        cannot be written, as on a full disk; the one before then stands.
+        """
         content = {"step": step, "torch_rng": torch.get_rng_state(), "state": state}
         if self.device.type == "cuda":
             content["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        fresh = self.checkpoint.with_suffix(".new")
-        torch.save(content, fresh)
-        with open(fresh, "rb") as file:
-            os.fsync(file.fileno())
-        fresh.replace(self.checkpoint)
+        if self.guard is not None:
+            content["guard"] = self.guard.state_dict()
+        try:
+            if self.mesh is not None:
+                self._save_sharded(step, content)
+            elif self.main:
+                self._save_whole(step, content)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            raise UserError(
+                f"run.dir '{self.dir}': the checkpoint of step {step} cannot be written "
+                f"({error}); the one before it stands."
+            ) from error
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write numbers of a step to metrics.jsonl and TensorBoard."""
-        if not self.main:
-            return
-        with open(self.dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        assert self.tensorboard is not None
-        for key, value in metrics.items():
-            self.tensorboard.add_scalar(key, value, step)
-        self._last = " ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-        if not self.console.is_terminal:
-            self.console.print(
-                f"{self.name} {step}/{self.config.steps} {self._last}", soft_wrap=True
+    def _keeps(self, step: int) -> bool:
+        return self.config.log_spaced and step & (step - 1) == 0
+
+    def _save_whole(self, step: int, content: dict[str, Any]) -> None:
+        fresh = self.checkpoint.with_suffix(".new")
+        try:
+            torch.save(content, fresh)
+            with open(fresh, "rb") as file:
+                os.fsync(file.fileno())
+            fresh.replace(self.checkpoint)
+        except (OSError, RuntimeError):
+            fresh.unlink(missing_ok=True)  # half a file is worth less than the room it takes
+            raise
+        if self._keeps(step):
+            kept = self.dir / f"checkpoint-{step}.pt"
+            kept.unlink(missing_ok=True)
+            os.link(self.checkpoint, kept)
+        self._drop_sharded(before=step)
+
+    def _save_sharded(self, step: int, content: dict[str, Any]) -> None:
+        folder = self.dir / f"checkpoint-{step}"
+        if self.main:
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that died in writing it
+        self.accelerator.wait_for_everyone()
+        try:
+            distributed.save(folder, content)
+        except CheckpointException:
+            if self.main:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if self.main:
+            self._drop_sharded(before=step)
+            self.checkpoint.unlink(missing_ok=True)
+
+    def _drop_sharded(self, before: int) -> None:
+        for step, folder in distributed.folders(self.dir).items():
+            if step < before and not self._keeps(step):
+                with suppress(FileNotFoundError):
+                    (folder / ".metadata").unlink()  # from here on it is no checkpoint
+                shutil.rmtree(folder)
+
+    # ------------------------------------------------------------------------------------ steps
+
+    def passes_over(self, step: int) -> bool:
+        """Whether the batch of this step was seen to make the loss jump, and is to be left out."""
+        return self.guard is not None and step in self.guard.skipped
+
+    def spiked(self, step: int, loss: float) -> bool:
+        """Whether the loss of a step (the same on every rank) is a spike.
+
+        The run has then gone back to its last checkpoint: `load` and `restore` give that one, and
+        `steps` goes on from there once the loop's body ends. Raises UserError at one too many.
+        """
+        if self.guard is None or not self.guard.spiked(loss):
+            return False
+        skipped = sorted({*self.guard.skipped, step})
+        if len(skipped) > self.guard.config.limit:
+            raise UserError(
+                f"run.spikes.limit is {self.guard.config.limit}: the loss jumped to {loss:.4g} at "
+                f"step {step} after as many batches were skipped; try a lower optimizer.lr."
             )
+        self._read_checkpoint()
+        assert self._resumed is not None
+        self.guard.skipped = sorted({*self.guard.skipped, *skipped})
+        self._back = self.done = self.first_step
+        self._restore_rng()
+        if self.main:
+            self._trim_metrics()
+            assert self.tensorboard is not None
+            self.tensorboard.close()
+            self.tensorboard = self._open_tensorboard()
+            self.console.print(
+                f"{self.name}: the loss jumped to {loss:.4g} at step {step}; going on from step "
+                f"{self.first_step} without that batch."
+            )
+        return True
+
+    def _is_late(self) -> bool:
+        if self.config.minutes is None:
+            return False
+        spent = (time.monotonic() - self._began) / 60
+        return distributed.collect(spent >= self.config.minutes)[0]  # no two clocks agree
 
     def steps(
         self,
@@ -250,13 +399,12 @@ class Run:
         After every `save_every` steps, and at the end, `save()` gives the state to keep; after
         every `eval_every`, `evaluate(step)` gives numbers to log.
         """
-        config, began = self.config, time.monotonic()
+        config = self.config
+        self._began, self._began_at = time.monotonic(), self.first_step
         if self._resumed is not None:
-            # Only now: building the model has drawn from the generator too.
-            torch.set_rng_state(self._resumed["torch_rng"])
-            if self.device.type == "cuda" and "cuda_rng" in self._resumed:
-                torch.cuda.set_rng_state(self._resumed["cuda_rng"], self.device)
-        self._last = ""
+            self._restore_rng()  # only now: building the model has drawn from it too
+        elif self.guard is not None:
+            self.save(0, save())  # there must be something to go back to
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -267,59 +415,24 @@ class Run:
             TextColumn("{task.fields[numbers]}"),
         )
         with Progress(*columns, console=self.console, disable=not self.main) as bar:
-            task = bar.add_task(
-                self.name, total=config.steps, completed=self.first_step, numbers=""
-            )
-            for step in range(self.first_step, config.steps):
+            step = self.first_step
+            task = bar.add_task(self.name, total=config.steps, completed=step, numbers="")
+            while step < config.steps:
                 yield step
+                if self._back is not None:
+                    step, self._back = self._back, None
+                    bar.update(task, completed=step)
+                    continue
                 self.done = done = step + 1
                 bar.update(task, completed=done, numbers=self._last)
-                spent = (time.monotonic() - began) / 60
-                late = config.minutes is not None and spent >= config.minutes
-                if evaluate is not None and (
-                    done % config.eval_every == 0 or done == config.steps or late
-                ):
+                late = self._is_late()
+                last = done == config.steps or late
+                if evaluate is not None and (done % config.eval_every == 0 or last):
                     self.log(step, evaluate(step))
-                if done % config.save_every == 0 or done == config.steps or late:
+                if done % config.save_every == 0 or last or self._keeps(done):
                     self.save(done, save())
                 if late:
                     break
+                step = done
         if self.tensorboard is not None:
             self.tensorboard.flush()
-
-
-class Average:
-    """Exponential moving average of the weights that a model trains."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        """`model` must be on its device already."""
-        self.decay = decay
-        self.weights = {
-            name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
-        }
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after `step`; early on the average forgets faster."""
-        decay = min(self.decay, (step + 1) / (step + 10))
-        now = [p.detach() for name, p in model.named_parameters() if name in self.weights]
-        torch._foreach_lerp_(list(self.weights.values()), now, 1 - decay)
-
-    @torch.no_grad()
-    def swap(self, model: nn.Module) -> None:
-        """Exchange the model's weights and the average; a second call undoes it."""
-        for name, parameter in model.named_parameters():
-            if name in self.weights:
-                kept = parameter.detach().clone()
-                parameter.copy_(self.weights[name])
-                self.weights[name].copy_(kept)
-
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Go on from the `weights` of another average of the same model."""
-        for name, weight in self.weights.items():
-            weight.copy_(weights[name])
-
-
-def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Scale the gradient down to a norm of at most `limit`; its norm before."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)

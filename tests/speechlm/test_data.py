@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audio_codec.errors import UserError
 from speechlm import data
+from speechlm.config import build
 from speechlm.data import (
     DialogueSource,
     Document,
@@ -27,6 +29,7 @@ from speechlm.text_tokenizer import (
     TextTokenizer,
     train_text_tokenizer,
 )
+from speechlm.training.lm import TrainConfig
 from synth_data import quiz, shards
 from synth_data.tts import Word
 
@@ -195,6 +198,97 @@ class TestDocuments:
         heard = data.interleaved_document([codes], streams, WEIGHTS, role="user")
         assert (heard.weights[1:] == 0).all() and heard.columns[4, 3] == 1
 
+    def test_speech_of_semantic_codes_alone(self, streams: Streams) -> None:
+        codes = np.array([[1, 2, 3]])
+        document = data.interleaved_document(
+            [[9], codes, codes], streams, WEIGHTS, role=("own", "user", "own")
+        )
+        text = document.columns[0, 1:].tolist()
+        span = [SPEECH, PAD, PAD, PAD, TEXT]
+        assert text == [BOS, 9, *span, *span, EOS]
+        assert document.columns[4, 4:7].tolist() == [1, 2, 3]
+        assert document.columns[1, 9:12].tolist() == [1, 2, 3]
+        others = [row for row in range(1, streams.count) if row not in (1, 4)]
+        assert (document.columns[others, 1:] == ABSENT).all()
+        learned = np.zeros_like(document.weights)
+        learned[0] = np.where(document.columns[0, 1:] == PAD, WEIGHTS.pad, 1)
+        learned[1, 8:11] = WEIGHTS.semantic
+        assert (document.weights == learned).all()
+
+
+def laid_out(rule: str, segments: list[dict[str, object]], frames: int) -> shards.Sample:
+    return shards.Sample(
+        id=f"i-{rule}",
+        text="what is two four",
+        words=((),),
+        voices=("text-to-token",),
+        source="test",
+        licence="CC0",
+        synthetic=True,
+        seconds=frames / 12.5,
+        meta={"rule": rule, "segments": segments},
+        codes=np.arange(frames, dtype=np.uint16)[None, None] % 6,
+    )
+
+
+class TestLaidOut:
+    QUESTION = (
+        {"modality": "speech", "text": "What is 2?", "first": 0, "last": 4},
+        {"modality": "speech", "text": "Four.", "utterance": 1, "first": 4, "last": 9},
+    )
+    SPANS = (
+        {"modality": "text", "text": "What is"},
+        {"modality": "speech", "text": "two four.", "first": 0, "last": 5},
+    )
+
+    def test_who_speaks_is_told_by_the_rule(
+        self, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        sample = laid_out("question_speech_answer_speech", list(self.QUESTION), 9)
+        found = data.lay_out(sample, streams, tokenizer)
+        assert found.roles == ["user", "own"]
+        assert [np.asarray(span).tolist() for span in found.spans] == [
+            [[0, 1, 2, 3]],
+            [[4, 5, 0, 1, 2]],
+        ]
+        for rule, roles in (("asr", ["user"] * 2), ("tts", ["own"] * 2), ("speech_first", None)):
+            made = data.lay_out(laid_out(rule, list(self.SPANS), 5), streams, tokenizer)
+            assert made.roles == roles
+            assert made.spans[0] == tokenizer.encode("what is")
+
+    def test_documents_keep_the_layout(
+        self, streams: Streams, tokenizer: TextTokenizer, tmp_path: Path
+    ) -> None:
+        samples = [
+            laid_out("text_first", list(self.SPANS), 5),
+            laid_out("question_speech_answer_speech", list(self.QUESTION), 9),
+        ]
+        shards.write(tmp_path / "interleave-000000.tar", samples)
+        source = InterleavedSource(kind="interleaved", path=tmp_path, rows=1)
+        documents = data.open_source(source, streams, tokenizer, WEIGHTS, 0)
+        found = [documents.document(lane, n) for lane in range(8) for n in range(2)]
+        spoken = {tuple(int((d.columns[row, 1:] != ABSENT).sum()) for row in (1, 4)) for d in found}
+        # The spans are the model's or the user's by chance; question and answer are one each.
+        assert spoken == {(5, 0), (0, 5), (5, 4)}
+        mixture = Mixture([source], streams, tokenizer, WEIGHTS, length=60, seed=0)
+        ((_, batch),) = mixture.next()
+        assert batch.inputs.shape == (1, streams.count, 60)
+
+    def test_codes_of_another_codec_are_refused(
+        self, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        sample = laid_out("tts", list(self.SPANS), 5)
+        beyond = sample.model_copy(update={"codes": np.full((1, 1, 5), 6, np.uint16)})
+        with pytest.raises(UserError, match="code 6 in codebook 0"):
+            data.lay_out(beyond, streams, tokenizer)
+        more = sample.model_copy(update={"codes": np.zeros((1, 4, 5), np.uint16)})
+        with pytest.raises(UserError, match="4 codebooks, but the model has 3"):
+            data.lay_out(more, streams, tokenizer)
+        with pytest.raises(ValueError, match="layout.unit"):
+            InterleavedSource.model_validate(
+                {"kind": "interleaved", "path": ".", "rows": 1, "layout": {"unit": "sentence"}}
+            )
+
 
 class TestJoin:
     def test_cut_conversations_are_whole_again(self) -> None:
@@ -215,6 +309,105 @@ class TestJoin:
     def test_other_samples_are_left_alone(self) -> None:
         samples = [dialogue("a", 40), dialogue("b", 40)]
         assert list(data.join(samples)) == samples
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixture")
+    for name, count in (("a", 4), ("b", 6)):
+        samples = [
+            dialogue(f"{name}{i}", 20, i).model_copy(update={"wer": i / 10 if i else None})
+            for i in range(count)
+        ]
+        shards.write(path / name / "dialogue-000000.tar", samples)
+    return path
+
+
+class TestMixtures:
+    """Weighted folders, their order, how often they are seen."""
+
+    def names(
+        self,
+        folders: Path,
+        streams: Streams,
+        tokenizer: TextTokenizer,
+        count: int,
+        weights: tuple[float, float],
+        lane: int = 0,
+        **changes: object,
+    ) -> list[str]:
+        parts = [{"path": folders / n, "weight": w} for n, w in zip("ab", weights, strict=True)]
+        source = DialogueSource.model_validate(
+            {"kind": "dialogues", "path": parts, "rows": 1, **changes}
+        )
+        opened = data.open_source(source, streams, tokenizer, WEIGHTS, 0)
+        return [opened.document(lane, number).name for number in range(count)]
+
+    def test_a_pass_holds_each_sample_as_often_as_its_folder_weighs(
+        self, folders: Path, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        seen = self.names(folders, streams, tokenizer, 3 * 11, (2.0, 0.5))
+        for begin in (0, 11, 22):
+            part = seen[begin : begin + 11]
+            assert sorted(n for n in part if n[0] == "a") == sorted(2 * ["a0", "a1", "a2", "a3"])
+            assert len({n for n in part if n[0] == "b"}) == 3
+        assert seen[:11] != seen[11:22]
+        assert {n for n in seen if n[0] == "b"} > {n for n in seen[:11] if n[0] == "b"}
+        alone = self.names(folders, streams, tokenizer, 8, (1.0, 0.0))
+        assert {n[0] for n in alone} == {"a"}
+
+    def test_one_folder_is_read_in_the_order_it_always_was(
+        self, folders: Path, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        source = DialogueSource(kind="dialogues", path=folders / "b", rows=1)
+        opened = data.open_source(source, streams, tokenizer, WEIGHTS, 7)
+        found = [opened.document(2, number).name for number in range(12)]
+        assert found == [f"b{data._shuffled(7, 2, number, 6)}" for number in range(12)]
+
+    def test_quality_comes_last(
+        self, folders: Path, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        seen = self.names(folders, streams, tokenizer, 20, (1.0, 1.0), order="quality")
+        assert set(seen[:2]) == {"a0", "b0"}  # unknown is worst
+        assert set(seen[-2:]) <= {"a1", "b1", "a2", "b2"} and "b5" in seen[2:5]
+        assert set(seen[:10]) == set(seen[10:])
+        many = [[(10, wer / 200) for wer in range(200)]]
+        pool = data._Pool([data.Part(path=folders)], many, "quality", 0)
+        lanes = [[pool.index(lane, number) for number in range(200)] for lane in range(3)]
+        assert lanes[0] != lanes[1] != lanes[2]
+        for lane in lanes:  # from the last, understood worst, to the first, by a tenth at most
+            assert max(abs(199 - n - place) for place, n in enumerate(lane)) <= 20
+
+    def test_a_mixture_of_nothing_is_refused(self, folders: Path) -> None:
+        layout = {
+            "run": {"dir": "nowhere", "steps": 1},
+            "codec": "none",
+            "sources": [
+                {
+                    "kind": "dialogues",
+                    "rows": 1,
+                    "path": [{"path": str(folders / "a"), "weight": 0}],
+                }
+            ],
+        }
+        with pytest.raises(UserError, match="the mixture sums to zero: give a weight above 0"):
+            build(layout, TrainConfig, "lm.yaml")
+        layout["sources"] = [{"kind": "podcasts", "rows": 1, "path": str(folders)}]
+        with pytest.raises(UserError, match="podcasts.*'dialogues'"):
+            build(layout, TrainConfig, "lm.yaml")
+
+    def test_the_epochs_of_a_run_are_stated(
+        self, folders: Path, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        parts = (data.Part(path=folders / "a", weight=2), data.Part(path=folders / "b", epochs=3))
+        source = DialogueSource(kind="dialogues", path=parts, rows=2)
+        mixture = Mixture([source], streams, tokenizer, WEIGHTS, length=70, seed=0)
+        # A pass is (2·4 + 6)·20 columns; ten steps are 2·70·10.
+        with pytest.raises(
+            UserError, match="would be seen 5 times in 10 steps; its epochs allow 3"
+        ):
+            mixture.exposures(10)
+        assert [one.epochs for one in mixture.exposures(5)] == [5.0, 2.5]
 
 
 def sources(folder: Path) -> list[data.Source]:
@@ -282,6 +475,79 @@ class TestPacking:
                 assert bool((one.targets == other.targets).all())
                 assert bool((one.weights == other.weights).all())
 
+    def test_any_number_of_processes_reads_the_same_rows(
+        self, folder: Path, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        def make(rank: int, world: int) -> Mixture:
+            return Mixture(
+                sources(folder)[1:2], streams, tokenizer, WEIGHTS,
+                length=50, seed=3, rank=rank, world=world,
+            )  # fmt: skip
+
+        whole, parts = make(0, 1), [make(rank, 2) for rank in range(2)]
+        for _ in range(3):
+            expected = whole.next()[0][1].inputs
+            assert bool((torch.cat([part.next()[0][1].inputs for part in parts]) == expected).all())
+        state = data.together([part.state_dict() for part in parts])
+        assert state == whole.state_dict()
+        expected, late = whole.next()[0][1].inputs, make(1, 2)
+        late.load_state_dict(state)
+        assert bool((late.next()[0][1].inputs == expected[1:]).all())
+        with pytest.raises(UserError, match=r"sources\.0\.rows is 2; it must be a multiple .* 3"):
+            make(0, 3)
+        with pytest.raises(UserError, match=r"their rows are \[2\], but the run .* has \[1\]"):
+            whole.load_state_dict({"places": [[[0, 0]]]})
+
+    @given(
+        st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=1, max_size=8),
+        st.integers(0, 6),
+    )
+    @settings(max_examples=50)
+    def test_who_looks_ahead_wastes_less_and_loses_nothing(
+        self, sizes: list[tuple[int, bool]], lookahead: int
+    ) -> None:
+        streams, length, rows = Streams(text_size=10_000, codebooks=((5,),)), 40, 12
+
+        class Numbered:
+            def document(self, lane: int, number: int) -> Document:
+                size, whole = sizes[number % len(sizes)]
+                columns = np.full((streams.count, size + 1), number, np.int32)
+                return Document(columns, np.ones((streams.count, size), np.float32), whole)
+
+        def pack(lookahead: int) -> tuple[Packer, dict[int, int], int]:
+            packer = Packer(Numbered(), streams, 1, length, lookahead=lookahead)
+            used: dict[int, int] = {}
+            for _ in range(rows):
+                packer.next()
+                assert all(p.columns > 0 for p in packer.placed)
+                for p in packer.placed:
+                    used[p.number] = used.get(p.number, 0) + p.columns
+            return packer, used, sum(used.values())
+
+        packer, used, filled = pack(lookahead)
+        place = packer.places[0]
+        assert len(place.held) <= lookahead
+        begun = {place.number: place.used} if place.used else {}
+        done = {n: sizes[n % len(sizes)][0] for n in range(place.number) if n not in place.held}
+        assert used == done | begun
+        if lookahead == 0:
+            assert not place.held and list(used) == sorted(used)
+
+    def test_looking_ahead_fills_rows(self) -> None:
+        streams = Streams(text_size=10_000, codebooks=((5,),))
+
+        class Awkward:
+            def document(self, lane: int, number: int) -> Document:
+                size = (30, 30, 10)[number % 3]
+                columns = np.full((streams.count, size + 1), number, np.int32)
+                return Document(columns, np.ones((streams.count, size), np.float32), True)
+
+        def filled(lookahead: int) -> float:
+            packer = Packer(Awkward(), streams, 1, 40, lookahead=lookahead)
+            return sum(float((packer.next().weights[:, 0] > 0).sum()) for _ in range(10)) / 400
+
+        assert filled(0) < 0.9 < filled(4)
+
     def test_shares_and_shapes(
         self, folder: Path, streams: Streams, tokenizer: TextTokenizer
     ) -> None:
@@ -299,7 +565,9 @@ class TestPacking:
     ) -> None:
         def first(seed: int, rank: int) -> list[int]:
             quizzes = sources(folder)[1:2]
-            mixture = Mixture(quizzes, streams, tokenizer, WEIGHTS, length=50, seed=seed, rank=rank)
+            mixture = Mixture(
+                quizzes, streams, tokenizer, WEIGHTS, length=50, seed=seed, rank=rank, world=2
+            )
             return mixture.next()[0][1].targets[:, -1].flatten().tolist()
 
         assert first(0, 0) == first(0, 0)

@@ -207,47 +207,6 @@ def test_a_run_of_the_first_phase_can_go_on_into_the_second(made: Path, tmp_path
     assert "adversarial" in rows(tmp_path / "run")[-2]
 
 
-def test_a_codec_grows_by_more_codebooks(made: Path, tmp_path: Path) -> None:
-    first = train(config_of(made, tmp_path / "first", run={"steps": 2}, adversarial=None))
-    AcceleratorState._reset_state(True)
-    fields = {"init_from": str(first), "adversarial": None, "ema": 0, "optimizer": {"lr": 0.0}}
-    wide = {**SHAPE, "codebooks": [16, 16, 16, 16]}
-    second = train(config_of(made, tmp_path / "second", model=wide, run={"steps": 1}, **fields))
-    before, after = (checkpoints.load(path).tensors for path in (first, second))
-    assert torch.equal(before["from_latent.weight"], after["from_latent.weight"])
-    assert after.keys() - before.keys() == {
-        f"quantizer.levels.{level}.{name}"
-        for level in (2, 3)
-        for name in ("codebook", "usage", "total", "ready")
-    }
-    assert all(bool(after[f"quantizer.levels.{level}.ready"]) for level in range(4))
-    assert len(load_codec(second).codebooks) == 5
-    narrow = {**SHAPE, "codebooks": [16]}
-    with pytest.raises(UserError, match=r"tensor 'quantizer.levels.1\.\w+' has no place"):
-        train(config_of(made, tmp_path / "third", model=narrow, **fields))
-
-
-def test_a_decoder_alone_learns_and_leaves_every_code(made: Path, tmp_path: Path) -> None:
-    first = train(config_of(made, tmp_path / "first", run={"steps": 3}, dtype="int8"))
-    AcceleratorState._reset_state(True)
-    torch.manual_seed(1)  # another tokenizer of the shape: the codec keeps its own
-    other = SpeechTokenizer(TOKENIZER).state_dict()
-    tokenizer = checkpoints.save(tmp_path / "other", TOKENIZER, other)
-    fields = {"init_from": str(first), "decoder_only": True, "dtype": "int8"}
-    second = train(config_of(made, tmp_path / "second", tokenizer=str(tokenizer), **fields))
-    before, after = (checkpoints.load(path).tensors for path in (first, second))
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    decoder = ("from_latent.", "decoder_latent.", "up.", "back.", "head.")
-    assert changed and all(name.startswith(decoder) for name in changed)
-    assert {name.partition(".")[0] + "." for name in changed} == set(decoder)
-    pcm = 0.2 * torch.randn(1, 1, 20 * FRAME_SIZE)
-    old, new = load_codec(first), load_codec(second)
-    codes = old.encode(pcm)
-    assert torch.equal(new.encode(pcm), codes)
-    assert not torch.allclose(new.decode(codes), old.decode(codes))
-    assert "adversarial" in [row for row in rows(tmp_path / "second") if "mel" in row][-1]
-
-
 def test_what_is_saved_is_the_average(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +227,45 @@ def test_what_is_saved_is_the_average(
     for name, weight in averages[-1].items():
         assert torch.equal(saved[name], weight)
     assert not torch.equal(saved["up.weight"], now["codec.up.weight"])
+
+
+def test_a_codec_grows_by_more_codebooks(made: Path, tmp_path: Path) -> None:
+    first = train(config_of(made, tmp_path / "first", run={"steps": 2}, adversarial=None))
+    AcceleratorState._reset_state(True)
+    fields = {"init_from": str(first), "adversarial": None, "ema": 0, "optimizer": {"lr": 0.0}}
+    wide = {**SHAPE, "codebooks": [16, 16, 16, 16]}
+    second = train(config_of(made, tmp_path / "second", model=wide, run={"steps": 1}, **fields))
+    before, after = (checkpoints.load(path).tensors for path in (first, second))
+    assert torch.equal(before["from_latent.weight"], after["from_latent.weight"])
+    assert after.keys() - before.keys() == {
+        f"quantizer.levels.{level}.{name}"
+        for level in (2, 3)
+        for name in ("codebook", "usage", "total", "ready")
+    }
+    assert all(bool(after[f"quantizer.levels.{level}.ready"]) for level in range(4))
+    assert len(load_codec(second).codebooks) == 5
+    narrow = {**SHAPE, "codebooks": [16]}
+    with pytest.raises(UserError, match=r"tensor 'quantizer.levels.1\.\w+' has no place"):
+        train(config_of(made, tmp_path / "third", model=narrow, **fields))
+
+
+def test_a_decoder_learns_while_the_codes_stay(made: Path, tmp_path: Path) -> None:
+    first = train(config_of(made, tmp_path / "first", run={"steps": 3}, dtype="int8"))
+    AcceleratorState._reset_state(True)
+    again = layout(made, tmp_path / "second", init_from=str(first), learn="decoder", dtype="int8")
+    del again["tokenizer"], again["model"]
+    second = train(TrainConfig.model_validate(again))
+    before, after = (checkpoints.load(path).tensors for path in (first, second))
+    changed = {name.partition(".")[0] for name in before if not before[name].equal(after[name])}
+    assert changed == {"from_latent", "decoder_latent", "up", "back", "head"}
+    pcm = 0.2 * torch.randn(1, 1, 20 * FRAME_SIZE)
+    old, new = load_codec(first), load_codec(second)
+    codes = old.encode(pcm)
+    assert torch.equal(new.encode(pcm), codes)
+    assert not torch.allclose(new.decode(codes), old.decode(codes))
+    assert "adversarial" in [row for row in rows(tmp_path / "second") if "mel" in row][-1]
+    with pytest.raises(UserError, match="validation_codebooks has 4, but the codec has 1 to 3"):
+        train(TrainConfig.model_validate({**again, "validation_codebooks": [4]}))
 
 
 # --- Rows, bitrates, codes ------------------------------------------------------------------------
@@ -451,7 +449,6 @@ def test_a_teacher_that_is_none_is_a_user_error(made: Path, tmp_path: Path) -> N
         ({"teacher": {"model": "x"}}, "teacher has nothing to teach"),
         ({"model": DISTILLED, "tokenizer": None}, "model.semantic needs a teacher"),
         ({"model": DISTILLED, "teacher": {"model": "x"}}, "both give codebook 0"),
-        ({"decoder_only": True}, "decoder_only keeps the codes of init_from: name it"),
         ({"validation_codebooks": [4]}, "validation_codebooks has 4, but the codec has 1 to 3"),
         ({"adversarial": {"begin": 6}}, "adversarial.begin is step 6, but run.steps ends at 6"),
         ({"adversarial": {"start": 6}}, "unknown key 'adversarial.start'"),
@@ -459,6 +456,8 @@ def test_a_teacher_that_is_none_is_a_user_error(made: Path, tmp_path: Path) -> N
         ({"adversarial": {"update_share": 0}}, "adversarial.update_share is 0"),
         ({"adversarial": {"discriminators": {"windows": [30]}}}, "discriminators.windows.0 is 30"),
         ({"bypass_share": 2}, "bypass_share is 2"),
+        ({"learn": "decoder"}, "learn: decoder keeps the codes of a codec; name it in init_from"),
+        ({"learn": "decoder", "init_from": "x"}, "takes tokenizer from init_from; leave"),
         ({"ema": 1}, "ema is 1"),
         ({"model": {**DISTILLED, "semantic": {"size": 0}}}, "model.semantic.size is 0"),
     ],

@@ -1,0 +1,126 @@
+"""The loss of a step as one sum, however its rows are cut into pieces and over processes.
+
+A kind of prediction (text, heard, audio) counts as a weighted mean over all that a step has of it.
+A piece of the step, some rows on some process, knows but its own mean; weighed by its share of the
+weights, and summed over all pieces, the means of the pieces are the mean of the whole:
+
+    Σ w·nll / Σ w   =   Σ over pieces p of  (Σ_p w / Σ w) · (Σ_p w·nll / Σ_p w)
+
+So gradients are summed, never averaged, and no number depends on how the rows were shared out.
+
+Shapes: B rows, S streams, T columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import repeat
+
+import torch
+from torch import Tensor, nn
+
+from speechlm.model import Batch, LossConfig, SpeechLM
+from speechlm.streams import Streams
+from speechlm.training import distributed
+
+Masses = dict[str, float]
+"""Sum of the loss weights of each kind of prediction."""
+
+
+def _rows(streams: Streams) -> dict[str, int | slice]:
+    """Which streams each kind of prediction in `LossConfig` is about."""
+    voices = slice(streams.own.start, streams.user.stop)  # the user's weigh nothing unless learned
+    rows: dict[str, int | slice] = {"text": streams.text_index, "audio": voices}
+    return {**rows, "heard": streams.heard_index} if streams.heard else rows
+
+
+def masses(batch: Batch, streams: Streams) -> Masses:
+    """What a batch has of each kind."""
+    weights = batch.weights.double()
+    return {kind: float(weights[:, rows].sum()) for kind, rows in _rows(streams).items()}
+
+
+def summed(parts: Sequence[Masses]) -> Masses:
+    """The masses of several batches together."""
+    return {kind: sum(part[kind] for part in parts) for kind in parts[0]}
+
+
+def cut(batch: Batch, pieces: int) -> list[Batch]:
+    """A batch as at most so many pieces of some rows each."""
+    segments = repeat(None) if batch.segments is None else batch.segments.chunk(pieces)
+    return [
+        Batch(*tensors)
+        for tensors in zip(
+            batch.inputs.chunk(pieces),
+            batch.targets.chunk(pieces),
+            batch.weights.chunk(pieces),
+            segments,
+            strict=False,
+        )
+    ]
+
+
+class Objective(nn.Module):
+    """Model and loss as one module, the way wrappers want it."""
+
+    def __init__(self, model: SpeechLM, config: LossConfig, sharded: bool = False) -> None:
+        """`sharded` says that this module's parameters lie on several ranks."""
+        super().__init__()
+        self.model, self.config, self.sharded = model, config, sharded
+
+    def forward(
+        self, batch: Batch, shares: Mapping[str, float] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch, or its part in that of a larger one of which it is these shares.
+
+        With it come the numbers of `Losses.parts`, of them too only the shares, so that those of
+        all pieces add up. (A tuple, for FSDP2 looks for tensors in nothing but containers: with a
+        dataclass it would not notice the backward pass begin.)
+        """
+        batch = replace(batch, weights=batch.weights.to(self.model.text_head.weight.dtype))
+        if shares is None:
+            losses = self.model.loss(batch, self.config)
+            total, parts = losses.total, losses.parts
+        else:
+            update = {kind: getattr(self.config, kind) * share for kind, share in shares.items()}
+            losses = self.model.loss(batch, self.config.model_copy(update=update))
+            total = losses.total
+            parts = {name: value * _share(name, shares) for name, value in losses.parts.items()}
+        if self.sharded and torch.is_grad_enabled():
+            total = total + distributed.touch(self)
+        return total, parts
+
+
+def _share(part: str, shares: Mapping[str, float]) -> float:
+    """The share that a number in `Losses.parts` goes by; those of codes have other names."""
+    return next((s for kind, s in shares.items() if part.startswith(kind)), shares["audio"])
+
+
+class Meter:
+    """Means of what was measured since the last look."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, prefix: str, numbers: Mapping[str, Tensor | float]) -> None:
+        """Take in the numbers of one step."""
+        for key, value in numbers.items():
+            name = f"{prefix}/{key}" if prefix else key
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def read(self, together: bool = False) -> dict[str, float]:
+        """The means; starts anew. `together` adds up what the ranks have measured in parts."""
+        found = [(self.sums, self.counts)]
+        if together:
+            found = distributed.collect((self.sums, self.counts))
+        names = dict.fromkeys(name for sums, _ in found for name in sums)
+        means = {
+            name: sum(sums.get(name, 0.0) for sums, _ in found)
+            / max(counts.get(name, 0) for _, counts in found)
+            for name in names
+        }
+        self.sums, self.counts = {}, {}
+        return means

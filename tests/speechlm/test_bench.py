@@ -1,0 +1,91 @@
+"""The peer is the same model; the numbers are there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from audio_codec.errors import UserError
+from audio_codec.transformer import TransformerConfig
+from speechlm import bench
+from speechlm.data import Packer
+from speechlm.model import LMConfig, LossConfig, SpeechLM
+from speechlm.streams import Streams
+
+CONFIG = LMConfig(
+    streams=Streams(text_size=40, codebooks=((3, 2), (9,), (9,))),
+    temporal=TransformerConfig(dim=16, layers=2, heads=2, kv_heads=1, window=60),
+    depth=TransformerConfig(dim=16, layers=2, heads=2, hidden=24),
+    codec="none",
+)
+
+
+def halves(weight: Tensor, head: int) -> Tensor:
+    """Rows of a projection for positions that turn halves, from ones that turn neighbours."""
+    return weight.unflatten(0, (-1, head // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def copy_blocks(ours: nn.Module, theirs: nn.Module, config: TransformerConfig, rope: bool) -> None:
+    head = config.dim // config.heads
+    kv = (config.kv_heads or config.heads) * head
+    for block, layer in zip(ours.blocks, theirs, strict=True):
+        q, k, v = block.attention.qkv.weight.split((config.dim, kv, kv))
+        if rope:
+            q, k = halves(q, head), halves(k, head)
+        attention = layer.self_attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        for module, weight in zip(projections, (q, k, v, block.attention.out.weight), strict=True):
+            module.linear.weight.copy_(weight)
+        layer.mlp.fc1.weight.copy_(block.mlp.up.weight)
+        layer.mlp.fc2.weight.copy_(block.mlp.down.weight)
+
+
+@torch.no_grad()
+def same(ours: SpeechLM, gathered: bool) -> bench.MoshiPeer:
+    peer = bench.MoshiPeer(ours.config, 60, gathered)
+    copy_blocks(ours.temporal, peer.body.layers, CONFIG.temporal, rope=True)
+    copy_blocks(ours.depth.transformer, peer.layers, CONFIG.depth, rope=False)
+    peer.load_state_dict(ours.state_dict(), strict=False)
+    return peer
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_the_peer_has_our_loss_gradients_and_size(gathered: bool) -> None:
+    ours = SpeechLM(CONFIG)
+    peer = same(ours, gathered)
+    batch = Packer(bench.Talks(CONFIG.streams, 200), CONFIG.streams, 2, 60).next()
+    assert 0.3 < float((batch.weights[:, CONFIG.streams.own] > 0).any(1).float().mean()) < 0.7
+    expected = ours.loss(batch, LossConfig()).total
+    found = peer.objective(batch, LossConfig())
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    expected.backward()
+    found.backward()
+    shared = dict(ours.named_parameters())
+    compared = 0
+    for name, parameter in peer.named_parameters():
+        if name in shared:
+            grad, other = parameter.grad, shared[name].grad
+            assert grad is not None and other is not None
+            assert torch.allclose(grad, other, rtol=1e-3, atol=1e-6), name
+            compared += 1
+    assert compared >= 10
+    size = sum(p.numel() for p in peer.parameters())
+    assert size == pytest.approx(sum(p.numel() for p in ours.parameters()), rel=0.02)
+
+
+def test_all_the_numbers_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "tune_allocator", lambda: None)
+    found = bench.measure(CONFIG, ["transformers"], rows=1, length=40, steps=2)
+    assert {
+        "train_speedup",
+        "train_speedup_gathered",
+        "loader_busy",
+        "mfu",
+        "tokens_per_second",
+    } <= found.keys()
+    assert abs((found["parameters_ratio"].value or 0) - 1) < 0.02
+    assert all((metric.value or 0) > 0 for metric in found.values())
+    assert "train_speedup" not in bench.measure(CONFIG, rows=1, length=40, steps=1)
+    with pytest.raises(UserError, match="peer 'nanogpt' is unknown; choices: transformers"):
+        bench.measure(CONFIG, ["nanogpt"])
