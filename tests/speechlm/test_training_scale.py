@@ -336,6 +336,26 @@ def test_pieces_and_recomputation_leave_the_numbers(made: Path, tmp_path: Path) 
     assert torch.allclose(losses["whole"], losses["pieces"], rtol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")  # torch warns of what its own compiler does
+def test_compiled_blocks_leave_the_numbers(made: Path, tmp_path: Path) -> None:
+    shape = config_of(made, tmp_path).model.model_dump(mode="json", exclude_unset=True)
+    shape["temporal"]["layers"] = 1
+    changes = {
+        "model": shape,
+        "run": {"steps": 2},
+        "sources": [{"kind": "dialogues", "path": made / "shards", "rows": 2}],
+        "validation": [],
+    }
+    losses = []
+    for compiled in (False, True):
+        lm.train(config_of(made, tmp_path / str(compiled), compile=compiled, **changes))
+        AcceleratorState._reset_state(True)
+        losses.append([row["loss"] for row in numbers(tmp_path / str(compiled))])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) == 2
+
+
 def test_log_spaced_checkpoints_are_kept_and_the_mean_of_the_last_is_saved(
     made: Path, tmp_path: Path
 ) -> None:
