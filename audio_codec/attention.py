@@ -22,7 +22,9 @@ def attend(
     mask, T = S) lets the backend skip the upper triangle. Torch picks flash attention on a GPU and
     its fused CPU kernel otherwise; a grouped key is never copied out to the full number of heads.
     """
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad:
+    grouped = key.shape[1] != query.shape[1]
+    in_turns = query.requires_grad or grouped  # goes through the heads of a group one by one
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and in_turns:
         return by_products(query, key, value, mask, causal)
     return F.scaled_dot_product_attention(
         query,
@@ -30,7 +32,7 @@ def attend(
         value,
         attn_mask=mask,
         is_causal=causal,
-        enable_gqa=key.shape[1] != query.shape[1],
+        enable_gqa=grouped,
     )
 
 
@@ -42,17 +44,20 @@ def by_products(
     Torch's fused CPU kernel has a slow backward in bfloat16 (5 times slower than this at 100
     positions, 1.3 times at 750), while matrix products run on the processor's own bfloat16 units.
     """
+    batch, heads, time, size = query.shape
+    groups, keys = key.shape[1], key.shape[2]
     if causal:
-        square = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        square = torch.ones(time, keys, dtype=torch.bool, device=query.device)
         mask = square.tril()
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    # The heads of a group ask the same keys: as one taller matrix.
+    folded = (query * size**-0.5).reshape(batch, groups, -1, size)
+    scores = folded @ key.transpose(-1, -2)  # [B, G, H / G · T, S]
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device)
-        scores = scores + bias.masked_fill_(~mask, float("-inf"))
-    return torch.softmax(scores, dim=-1, dtype=scores.dtype) @ value
+        scores = scores.view(batch, heads, time, keys) + bias.masked_fill_(~mask, float("-inf"))
+        scores = scores.view(batch, groups, -1, keys)
+    mixed = torch.softmax(scores, dim=-1, dtype=scores.dtype) @ value
+    return mixed.view(batch, heads, time, size)
 
 
 @dataclass(frozen=True, slots=True)

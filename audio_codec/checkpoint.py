@@ -6,6 +6,7 @@ checkpoint always gives float32 tensors, so that what was stored never matters t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -227,6 +228,17 @@ def load(
     for file in files:
         stored.update(_read_file(file))
     return Checkpoint(path, config, _unpack(stored, path), card)
+
+
+def digest(name_or_path: str | Path) -> str:
+    """A name for the very weights in a checkpoint directory: SHA-256 over its files of them.
+
+    Raises UserError where `resolve` does.
+    """
+    found = hashlib.sha256()
+    for file in sorted(resolve(name_or_path).glob("*.safetensors")):
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:

@@ -237,6 +237,7 @@ class SpectralCodec(nn.Module):
         self.config = config
         self.tokenizer = SpeechTokenizer(config.tokenizer) if config.semantic is None else None
         self.analysis = Analysis(config.window)
+        self.codes_frozen = False
         self.front_in = nn.Linear(self.analysis.features, config.encoder_dim)
         self.front = ConvNeXtStack(config.encoder_dim, config.encoder_blocks)
         self.down = nn.Linear(HOPS * config.encoder_dim, config.encoder_latent_dim)
@@ -278,11 +279,23 @@ class SpectralCodec(nn.Module):
         kept = self.config.codebooks[: count - 1]
         self.config = self.config.model_copy(update={"codebooks": kept})
 
+    def freeze_codes(self) -> None:
+        """Leave to training what comes after the codes: whoever learned them goes on with them."""
+        self.codes_frozen = True
+        self.requires_grad_(False)
+        for part in (self.from_latent, self.decoder_latent, self.up, self.back, self.head):
+            part.requires_grad_(True)
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> SpectralCodec:
-        """As of any module, but the tokenizer is frozen: its running statistics stay too."""
+        """As of any module, but what is frozen keeps its running statistics too."""
         super().train(mode)
         if self.tokenizer is not None:
             self.tokenizer.eval()
+        if self.codes_frozen:
+            self.quantizer.eval()
+            if self.tokenizer is None:
+                self.semantic_vq.eval()
         return self
 
     def _encode_hidden(self, pcm: Tensor, state: SpectralEncoderState | None) -> Tensor:

@@ -78,18 +78,26 @@ class State:
 
     def extract(self, slot: int) -> State:
         """The state of one session: a copy with a batch of one."""
-        picked = self.clone()
-        picked._narrow(slot)
-        picked._share(self.active[slot : slot + 1].clone())
-        return picked
+        return self.take(torch.tensor([slot], device=self.active.device))
 
-    def _narrow(self, slot: int) -> None:
+    def take(self, slots: Tensor) -> State:
+        """A copy that holds the given slots (int64 [N]) alone, in that order."""
+        taken = self._gather(slots)
+        taken._share(self.active[slots])
+        return taken
+
+    def _gather(self, slots: Tensor) -> State:
+        gathered = copy.copy(self)
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor) and field.name != "active":
-                setattr(self, field.name, value[slot : slot + 1].clone())
-        for child in self.children():
-            child._narrow(slot)
+            if isinstance(value, State):
+                setattr(gathered, field.name, value._gather(slots))
+            elif isinstance(value, (list, tuple)):
+                items = [x._gather(slots) if isinstance(x, State) else x for x in value]
+                setattr(gathered, field.name, type(value)(items))
+            elif isinstance(value, Tensor) and field.name != "active":
+                setattr(gathered, field.name, value[slots])
+        return gathered
 
     def insert(self, slot: int, session: State) -> None:
         """Write a session taken by `extract` into a slot of this batch."""

@@ -56,6 +56,7 @@ from audio_codec.errors import UserError
 from audio_codec.layers import ConvNeXtStack, StackState, TailState
 from audio_codec.sampling import normal
 from audio_codec.spectral import HOP, Synthesis, spectrum_head
+from audio_codec.speech_tokenizer import SpeechTokenizer
 from audio_codec.state import State, all_active
 from audio_codec.transformer import Transformer, TransformerConfig, TransformerState
 
@@ -446,3 +447,13 @@ def load_token_decoder(
     model = TokenDecoder(checkpoints.parse_config(TokenDecoderConfig, found))
     checkpoints.restore(model, found)
     return model.eval().requires_grad_(False)
+
+
+def check_match(tokenizer: SpeechTokenizer, decoder: TokenDecoder) -> None:
+    """Raise UserError unless the decoder speaks the tokenizer's tokens."""
+    theirs, ours = (tuple(tokenizer.codebook), tokenizer.rate), decoder.config
+    if theirs != (ours.codebook, ours.rate):
+        raise UserError(
+            f"decoder: it speaks tokens of codebook {ours.codebook} at {ours.rate:g} Hz, but the "
+            f"tokenizer's are of {theirs[0]} at {theirs[1]:g} Hz."
+        )

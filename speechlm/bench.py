@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from audio_codec.attention import attend
 from audio_codec.errors import UserError
+from audio_codec.memory import tune_allocator
 from audio_codec.transformer import TransformerConfig
 from speechlm.data import Dialogue, Document, Packer, WeightConfig, dialogue_document
 from speechlm.evaluation.report import Metric, bootstrap_median
@@ -45,7 +46,6 @@ from speechlm.model import Batch, LMConfig, LossConfig, SpeechLM
 from speechlm.streams import PAD, Streams
 from speechlm.training.loader import Loader
 from speechlm.training.optimize import OptimizerConfig, clip_gradients
-from speechlm.training.run import tune_allocator
 from speechlm.training.work import Counts, peak_flops, work
 
 PEERS: Final = ("transformers",)

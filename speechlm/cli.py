@@ -290,13 +290,37 @@ def bench_train(
 
 
 @bench_app.command("synth")
-def bench_synth(json: Json = None, seed: Seed = 0) -> None:
-    """How good the making of data is: de-duplication against planted copies."""
+def bench_synth(
+    text_to_token: Annotated[
+        str | None,
+        typer.Option("--text-to-token", metavar="FOLDER", help="A model to measure against TTS."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Whose codes it speaks [default: it knows].")
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option("--decoder", help="A token decoder that speaks its codes again.")
+    ] = None,
+    texts: Annotated[int, typer.Option(min=16, help="Held-out sentences to say.")] = 1024,
+    json: Json = None,
+    seed: Seed = 0,
+) -> None:
+    """How good the making of data is: de-duplication against planted copies, text to codes."""
     _check(json)
+    if text_to_token is None and (tokenizer or decoder):
+        raise UserError("--tokenizer and --decoder need a model to measure: --text-to-token.")
     from speechlm.evaluation.report import Metric
     from synth_data import bench as room
 
     measured = room.measure_dedup(seed=seed)
+    if text_to_token is not None:
+        from speechlm import convert
+
+        known = tokenizer or room.tokenizer_of(text_to_token)
+        listener = str(convert.tokenizer_folder(known))
+        measured |= room.measure_text_to_token(
+            text_to_token, listener, texts, decoder=decoder, seed=seed
+        )
     _report("bench synth", {name: Metric(**vars(f)) for name, f in measured.items()}, json)
 
 
@@ -318,6 +342,14 @@ def train_tokenizer(config: Recipe, overrides: Overrides = None, resume: Resume 
 def train_codec(config: Recipe, overrides: Overrides = None, resume: Resume = False) -> None:
     """The codec, on top of a frozen tokenizer."""
     _train("codec", config, overrides, resume)
+
+
+@train_app.command("text-to-token")
+def train_text_to_token(
+    config: Recipe, overrides: Overrides = None, resume: Resume = False
+) -> None:
+    """The model that turns text into semantic codes without any sound."""
+    _train("text_to_token", config, overrides, resume)
 
 
 @train_app.command("token-decoder")
@@ -441,6 +473,26 @@ def synth_dialogues(config: Recipe, overrides: Overrides = None, ray: Ray = None
 
     recipe = load_config(config, _where(overrides, ray), dialogues.DialoguesConfig)
     _shards(recipe.output, dialogues.build_dialogues(recipe))
+
+
+@synth_app.command("pairs")
+def synth_pairs(config: Recipe, overrides: Overrides = None, ray: Ray = None) -> None:
+    """Texts with the semantic codes of their sound, for the text-to-token model."""
+    from speechlm.config import load_config
+    from synth_data.recipes import pairs
+
+    recipe = load_config(config, _where(overrides, ray), pairs.PairsConfig)
+    _shards(recipe.output, pairs.build_pairs(recipe))
+
+
+@synth_app.command("interleave")
+def synth_interleave(config: Recipe, overrides: Overrides = None, ray: Ray = None) -> None:
+    """Documents of text and speech in turns, spoken by a text-to-token model."""
+    from speechlm.config import load_config
+    from synth_data.recipes import interleave
+
+    recipe = load_config(config, _where(overrides, ray), interleave.InterleaveRecipe)
+    _shards(recipe.output, interleave.build_interleaved(recipe))
 
 
 @synth_app.command("stereo")

@@ -87,13 +87,20 @@ def load_codec_of(name_or_path: str | Path) -> AnyCodec:
     return load_codec(codec_folder(name_or_path))
 
 
+def tokenizer_folder(name_or_path: str | Path) -> str | Path:
+    """The checkpoint with a model's speech tokenizer: the model's codec, or `name_or_path` itself
+    when it is a codec's or a tokenizer's.
+    """
+    alone = kind_of_tokenizer(checkpoints.load(_base(name_or_path)).config) is not None
+    return name_or_path if alone else codec_folder(name_or_path)
+
+
 def load_speech_tokenizer_of(name_or_path: str | Path) -> SpeechTokenizer:
     """The speech tokenizer of a model or codec, or the one in its own checkpoint directory.
 
     Raises UserError when there is none or it is broken.
     """
-    alone = kind_of_tokenizer(checkpoints.load(_base(name_or_path)).config) is not None
-    return load_tokenizer_of(name_or_path if alone else codec_folder(name_or_path))
+    return load_tokenizer_of(tokenizer_folder(name_or_path))
 
 
 def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Duplex:

@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
 from audio_codec.audio import FRAME_RATE
 from audio_codec.errors import UserError
@@ -38,7 +38,14 @@ from speechlm.streams import ABSENT, BOS, EOS, EPAD, PAD, SPEECH, TEXT, Streams
 from speechlm.text_tokenizer import TextTokenizer
 from synth_data import quiz, shards
 from synth_data.dialogue import ASSISTANT, USER
-from synth_data.interleave import InterleaveConfig, Modality, frame_range, interleave
+from synth_data.interleave import (
+    QUESTION_RULES,
+    InterleaveConfig,
+    Modality,
+    frame_range,
+    interleave,
+    read_segments,
+)
 from synth_data.mixture import HUMAN, MADE, Count, Shares, Summary, shares, summarize
 from synth_data.text import normalize, sentences_from, spell_out
 from synth_data.tts import Word
@@ -635,19 +642,30 @@ class SentenceSource(BaseModel):
 
 
 class InterleavedSource(BaseModel):
-    """Utterances of which some words stay text and the others become speech."""
+    """Text and speech in one document: laid out by `speechlm synth interleave`, or only now.
+
+    Of an utterance with codes and word times some words stay text and the others become speech.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["interleaved"]
     path: Shards
-    """With codes and word times; each channel is a speaker of its own."""
+    """Of interleaved documents; or with codes and word times, where each channel is a speaker of
+    its own."""
     rows: PositiveInt
     order: Order = "shuffled"
     layout: InterleaveConfig = InterleaveConfig()
-    """How much of it is speech."""
+    """How much of an utterance is speech; its unit must be the word."""
     max_words: PositiveInt = 60
-    """Words in a document."""
+    """Words of an utterance in a document."""
+
+    @field_validator("layout")
+    @classmethod
+    def _words(cls, layout: InterleaveConfig) -> InterleaveConfig:
+        if layout.unit != "word":
+            raise ValueError("utterances with word times name no sentences; layout.unit is 'word'")
+        return layout
 
 
 class AudioSource(BaseModel):
@@ -987,6 +1005,46 @@ class _Utterance:
     name: str
 
 
+@dataclass(frozen=True, slots=True)
+class _LaidOut:
+    """A document of which somebody has decided what is speech."""
+
+    spans: list[list[int] | Codes]
+    roles: list[Role] | None
+    """Of each span; None where any role will do, the same for all."""
+    name: str
+
+    @property
+    def columns(self) -> int:
+        """About how long it is."""
+        return sum(
+            span.shape[1] if isinstance(span, np.ndarray) else len(span) for span in self.spans
+        )
+
+
+def lay_out(sample: shards.Sample, streams: Streams, tokenizer: TextTokenizer) -> _LaidOut:
+    """Give ids to an interleaved sample. Raises UserError when its codes are not for this model."""
+    if sample.codes is None:
+        raise UserError(f"interleaved sample '{sample.id}' has no codes.")
+    check_codes(sample, streams)
+    segments = read_segments(sample.meta)
+    spans = [
+        tokenizer.encode(segment.text)
+        if segment.modality == "text"
+        else sample.codes[0][:, segment.first : segment.last]
+        for segment in segments
+    ]
+    rule, roles = sample.meta["rule"], None
+    if rule in QUESTION_RULES:  # the user asks, the model answers
+        roles = [_ROLES[segment.utterance] for segment in segments]
+    elif rule in ("asr", "tts"):
+        roles = [_ROLES[rule == "tts"]] * len(segments)
+    return _LaidOut(spans, roles, sample.id)
+
+
+_ROLES: tuple[Role, Role] = ("user", "own")
+
+
 class _Interleaved:
     def __init__(
         self,
@@ -999,21 +1057,34 @@ class _Interleaved:
         self.config, self.streams, self.tokenizer = config, streams, tokenizer
         self.weights, self.seed = weights, seed
 
-        def read(path: Path) -> Iterator[_Item[_Utterance]]:
+        def read(path: Path) -> Iterator[_Item[_Utterance | _LaidOut]]:
             for sample in shards.read(path, audio=False):
-                if sample.codes is None or sample.codes.shape[1] != streams.k:
-                    continue
-                for codes, words in zip(sample.codes, sample.words, strict=True):
-                    if words:
-                        yield _Utterance(codes, words, sample.id), codes.shape[1], sample.wer
+                if "segments" in sample.meta:
+                    laid = lay_out(sample, streams, tokenizer)
+                    yield laid, laid.columns, sample.wer
+                elif sample.codes is not None and sample.codes.shape[1] == streams.k:
+                    for codes, words in zip(sample.codes, sample.words, strict=True):
+                        if words:
+                            yield _Utterance(codes, words, sample.id), codes.shape[1], sample.wer
 
-        lack = f"no utterance with {streams.k} codebooks in '{{}}'"
-        self.utterances, self.pool = _gather(config, seed, read, lack)
+        lack = f"no interleaved document and no utterance with {streams.k} codebooks in '{{}}'"
+        self.found, self.pool = _gather(config, seed, read, lack)
 
     def document(self, lane: int, number: int) -> Document:
-        utterance = self.utterances[self.pool.index(lane, number)]
+        found = self.found[self.pool.index(lane, number)]
         rng = np.random.default_rng((self.seed, lane, number, 1))
-        words, codes = utterance.words, utterance.codes
+        spans: list[list[int] | Codes]
+        roles: list[Role] | None
+        if isinstance(found, _LaidOut):
+            spans, roles = found.spans, found.roles
+        else:
+            spans, roles = self._spans(found, rng), None
+        role = _ROLES[int(rng.random() < 0.5)]
+        made = interleaved_document(spans, self.streams, self.weights, roles or role)
+        return replace(made, name=found.name)
+
+    def _spans(self, found: _Utterance, rng: np.random.Generator) -> list[list[int] | Codes]:
+        words, codes = found.words, found.codes
         count = min(len(words), self.config.max_words)
         first = int(rng.integers(len(words) - count + 1))
         spans: list[list[int] | Codes] = []
@@ -1025,9 +1096,7 @@ class _Interleaved:
             else:
                 said = words[here.start : here.end]
                 spans.append([piece for word in said for piece in self.tokenizer.word(word.text)])
-        role: Literal["own", "user"] = "own" if rng.random() < 0.5 else "user"
-        made = interleaved_document(spans, self.streams, self.weights, role)
-        return replace(made, name=utterance.name)
+        return spans
 
 
 class _Audio:

@@ -215,7 +215,11 @@ def _index(paths: Sequence[UPath], summary: Summary, source: Iterable[str]) -> I
 
 
 def _make_shard(path: UPath, make: Make[Part], part: Part) -> BuildReport:
-    """Make a shard, or count what is in it when it is there and whole."""
+    """Make a shard, or count what is in it when it is there and whole.
+
+    On one thread, wherever it is: how a matrix product is shared out shows in its last bits, and
+    they may decide a code.
+    """
     if path.exists():
         reader = Reader(path, audio=False)
         summary = Summary.of(reader)
@@ -235,7 +239,12 @@ def _make_shard(path: UPath, make: Make[Part], part: Part) -> BuildReport:
                 report.summary.add(result)
                 yield result
 
-    write(path, kept())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        write(path, kept())
+    finally:
+        torch.set_num_threads(threads)
     report.compute_seconds = time.perf_counter() - started
     return report
 
@@ -270,7 +279,6 @@ def _locally(
 
 
 def _start_worker() -> None:
-    torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

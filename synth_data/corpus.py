@@ -316,7 +316,7 @@ def _format_of(file: str, source: CorpusSource | None = None) -> Format | None:
     return _SUFFIXES.get(suffix)
 
 
-def _lines(stream: IO[bytes], limit: int) -> Iterator[bytes | None]:
+def bounded_lines(stream: IO[bytes], limit: int) -> Iterator[bytes | None]:
     """Lines of a stream; None for one of more than ``limit`` bytes, which is never held whole."""
     while line := stream.readline(limit + 1):
         if len(line) <= limit or line.endswith(b"\n"):
@@ -328,7 +328,7 @@ def _lines(stream: IO[bytes], limit: int) -> Iterator[bytes | None]:
 
 
 def _json_lines(stream: IO[bytes], source: CorpusSource, limit: int) -> Iterator[Any | Removed]:
-    for line in _lines(stream, limit):
+    for line in bounded_lines(stream, limit):
         if line is None:
             yield Removed(source.label, "too long")
         elif line.strip():
@@ -365,11 +365,11 @@ def _texts(stream: IO[bytes], source: CorpusSource, limit: int) -> Iterator[Reco
 def _pieces(stream: IO[bytes], unit: str, limit: int) -> Iterator[bytes | None]:
     """Lines, paragraphs (between empty lines) or the whole; None for one beyond the limit."""
     if unit == "line":
-        yield from _lines(stream, limit)
+        yield from bounded_lines(stream, limit)
         return
     pending = io.BytesIO()
     over = False
-    for line in itertools.chain(_lines(stream, limit), [b""]):
+    for line in itertools.chain(bounded_lines(stream, limit), [b""]):
         blank = line is not None and not line.strip()
         if line == b"" or (blank and unit != "file"):
             yield None if over else pending.getvalue()

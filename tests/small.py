@@ -1,5 +1,7 @@
 """Untrained models as small as they get, for whatever test needs a real one."""
 
+from typing import Any
+
 import torch
 
 from audio_codec.spectral import SpectralCodec, SpectralConfig
@@ -9,6 +11,7 @@ from speechlm.duplex import Duplex
 from speechlm.model import LMConfig, SpeechLM
 from speechlm.streams import Streams
 from speechlm.text_tokenizer import train_text_tokenizer
+from synth_data.text_to_token import TextToToken, TextToTokenConfig
 
 TOKENIZER = TokenizerConfig(
     front_dim=16,
@@ -53,3 +56,24 @@ def small_duplex() -> Duplex:
         codec="codec",
     )
     return Duplex(codec, SpeechLM(config), tokenizer)
+
+
+def small_text_to_token(**changes: Any) -> TextToToken:
+    """A model of 12 codes that ends a line after some frames; in float64, so that sums are exact
+    enough for equal draws whatever the shape of a batch.
+    """
+    layout = {
+        "codebook": (3, 2, 2),
+        "rate": 12.5,
+        "cell": 2,
+        "step": 2,
+        "length": (0.3, 0.5, 0.5, 2.0),
+        "transformer": {"dim": 16, "layers": 2, "heads": 2, "kv_heads": 1, "window": 120},
+        "head": 8,
+    }
+    torch.manual_seed(0)
+    model = TextToToken(TextToTokenConfig.model_validate({**layout, **changes})).double()
+    end = model.heads[0].bias
+    with torch.no_grad():
+        end[model.end] = -0.3
+    return model.eval().requires_grad_(False)

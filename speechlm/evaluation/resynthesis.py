@@ -20,9 +20,8 @@ import numpy as np
 import torch
 
 from audio_codec.audio import Pcm
-from audio_codec.errors import UserError
 from audio_codec.speech_tokenizer import SpeechTokenizer
-from audio_codec.token_decoder import TokenDecoder, load_token_decoder
+from audio_codec.token_decoder import TokenDecoder, check_match, load_token_decoder
 from speechlm.convert import load_speech_tokenizer_of
 from speechlm.evaluation.report import Metric
 from speechlm.training.token_decoder import tokenize
@@ -36,16 +35,6 @@ class Listener(Protocol):
 
     def transcribe(self, pcm: Pcm) -> str:
         """Words heard in a sound [S] at 24 kHz."""
-
-
-def check_match(tokenizer: SpeechTokenizer, decoder: TokenDecoder) -> None:
-    """Raise UserError unless the decoder speaks the tokenizer's tokens."""
-    theirs, ours = (tuple(tokenizer.codebook), tokenizer.rate), decoder.config
-    if theirs != (ours.codebook, ours.rate):
-        raise UserError(
-            f"decoder: it speaks tokens of codebook {ours.codebook} at {ours.rate:g} Hz, but the "
-            f"tokenizer's are of {theirs[0]} at {theirs[1]:g} Hz."
-        )
 
 
 @torch.inference_mode()

@@ -10,8 +10,9 @@ the one that is heard), are coded and decoded. The criteria, and when they hold:
 
 What is listened to is balanced by its gradient on the decoded sound. Codebook 0 comes from a frozen
 semantic tokenizer, or, with `model.semantic` and `teacher`, by distillation. Rows keep a random
-number of codebooks at times, so that one codec serves any bitrate. The numbers of an evaluation,
-and the checkpoint at the end, are those of a moving average of the weights.
+number of codebooks at times, so that one codec serves any bitrate. With `learn: decoder` the codes
+of a finished codec stay, and the sound that is made of them gets better. The numbers of an
+evaluation, and the checkpoint at the end, are those of a moving average of the weights.
 
     speechlm train codec configs/codec/tiny.yaml [run.steps=…]
 
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -132,6 +133,9 @@ class TrainConfig(BaseModel):
     optimizer: OptimizerConfig = OptimizerConfig(lr=6e-4, betas=(0.8, 0.99), weight_decay=0.01)
     init_from: str | None = None
     """A checkpoint of a codec, or of a model around one, to start from."""
+    learn: Literal["all", "decoder"] = "all"
+    """`decoder`: the codes of `init_from` stay as they are, so that a language model of them stays
+    valid, and only what makes sound of them learns. `tokenizer`, `model`: those of `init_from`."""
     dtype: checkpoints.StoredType = "fp32"
     """How the weights of the finished checkpoint are stored."""
     output: Path | None = None
@@ -139,6 +143,8 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _one_semantic_source(self) -> TrainConfig:
+        if self.learn == "decoder":
+            return self  # What gives codebook 0 is in `init_from`.
         if self.model.semantic is None and self.tokenizer is None:
             raise ValueError(
                 "tokenizer is missing: name one, or set model.semantic and teacher.model to "
@@ -153,16 +159,31 @@ class TrainConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _codes_to_keep(self) -> TrainConfig:
+        if self.learn == "decoder" and self.init_from is None:
+            raise ValueError("learn: decoder keeps the codes of a codec; name it in init_from")
+        for name in ("tokenizer", "teacher", "model"):
+            if self.learn == "decoder" and name in self.model_fields_set:
+                raise ValueError(f"learn: decoder takes {name} from init_from; leave {name} out")
+        return self
+
+    @model_validator(mode="after")
     def _within_reach(self) -> TrainConfig:
+        """Of a shape that `init_from` brings, `check_reach` is asked when it is known."""
+        if self.learn == "all":
+            self.check_reach()
+        if self.adversarial is not None:
+            self.adversarial.first_step(self.run.steps)
+        return self
+
+    def check_reach(self) -> None:
+        """ValueError when the codec has fewer codebooks than are to be measured."""
         codebooks = 1 + len(self.model.codebooks)
         for number in self.validation_codebooks:
             if not 1 <= number <= codebooks:
                 raise ValueError(
                     f"validation_codebooks has {number}, but the codec has 1 to {codebooks}"
                 )
-        if self.adversarial is not None:
-            self.adversarial.first_step(self.run.steps)
-        return self
 
 
 def load_voiced(folder: Path) -> list[tuple[Waveform, str]]:
@@ -417,6 +438,20 @@ def show(
         run.tensorboard.add_image(f"mel/{number}", picture(criterion, pair), step)
 
 
+def _whole(config: TrainConfig) -> TrainConfig:
+    """The config with the shape written out that a codec brings whose codes are kept."""
+    if config.learn == "all":
+        return config
+    source = str(config.init_from)
+    shape = configs.build(checkpoints.load(codec_folder(source)).config, SpectralConfig, source)
+    whole = config.model_copy(update={"model": shape})
+    try:
+        whole.check_reach()
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    return whole
+
+
 def _build(config: TrainConfig) -> SpectralCodec:
     shape, tokenizer = config.model, None
     if config.tokenizer is not None:
@@ -426,9 +461,12 @@ def _build(config: TrainConfig) -> SpectralCodec:
     codec = SpectralCodec(shape)
     if config.init_from is not None:
         checkpoints.restore(codec, checkpoints.load(codec_folder(config.init_from)))
-    if codec.tokenizer is not None and tokenizer is not None:
-        codec.tokenizer.load_state_dict(tokenizer.state_dict())
+    if codec.tokenizer is not None:
+        if tokenizer is not None:
+            codec.tokenizer.load_state_dict(tokenizer.state_dict())
         codec.tokenizer.requires_grad_(False)
+    if config.learn == "decoder":
+        codec.freeze_codes()
     return codec
 
 
@@ -436,6 +474,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train and write a checkpoint directory; returns its path. Raises UserError on bad data."""
     output_dir = config.output or config.run.dir / "codec"
     checkpoints.check_replaceable(output_dir)
+    config = _whole(config)
     run = Run("codec", config.run, config, resume)
     codec = _build(config).to(run.device)
     teacher: Teacher | None = None

@@ -17,11 +17,9 @@ that it passes over.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
@@ -49,6 +47,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.tensorboard import SummaryWriter
 
 from audio_codec.errors import UserError
+from audio_codec.memory import tune_allocator
 from speechlm.training import distributed
 from speechlm.training.optimize import (
     Average,
@@ -64,7 +63,6 @@ __all__ = [
     "Run",
     "RunConfig",
     "clip_gradients",
-    "tune_allocator",
 ]
 
 
@@ -91,23 +89,6 @@ class RunConfig(BaseModel):
     spikes: SpikeConfig | None = None
     """Roll back to the last checkpoint at a spike of the loss, and pass over the batch that made
     it (arXiv 2204.02311); null never does. For trainees that ask `Run.spiked`."""
-
-
-def tune_allocator() -> None:
-    """Keep freed memory in the process (glibc only, elsewhere nothing happens).
-
-    By default glibc hands every large buffer back to the kernel at once and faults it in again a
-    moment later; on the CPU, where each activation is such a buffer, that costs a third of the time
-    of a training step.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_top_pad, 64 * 2**20)
 
 
 class Run:

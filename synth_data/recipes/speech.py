@@ -161,7 +161,7 @@ class SpeechConfig(BaseModel):
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
     """One utterance of the plan: a text and a voice, or a recording."""
 
     id: str
@@ -184,14 +184,14 @@ def build_speech(config: SpeechConfig) -> BuildReport:
             little of it is what people made.
     """
     lines = plan_speech(config)
-    config.guard.check(_planned(lines), "the planned speech")
+    config.guard.check(planned_shares(lines), "the planned speech")
     parts = [
         lines[start : start + config.shard_size]
         for start in range(0, len(lines), config.shard_size)
     ]
     # Of the plan, not of the configuration: another text file or quiz makes another data set too.
     fingerprint = hashlib.sha256(repr((lines, config.verify, config.shard_size)).encode())
-    make = functools.partial(_speech, verification=config.verify, synthesis=config.synthesis)
+    make = functools.partial(speak_lines, verification=config.verify, synthesis=config.synthesis)
     return run_shards(
         config.output,
         "speech",
@@ -205,7 +205,7 @@ def build_speech(config: SpeechConfig) -> BuildReport:
     )
 
 
-def plan_speech(config: SpeechConfig) -> list[_Line]:
+def plan_speech(config: SpeechConfig) -> list[Line]:
     """Decide every utterance: its words, its voice, its place. Pure but for reading the sources."""
     rng = np.random.default_rng(config.seed)
     lines = [
@@ -221,7 +221,7 @@ def plan_speech(config: SpeechConfig) -> list[_Line]:
     return [lines[index] for index in order]
 
 
-def _planned(lines: Sequence[_Line]) -> Shares:
+def planned_shares(lines: Sequence[Line]) -> Shares:
     """How much people will have made: known before hours of work, but for what is dropped."""
     recorded = sum(line.seconds for line in lines if line.recording is not None)
     words = [(len(line.text.split()), line.human_text) for line in lines]
@@ -233,7 +233,7 @@ def _planned(lines: Sequence[_Line]) -> Shares:
 
 def _utterances(
     config: SpeechConfig, sources: Sequence[TextSource | QuizSource], rng: np.random.Generator
-) -> Iterator[_Line]:
+) -> Iterator[Line]:
     if isinstance(config.voices, str):
         voices = user_voices(config.voices, config.engines)
     elif isinstance(config.voices, int):
@@ -267,7 +267,7 @@ def _utterances(
             voice = voice.jitter(rng) if config.jitter else voice
         length = _LEAD_SECONDS + len(text) / _CHARACTERS_A_SECOND
         seconds += length
-        yield _Line(
+        yield Line(
             id=f"s{config.seed}-{number:07d}",
             text=text,
             voice=str(voice),
@@ -313,7 +313,7 @@ def read_manifest(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
-def _recordings(source: RecordedSource) -> Iterator[_Line]:
+def _recordings(source: RecordedSource) -> Iterator[Line]:
     columns = ("set", "split", "id", "speaker", "path", "seconds", "text", "licence_source")
     rows = read_manifest(source.data / MANIFEST, columns)
     known = {row["set"] for row in rows}
@@ -329,7 +329,7 @@ def _recordings(source: RecordedSource) -> Iterator[_Line]:
             and row["split"] in source.splits
             and float(row["seconds"]) <= source.max_seconds
         ):
-            yield _Line(
+            yield Line(
                 id=re.sub(r"[^A-Za-z0-9_-]", "_", f"{row['set']}-{row['id']}"),
                 text=spell_out(row["text"]),
                 voice=f"{row['set']}/{row['speaker']}",
@@ -341,9 +341,10 @@ def _recordings(source: RecordedSource) -> Iterator[_Line]:
             )
 
 
-def _speech(
-    lines: Sequence[_Line], verification: VerifyConfig | None, synthesis: SynthesisConfig
+def speak_lines(
+    lines: Sequence[Line], verification: VerifyConfig | None, synthesis: SynthesisConfig
 ) -> Iterator[Sample | Dropped]:
+    """The samples of some lines, in order, with their sound."""
     for line in lines:
         try:
             yield _sample(line, verification, synthesis)
@@ -353,7 +354,7 @@ def _speech(
 
 
 def _sample(
-    line: _Line, verification: VerifyConfig | None, synthesis: SynthesisConfig
+    line: Line, verification: VerifyConfig | None, synthesis: SynthesisConfig
 ) -> Sample | Dropped:
     words: tuple[Word, ...] = ()
     wer = None

@@ -123,6 +123,18 @@ def test_extract_copies_one_row_and_insert_puts_it_anywhere() -> None:
         other.insert(0, tree(2))
 
 
+def test_take_copies_rows_in_the_order_asked_for() -> None:
+    state = tree(4)
+    state.active[3] = False
+    taken = state.take(torch.tensor([3, 1]))
+    assert taken.batch == 2 and taken.active.tolist() == [False, True]
+    assert all(node.active is taken.active for node in taken.children())
+    assert same(rows(taken, 0), rows(state, 3)) and same(rows(taken, 1), rows(state, 1))
+    kept = rows(taken, 0)
+    state.reset()
+    assert same(rows(taken, 0), kept)
+
+
 def test_keep_picks_rows_and_lets_no_garbage_through() -> None:
     old, new = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
     new[1] = float("nan")

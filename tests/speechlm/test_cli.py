@@ -84,8 +84,8 @@ def test_help_answers_within_a_second_and_without_torch() -> None:
 @pytest.mark.parametrize(
     ("group", "commands"),
     [
-        ("train", ["tokenizer", "codec", "token-decoder", "lm"]),
-        ("synth", ["text", "speech", "dialogues"]),
+        ("train", ["tokenizer", "codec", "text-to-token", "token-decoder", "lm"]),
+        ("synth", ["text", "speech", "dialogues", "pairs", "interleave"]),
         ("eval", ["codec", "tokenizer", "spoken-qa", "duplex"]),
         ("codec", ["encode", "decode", "info"]),
         ("bench", ["codec", "synth"]),
@@ -103,7 +103,7 @@ class Config(BaseModel):
     output: Path = Path("shards")
 
 
-@pytest.mark.parametrize("trainee", ["tokenizer", "codec", "token-decoder", "lm"])
+@pytest.mark.parametrize("trainee", ["tokenizer", "codec", "text-to-token", "token-decoder", "lm"])
 def test_train_hands_over_the_validated_recipe(
     run: Run, room: Callable[..., None], tmp_path: Path, trainee: str
 ) -> None:
@@ -151,12 +151,21 @@ def test_synth_hands_over_the_validated_recipe(
         DialoguesConfig=SynthConfig,
         build_dialogues=built("dialogues"),
     )
+    room("synth_data.recipes.pairs", PairsConfig=SynthConfig, build_pairs=built("pairs"))
+    room(
+        "synth_data.recipes.interleave",
+        InterleaveRecipe=SynthConfig,
+        build_interleaved=built("interleave"),
+    )
     (tmp_path / "c.yaml").write_text("steps: 3\n")
     status, out, _ = run("synth", "speech", tmp_path / "c.yaml")
     assert status == 0 and out.startswith("shards: 7 samples, 0.50 h in 2 new shards; 1 stood")
     ray = "ray://head:10001"
     assert run("synth", "dialogues", tmp_path / "c.yaml", "steps=4", "--ray", ray)[0] == 0
     assert calls == [("speech", 3, None), ("dialogues", 4, ray)]
+    for what in ("pairs", "interleave"):
+        assert run("synth", what, tmp_path / "c.yaml", "--ray", ray)[0] == 0
+    assert calls[2:] == [("pairs", 3, ray), ("interleave", 3, ray)]
     assert run("synth", "speech", tmp_path / "none.yaml")[0] == 2
 
 
@@ -180,10 +189,28 @@ def test_bench_synth_prints_what_was_measured(
 ) -> None:
     from audio_codec.bench import Figure
 
-    room("synth_data.bench", measure_dedup=lambda seed: {"dedup_recall": Figure(0.5, n=seed)})
+    asked: list[tuple[object, ...]] = []
+
+    def measured(*names: object, **options: object) -> dict[str, Figure]:
+        asked.append((*names, *options.values()))
+        return {"text_to_token_wer": Figure(0.25)}
+
+    room(
+        "synth_data.bench",
+        measure_dedup=lambda seed: {"dedup_recall": Figure(0.5, n=seed)},
+        measure_text_to_token=measured,
+        tokenizer_of=lambda model: f"{model}/its",
+    )
+    room("speechlm.convert", tokenizer_folder=lambda name: Path(name) / "codec")
     status, out, _ = run("bench", "synth", "--seed", "7", "--json", tmp_path / "m.json")
-    assert status == 0 and "dedup_recall" in out
+    assert status == 0 and "dedup_recall" in out and not asked
     assert json.loads((tmp_path / "m.json").read_text())["metrics"]["dedup_recall"]["n"] == 7
+    said = ("bench", "synth", "--text-to-token", "t", "--texts", "16")
+    status, out, _ = run(*said)
+    assert status == 0 and "text_to_token_wer" in out and "dedup_recall" in out
+    assert run(*said, "--tokenizer", "tiny", "--decoder", "d")[0] == 0
+    assert asked == [("t", "t/its/codec", 16, None, 0), ("t", "tiny/codec", 16, "d", 0)]
+    assert run("bench", "synth", "--decoder", "d")[0] == 2
 
 
 def test_synth_shows_a_sample_and_a_set(run: Run, tmp_path: Path) -> None:

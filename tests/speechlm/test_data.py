@@ -198,6 +198,97 @@ class TestDocuments:
         heard = data.interleaved_document([codes], streams, WEIGHTS, role="user")
         assert (heard.weights[1:] == 0).all() and heard.columns[4, 3] == 1
 
+    def test_speech_of_semantic_codes_alone(self, streams: Streams) -> None:
+        codes = np.array([[1, 2, 3]])
+        document = data.interleaved_document(
+            [[9], codes, codes], streams, WEIGHTS, role=("own", "user", "own")
+        )
+        text = document.columns[0, 1:].tolist()
+        span = [SPEECH, PAD, PAD, PAD, TEXT]
+        assert text == [BOS, 9, *span, *span, EOS]
+        assert document.columns[4, 4:7].tolist() == [1, 2, 3]
+        assert document.columns[1, 9:12].tolist() == [1, 2, 3]
+        others = [row for row in range(1, streams.count) if row not in (1, 4)]
+        assert (document.columns[others, 1:] == ABSENT).all()
+        learned = np.zeros_like(document.weights)
+        learned[0] = np.where(document.columns[0, 1:] == PAD, WEIGHTS.pad, 1)
+        learned[1, 8:11] = WEIGHTS.semantic
+        assert (document.weights == learned).all()
+
+
+def laid_out(rule: str, segments: list[dict[str, object]], frames: int) -> shards.Sample:
+    return shards.Sample(
+        id=f"i-{rule}",
+        text="what is two four",
+        words=((),),
+        voices=("text-to-token",),
+        source="test",
+        licence="CC0",
+        synthetic=True,
+        seconds=frames / 12.5,
+        meta={"rule": rule, "segments": segments},
+        codes=np.arange(frames, dtype=np.uint16)[None, None] % 6,
+    )
+
+
+class TestLaidOut:
+    QUESTION = (
+        {"modality": "speech", "text": "What is 2?", "first": 0, "last": 4},
+        {"modality": "speech", "text": "Four.", "utterance": 1, "first": 4, "last": 9},
+    )
+    SPANS = (
+        {"modality": "text", "text": "What is"},
+        {"modality": "speech", "text": "two four.", "first": 0, "last": 5},
+    )
+
+    def test_who_speaks_is_told_by_the_rule(
+        self, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        sample = laid_out("question_speech_answer_speech", list(self.QUESTION), 9)
+        found = data.lay_out(sample, streams, tokenizer)
+        assert found.roles == ["user", "own"]
+        assert [np.asarray(span).tolist() for span in found.spans] == [
+            [[0, 1, 2, 3]],
+            [[4, 5, 0, 1, 2]],
+        ]
+        for rule, roles in (("asr", ["user"] * 2), ("tts", ["own"] * 2), ("speech_first", None)):
+            made = data.lay_out(laid_out(rule, list(self.SPANS), 5), streams, tokenizer)
+            assert made.roles == roles
+            assert made.spans[0] == tokenizer.encode("what is")
+
+    def test_documents_keep_the_layout(
+        self, streams: Streams, tokenizer: TextTokenizer, tmp_path: Path
+    ) -> None:
+        samples = [
+            laid_out("text_first", list(self.SPANS), 5),
+            laid_out("question_speech_answer_speech", list(self.QUESTION), 9),
+        ]
+        shards.write(tmp_path / "interleave-000000.tar", samples)
+        source = InterleavedSource(kind="interleaved", path=tmp_path, rows=1)
+        documents = data.open_source(source, streams, tokenizer, WEIGHTS, 0)
+        found = [documents.document(lane, n) for lane in range(8) for n in range(2)]
+        spoken = {tuple(int((d.columns[row, 1:] != ABSENT).sum()) for row in (1, 4)) for d in found}
+        # The spans are the model's or the user's by chance; question and answer are one each.
+        assert spoken == {(5, 0), (0, 5), (5, 4)}
+        mixture = Mixture([source], streams, tokenizer, WEIGHTS, length=60, seed=0)
+        ((_, batch),) = mixture.next()
+        assert batch.inputs.shape == (1, streams.count, 60)
+
+    def test_codes_of_another_codec_are_refused(
+        self, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        sample = laid_out("tts", list(self.SPANS), 5)
+        beyond = sample.model_copy(update={"codes": np.full((1, 1, 5), 6, np.uint16)})
+        with pytest.raises(UserError, match="code 6 in codebook 0"):
+            data.lay_out(beyond, streams, tokenizer)
+        more = sample.model_copy(update={"codes": np.zeros((1, 4, 5), np.uint16)})
+        with pytest.raises(UserError, match="4 codebooks, but the model has 3"):
+            data.lay_out(more, streams, tokenizer)
+        with pytest.raises(ValueError, match="layout.unit"):
+            InterleavedSource.model_validate(
+                {"kind": "interleaved", "path": ".", "rows": 1, "layout": {"unit": "sentence"}}
+            )
+
 
 class TestJoin:
     def test_cut_conversations_are_whole_again(self) -> None:

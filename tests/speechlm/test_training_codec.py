@@ -229,6 +229,19 @@ def test_what_is_saved_is_the_average(
     assert not torch.equal(saved["up.weight"], now["codec.up.weight"])
 
 
+def test_a_decoder_learns_while_the_codes_stay(made: Path, tmp_path: Path) -> None:
+    first = train(config_of(made, tmp_path / "first", adversarial=None, dtype="int8"))
+    AcceleratorState._reset_state(True)
+    again = layout(made, tmp_path / "second", init_from=str(first), learn="decoder", dtype="int8")
+    del again["tokenizer"], again["model"]
+    second = train(TrainConfig.model_validate(again))
+    old, new = (checkpoints.load(path).tensors for path in (first, second))
+    changed = {name.partition(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"from_latent", "decoder_latent", "up", "back", "head"}
+    with pytest.raises(UserError, match="validation_codebooks has 4, but the codec has 1 to 3"):
+        train(TrainConfig.model_validate({**again, "validation_codebooks": [4]}))
+
+
 # --- Rows, bitrates, codes ------------------------------------------------------------------------
 
 
@@ -417,6 +430,8 @@ def test_a_teacher_that_is_none_is_a_user_error(made: Path, tmp_path: Path) -> N
         ({"adversarial": {"update_share": 0}}, "adversarial.update_share is 0"),
         ({"adversarial": {"discriminators": {"windows": [30]}}}, "discriminators.windows.0 is 30"),
         ({"bypass_share": 2}, "bypass_share is 2"),
+        ({"learn": "decoder"}, "learn: decoder keeps the codes of a codec; name it in init_from"),
+        ({"learn": "decoder", "init_from": "x"}, "takes tokenizer from init_from; leave"),
         ({"ema": 1}, "ema is 1"),
         ({"model": {**DISTILLED, "semantic": {"size": 0}}}, "model.semantic.size is 0"),
     ],

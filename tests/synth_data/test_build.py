@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from upath import UPath
 
 from audio_codec.errors import UserError
@@ -78,6 +79,24 @@ def coded(part: list[int], pause: float = 0.0) -> Iterator[Sample | Dropped]:
         rng = np.random.default_rng(int(made.id[1:]))
         codes = rng.integers(0, 99, (1, 4, 500)).astype(np.uint16)
         yield made.model_copy(update={"codes": codes, "text": f"number {made.id}"})
+
+
+def threads(part: list[int]) -> Iterator[Sample | Dropped]:
+    """Samples that say on how many threads they were made."""
+    for made in make_part(part):
+        if isinstance(made, Sample):
+            yield made.model_copy(update={"text": str(torch.get_num_threads())})
+
+
+def test_a_shard_is_made_on_one_thread_wherever_it_is(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run_shards(tmp_path, "n", PARTS[:2], threads)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert {sample.text for sample in read(tmp_path)} == {"1"}
 
 
 # --- The index ------------------------------------------------------------------------------------

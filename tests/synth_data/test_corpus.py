@@ -86,7 +86,7 @@ def test_long_lines_are_passed_over_unread(lines: list[bytes]) -> None:
     expected = [
         line if len(line.removesuffix(b"\n")) <= 5 else None for line in data.splitlines(True)
     ]
-    assert list(corpus._lines(io.BytesIO(data), 5)) == expected
+    assert list(corpus.bounded_lines(io.BytesIO(data), 5)) == expected
 
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:

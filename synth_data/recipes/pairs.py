@@ -1,0 +1,140 @@
+"""Shards of pairs: a text, and the semantic codes of its sound. The sound itself is thrown away.
+
+What a text-to-token model learns from. The texts and voices are those of a speech recipe, verified
+if it says so, and recordings with their transcripts; each is heard once by the tokenizer.
+
+    speechlm synth pairs configs/synth/pairs.yaml workers=2
+
+Shapes: S samples, T codes.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field
+
+from audio_codec import checkpoint
+from audio_codec.audio import SAMPLE_RATE, resample
+from audio_codec.codec import load_tokenizer_of
+from audio_codec.memory import tune_allocator
+from audio_codec.speech_tokenizer import SpeechTokenizer
+from synth_data.build import BuildReport, Dropped, run_shards
+from synth_data.recipes.speech import (
+    Line,
+    SpeechConfig,
+    plan_speech,
+    planned_shares,
+    speak_lines,
+)
+from synth_data.shards import Sample
+
+
+class PairsConfig(SpeechConfig):
+    """A speech recipe of which the codes are kept."""
+
+    tokenizer: str
+    """Checkpoint of a speech tokenizer, or of a codec around one."""
+    batch: int = Field(default=16, gt=0)
+    """Utterances that are tokenized together."""
+    device: str = "cpu"
+    """Where the tokenizer runs."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the tokenizer's matrix products."""
+
+
+def build_pairs(config: PairsConfig) -> BuildReport:
+    """Write samples with text, word times and codes [1, 1, T] into ``config.output/pairs-*.tar``.
+
+    Raises:
+        UserError: a source, voice, engine or tokenizer is missing, the folder holds another build,
+            or too little of it is what people made.
+    """
+    _tokenizer(config.tokenizer, config.device)  # A broken one shows here, before hours of work.
+    weights = checkpoint.digest(config.tokenizer)
+    lines = plan_speech(config)
+    config.guard.check(planned_shares(lines), "the planned pairs")
+    parts = [
+        lines[start : start + config.shard_size]
+        for start in range(0, len(lines), config.shard_size)
+    ]
+    plan = (lines, config.verify, config.shard_size, weights, config.batch, config.precision)
+    make = functools.partial(_pairs, config=config)
+    return run_shards(
+        config.output,
+        "pairs",
+        parts,
+        make,
+        workers=config.workers,
+        fingerprint=hashlib.sha256(repr(plan).encode()).hexdigest(),
+        ray=config.ray,
+        guard=config.guard,
+        source=(line.text for line in lines),
+    )
+
+
+def tokenize(
+    tokenizer: SpeechTokenizer,
+    sounds: Sequence[npt.NDArray[np.float32]],
+    batch: int = 16,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> list[npt.NDArray[np.uint16]]:
+    """Sounds [S] at 24 kHz, of any lengths → their codes [T], the last filled up with silence.
+
+    Where codes come late (look-ahead), the ones that come before the sound's are left out.
+    """
+    device = next(tokenizer.parameters()).device
+    size, rate = tokenizer.config.code_size, tokenizer.sample_rate
+    late = round(tokenizer.delay / size)
+    heard = [resample(sound, SAMPLE_RATE, rate) for sound in sounds]
+    if math.isinf(tokenizer.lookahead_ms):
+        batch = 1  # Every code hears the whole row, and so what fills it up.
+    found: dict[int, npt.NDArray[np.uint16]] = {}
+    # Equals in length together.
+    order = sorted(range(len(heard)), key=lambda at: (len(heard[at]), at))
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        frames = [-(-len(heard[at]) // size) for at in chosen]
+        pcm = np.zeros((len(chosen), 1, (max(frames) + late) * size), np.float32)
+        for row, at in zip(pcm, chosen, strict=True):
+            row[0, : len(heard[at])] = heard[at]
+        lower = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        with torch.inference_mode(), lower:
+            codes = tokenizer.encode(torch.from_numpy(pcm).to(device)).cpu().numpy()
+        for row, at, count in zip(codes, chosen, frames, strict=True):
+            found[at] = row[late : late + count].astype(np.uint16)
+    return [found[at] for at in range(len(heard))]
+
+
+@functools.cache
+def _tokenizer(name: str, device: str) -> SpeechTokenizer:
+    tune_allocator()
+    return load_tokenizer_of(name).to(device)
+
+
+def _pairs(lines: Sequence[Line], config: PairsConfig) -> Iterator[Sample | Dropped]:
+    heard: list[Sample] = []
+    sounds: list[npt.NDArray[np.float32]] = []
+    for made in speak_lines(lines, config.verify, config.synthesis):
+        if isinstance(made, Dropped):
+            yield made
+        elif not made.text:
+            yield Dropped(made.id, "nobody knows what is said in it")
+        else:
+            assert made.pcm is not None
+            heard.append(made.model_copy(update={"pcm": None}))
+            sounds.append(made.pcm[0])
+    tokenizer = _tokenizer(config.tokenizer, config.device)
+    codes = tokenize(tokenizer, sounds, config.batch, config.precision)
+    for sample, row in zip(heard, codes, strict=True):
+        yield sample.model_copy(
+            update={
+                "codes": row[None, None],
+                "meta": {**sample.meta, "tokenizer": config.tokenizer},
+            }
+        )
