@@ -572,7 +572,10 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         "batch": config.batch,
         "crop_frames": config.crop_frames,
         "ema": config.ema,
+        "learn": config.learn,
     }
-    return checkpoints.save(
-        output_dir, codec.config, codec.state_dict(), dtype=config.dtype, card=card
-    )
+    if run.main:
+        weights = codec.state_dict()
+        checkpoints.save(output_dir, codec.config, weights, dtype=config.dtype, card=card)
+    run.accelerator.wait_for_everyone()
+    return output_dir
