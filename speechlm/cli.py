@@ -261,6 +261,10 @@ def bench_codec(
 
 @bench_app.command("train")
 def bench_train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[A.B=C]...", help="Changes of its shape, as temporal.dim=2048."),
+    ] = None,
     against: Annotated[
         list[str] | None, typer.Option("--against", metavar="PEER", help="transformers.")
     ] = None,
@@ -272,10 +276,12 @@ def bench_train(
 ) -> None:
     """How fast a model of this shape trains, and the same in another library, in turns."""
     _check(json)
+    from audio_codec import checkpoint
     from speechlm import bench as room
-    from speechlm import convert
+    from speechlm.config import load_config
+    from speechlm.model import LMConfig
 
-    shape = convert.load_lm(model)[0].config
+    shape = load_config(checkpoint.resolve(model) / "config.json", overrides or [], LMConfig)
     _report(
         "bench train",
         room.measure(shape, against or (), rows=rows, length=length, steps=steps),
