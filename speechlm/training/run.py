@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -89,6 +89,11 @@ class RunConfig(BaseModel):
     spikes: SpikeConfig | None = None
     """Roll back to the last checkpoint at a spike of the loss, and pass over the batch that made
     it (arXiv 2204.02311); null never does. For trainees that ask `Run.spiked`."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _word(cls, value: object) -> object:
+        return "no" if value is False else value  # what YAML makes of a bare `no`
 
 
 class Run:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -127,6 +128,13 @@ def test_curves_show_every_step_once(tmp_path: Path) -> None:
     toy(tmp_path, resume=True)
     curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in curves.Scalars("loss")] == list(range(9))
+
+
+def test_no_precision_may_be_written_as_yaml_reads_it(tmp_path: Path) -> None:
+    read = yaml.safe_load(f"{{dir: {tmp_path}, steps: 1, precision: no}}")
+    assert RunConfig.model_validate(read).precision == "no"
+    with pytest.raises(ValidationError, match="precision"):
+        RunConfig.model_validate({**read, "precision": True})
 
 
 def test_a_run_is_not_overwritten_without_resume(tmp_path: Path) -> None:
