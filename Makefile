@@ -65,6 +65,7 @@ tiny: setup  ## the whole recipe from nothing at a reduced size, up to a spoken 
 shipped: setup  ## the recipe that made the shipped weights, as far as runs/shipped/lm/lm
 	for part in users assistant recorded noise heldout assistant_heldout; do \
 		$(BIN)/speechlm synth speech configs/synth/speech_$$part.yaml || exit; done
+	$(BIN)/speechlm synth speech configs/synth/speech_users.yaml output=data/shipped/users_b hours=24 seed=21
 	$(BIN)/speechlm train tokenizer configs/tokenizer/shipped.yaml --resume
 	$(BIN)/speechlm train codec configs/codec/shipped.yaml --resume
 	$(BIN)/speechlm synth dialogues configs/synth/dialogues.yaml

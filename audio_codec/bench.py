@@ -9,8 +9,12 @@ the processor full of somebody else's weights, which a codec in service does not
 
 Peers have the true architecture and random weights: speed does not depend on what weights say. All
 compute in float32. Of a peer with several implementations the fastest counts, setting by setting.
+Mimi's are that of `transformers`, ours, and the public package `moshi` where it can be imported;
+it asks for an older torch, but runs with this one when installed apart, without what it asks for:
 
     speechlm bench codec --against encodec mimi
+    uv pip install --no-deps --target side moshi einops
+    NO_TORCH_COMPILE=1 PYTHONPATH=side speechlm bench codec --against encodec mimi
 
 Shapes: B batch, S samples, T frames, K codebooks.
 """
@@ -19,7 +23,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Final
 
 import numpy as np
@@ -111,6 +117,56 @@ class TransformersMimi:
         return CachedState(all_active(batch), DynamicCache(config=self.model.decoder.config))
 
 
+@dataclass
+class HiddenState(State):
+    """What the package `moshi` keeps of a stream, which it hides on its modules."""
+
+    hidden: Any
+
+
+class PublicMimi:
+    """Mimi of the package `moshi` with random weights as a `Codec`; Moshi's 8 codebooks."""
+
+    sample_rate = SAMPLE_RATE
+    frame_size = FRAME_SIZE
+    delay = 0
+
+    def __init__(self) -> None:
+        from moshi.models import loaders
+
+        self.model: Any = loaders.get_mimi(None, num_codebooks=8)
+
+    @property
+    def codebooks(self) -> tuple[tuple[int, ...], ...]:
+        """Factor sizes of each of the K codebooks."""
+        return ((self.model.cardinality,),) * 8
+
+    def encode(self, pcm: Tensor, state: HiddenState | None = None) -> Tensor:
+        """Waveform [B, 1, S] → codes [B, K, T]."""
+        with self._resumed(state):
+            return self.model.encode(pcm)
+
+    def decode(self, codes: Tensor, state: HiddenState | None = None) -> Tensor:
+        """Codes [B, K, T] → waveform [B, 1, S]."""
+        with self._resumed(state):
+            return self.model.decode(codes)
+
+    def _resumed(self, state: HiddenState | None) -> ExitStack:
+        """Within it the model goes on with a stream; without a state it hears all at once."""
+        stack = ExitStack()
+        if state is not None:
+            self.model.set_streaming_state(state.hidden)
+            stack.callback(self.model._stop_streaming)
+        return stack
+
+    def new_encoder_state(self, batch: int, max_chunk: int = 1) -> HiddenState:
+        """State of encoder and decoder, as the package has no other."""
+        with self.model.streaming(batch):
+            return HiddenState(all_active(batch), self.model.get_streaming_state())
+
+    new_decoder_state = new_encoder_state
+
+
 def _random_mimi() -> MimiCodec:
     """Ours of the same architecture and bitrate."""
     return MimiCodec(MimiConfig(num_quantizers=8)).eval().requires_grad_(False)
@@ -119,7 +175,11 @@ def _random_mimi() -> MimiCodec:
 PEERS: Final[Mapping[str, Mapping[str, Callable[[], Codec]]]] = {
     # Its lowest bandwidth is the nearest to ours, and the quickest.
     "encodec": {"encodec": lambda: random_encodec(1.5)},
-    "mimi": {"mimi_transformers": TransformersMimi, "mimi": _random_mimi},
+    "mimi": {
+        "mimi_transformers": TransformersMimi,
+        "mimi": _random_mimi,
+        **({"mimi_public": PublicMimi} if find_spec("moshi") else {}),
+    },
 }
 """Peer → its implementations, each under the name of its figures."""
 

@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -36,7 +36,7 @@ class Checkpoint:
 
     path: Path
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     card: dict[str, Any] = field(default_factory=dict)
 
 
@@ -187,20 +187,46 @@ def replace_directory(fresh: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
-def load(name_or_path: str | Path, weights: str = "*.safetensors") -> Checkpoint:
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of some files as `_unpack` gives them, each read when it is asked for."""
+
+    def __init__(self, files: Sequence[Path], where: Path) -> None:
+        self._where = where
+        self._files = {name: file for file in files for name in tensor_names(file)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = {name: _read_one(self._files[name], name)}
+        if (scale := name + _SCALE) in self._files:
+            found[scale] = _read_one(self._files[scale], scale)
+        return _unpack(found, self._where)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        scales = {name + _SCALE for name in self._files}
+        return (name for name in self._files if name not in scales)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def load(
+    name_or_path: str | Path, weights: str = "*.safetensors", lazily: bool = False
+) -> Checkpoint:
     """Read a checkpoint directory. Raises UserError that names what is missing or broken.
 
-    `weights`: pattern of the files that hold them, where there are others beside.
+    `weights`: pattern of the files that hold them, where there are others beside. `lazily` reads
+    each tensor when it is looked up, and anew each time: for who must not hold all of them.
     """
     path = resolve(name_or_path)
     config = read_json(path / "config.json")
     files = sorted(path.glob(weights))
     if not files:
         raise UserError(f"model '{path}' has no {weights} file.")
+    card = read_json(path / "card.json") if (path / "card.json").exists() else {}
+    if lazily:
+        return Checkpoint(path, config, _Stored(files, path), card)
     stored: dict[str, Tensor] = {}
     for file in files:
         stored.update(_read_file(file))
-    card = read_json(path / "card.json") if (path / "card.json").exists() else {}
     return Checkpoint(path, config, _unpack(stored, path), card)
 
 
@@ -220,6 +246,16 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"weights '{file}' are truncated or corrupt: {error}") from error
+
+
+def _read_one(file: Path, name: str) -> Tensor:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensor = opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"weights '{file}' are truncated or corrupt: {error}") from error
+    assert isinstance(tensor, Tensor)
+    return tensor
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -297,5 +333,8 @@ def check(expected: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
 
 def restore(module: nn.Module, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's tensors into a module; UserError where `check` raises one."""
-    check(module.state_dict(), checkpoint)
-    module.load_state_dict(checkpoint.tensors)
+    own = module.state_dict()
+    check(own, checkpoint)
+    with torch.no_grad():
+        for name, tensor in own.items():  # not load_state_dict, which would hold all of them
+            tensor.copy_(checkpoint.tensors[name])

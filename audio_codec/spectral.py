@@ -225,6 +225,9 @@ class SemanticVQ(nn.Module):
         return x + (vectors - x).detach(), codes, commitment
 
 
+_DECODER = ("from_latent", "decoder_latent", "up", "back", "head", "synthesis")
+
+
 class SpectralCodec(nn.Module):
     """The `Codec` of this project. Stride: one frame of 1920 samples; see the module docstring."""
 
@@ -235,9 +238,9 @@ class SpectralCodec(nn.Module):
     def __init__(self, config: SpectralConfig) -> None:
         super().__init__()
         self.config = config
+        self.codes_frozen = False
         self.tokenizer = SpeechTokenizer(config.tokenizer) if config.semantic is None else None
         self.analysis = Analysis(config.window)
-        self.codes_frozen = False
         self.front_in = nn.Linear(self.analysis.features, config.encoder_dim)
         self.front = ConvNeXtStack(config.encoder_dim, config.encoder_blocks)
         self.down = nn.Linear(HOPS * config.encoder_dim, config.encoder_latent_dim)
@@ -279,24 +282,22 @@ class SpectralCodec(nn.Module):
         kept = self.config.codebooks[: count - 1]
         self.config = self.config.model_copy(update={"codebooks": kept})
 
-    def freeze_codes(self) -> None:
-        """Leave to training what comes after the codes: whoever learned them goes on with them."""
-        self.codes_frozen = True
-        self.requires_grad_(False)
-        for part in (self.from_latent, self.decoder_latent, self.up, self.back, self.head):
-            part.requires_grad_(True)
-        self.train(self.training)
-
     def train(self, mode: bool = True) -> SpectralCodec:
         """As of any module, but what is frozen keeps its running statistics too."""
         super().train(mode)
         if self.tokenizer is not None:
             self.tokenizer.eval()
         if self.codes_frozen:
-            self.quantizer.eval()
-            if self.tokenizer is None:
-                self.semantic_vq.eval()
+            for name, part in self.named_children():
+                part.train(mode and name in _DECODER)
         return self
+
+    def freeze_codes(self) -> None:
+        """From here on training moves the decoder alone: whoever learned the codes keeps them."""
+        self.codes_frozen = True
+        for name, part in self.named_children():
+            part.requires_grad_(name in _DECODER)
+        self.train(self.training)
 
     def _encode_hidden(self, pcm: Tensor, state: SpectralEncoderState | None) -> Tensor:
         x = self.front_in(self.analysis(pcm[:, 0], None if state is None else state.samples))

@@ -321,6 +321,26 @@ class SpeechTokenizer(nn.Module):
             return config.block_ms - 1000 / config.rate
         return float(config.lookahead_ms)
 
+    @property
+    def past_seconds(self) -> float:
+        """Sound so long before a code's own end, or longer, says nothing about it.
+
+        Each layer looks a window further back; a second holds all the convolutions.
+        """
+        layers = self.config.layers_before + self.config.layers_pooled
+        return layers * self.config.window_seconds + 1.0 if self.config.causal else math.inf
+
+    @property
+    def streams(self) -> bool:
+        """Whether it codes a sound that is still going on."""
+        return self.config.causal and isinstance(self.mel, LogMel)
+
+    @property
+    def reads(self) -> bool:
+        """Whether it writes down what it hears, by itself: in characters, not in pieces."""
+        decoder = self.config.decoder
+        return self.config.ctc or (decoder is not None and decoder.vocabulary is None)
+
     def hidden(self, mel: Tensor, state: EncoderState | None = None) -> Tensor:
         """Features [B, M, mels] → what the encoder makes of them before pooling, [B, H, dim]."""
         if self.config.whisper is not None:

@@ -1,5 +1,6 @@
 """How fast the language model trains, against the same model in another library, in turns.
 
+    alone     ours │ ours │ ours │ …                             for tokens a second, loader_busy
     round 1   ours │ transformers │ transformers, gathered       one step of training each
     round 2   ours │ …
 
@@ -14,6 +15,12 @@ it to the same loss for the same weights. It goes over every column in the depth
 
     speechlm bench train --against transformers
 
+and of a thousand million parameters, for a GPU:
+
+    speechlm bench train --against transformers --rows 4 --length 4096 streams.text_size=32000 \
+        temporal.dim=2048 temporal.layers=16 temporal.heads=16 temporal.hidden=5632 \
+        temporal.window=4096 depth.dim=1024 depth.layers=6 depth.heads=16 depth.hidden=2816
+
 Shapes: B rows, T columns, K codebooks, N picked columns, C width, V vocabulary.
 """
 
@@ -21,6 +28,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -51,9 +59,9 @@ Losses = Callable[[Batch], Tensor]
 
 
 class Talks:
-    """Conversations of noise without end, the assistant speaking two fifths of the time."""
+    """Conversations of noise, a row long each, the assistant speaking two fifths of the time."""
 
-    def __init__(self, streams: Streams, frames: int = 1500) -> None:
+    def __init__(self, streams: Streams, frames: int) -> None:
         self.streams, self.frames = streams, frames
 
     def document(self, lane: int, number: int) -> Document:
@@ -67,7 +75,8 @@ class Talks:
         heard = np.where(~turns & (rng.random(frames) < 0.3), pieces[1], PAD)
         near = np.stack((turns, ~turns))
         dialogue = Dialogue(np.stack(codes, 1).astype(np.uint16), said, heard, near)
-        return dialogue_document(dialogue, streams, WeightConfig(), rng)
+        made = dialogue_document(dialogue, streams, WeightConfig(), rng)
+        return replace(made, whole=True)  # so that no row holds parts of two: the peer has no mask
 
 
 class _Feed:
@@ -134,7 +143,8 @@ class MoshiPeer(SpeechLM):
         self.norm = MoshiRMSNorm(config.depth.dim, eps=1e-6)
 
     def objective(self, batch: Batch, losses: LossConfig) -> Tensor:
-        """The loss of `SpeechLM.loss`."""
+        """The loss of `SpeechLM.loss`, of rows that hold one document each."""
+        assert batch.segments is None, "the peer knows no documents"
         streams, depth = self.streams, self.depth
         hidden = self.body(inputs_embeds=self.embed(batch.inputs)).last_hidden_state
         heads = [(self.text_head, streams.text_index, losses.text)]
@@ -223,13 +233,24 @@ def measure(
     """Train a model of this shape, fresh, for some steps, and its peers in turns.
 
     Gives `tokens_per_second` (learned predictions), `columns_per_second`, `mfu` (against the
-    device's peak), `loader_busy`, and against a peer `train_speedup`, how many times longer it
-    takes for a step (the median of the rounds' ratios), `train_speedup_gathered` likewise, and
-    `parameters_ratio`, the peer's parameters over ours. Raises UserError for an unknown peer.
+    peak that a GPU's maker states), `loader_busy`, and against a peer `train_speedup`, how many
+    times longer it takes for a step (the median of the rounds' ratios), `train_speedup_gathered`
+    likewise, `tokens_per_second_transformers`, and `parameters_ratio`, the peer's parameters over
+    ours. Raises UserError for an unknown peer, and for rows that are longer than its window.
     """
     for peer in against:
         if peer not in PEERS:
             raise UserError(f"peer '{peer}' is unknown; choices: {', '.join(PEERS)}.")
+    window = config.temporal.window
+    if against and window is not None and length > window:
+        raise UserError(
+            f"length is {length}, but the peer knows no window: at most temporal.window, {window}."
+        )
+    if against:  # Moshi's classes have no other norm
+        temporal, depth = (
+            c.model_copy(update={"norm": "rms"}) for c in (config.temporal, config.depth)
+        )
+        config = config.model_copy(update={"temporal": temporal, "depth": depth})
     tune_allocator()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -242,23 +263,29 @@ def measure(
             rival = MoshiPeer(config, length, gathered).to(device)
             trainees[name] = Trainee(rival, _bound(rival, losses), precision)
             sizes[name] = sum(p.numel() for p in rival.parameters())
-    packer = Packer(Talks(config.streams), config.streams, rows, length)
+    packer = Packer(Talks(config.streams, length), config.streams, rows, length)
     seconds: dict[str, list[float]] = {name: [] for name in trainees}
-    seen, busy = Counts(), []
+    seen, busy, spent = Counts(), 0.0, 0.0
     with Loader(_Feed(packer)) as loader:
+        # Alone first: while a peer has its turn the loader could read ahead in peace.
         for number in range(steps + 1):
             batch = loader.next()
-            here = batch.to(device)
-            took = {name: trainee.step(here) for name, trainee in trainees.items()}
+            took = trainees["ours"].step(batch.to(device))
             share = loader.busy()
             if number == 0:
                 continue  # kernels are compiled, memory is taken
-            busy.append(share)
-            seen = seen + Counts.of(batch, config.streams)
-            for name, one in took.items():
-                seconds[name].append(one)
-    spent = sum(seconds["ours"])
+            seen, spent = seen + Counts.of(batch, config.streams), spent + took
+            busy += share / steps
+        for number in range(steps + 1 if against else 0):
+            here = loader.next().to(device)
+            for name, trainee in trainees.items():
+                took = trainee.step(here)
+                if number > 0:
+                    seconds[name].append(took)
     flops = work(ours, length).training(seen.columns, seen.frames)
+    mfu = Metric(None, n=steps, reason="no maker states the bf16 peak of this machine")
+    if device.type == "cuda" and precision == "bf16":
+        mfu = Metric(flops / spent / peak_flops(device, precision), n=steps)
     found: dict[str, Metric] = {}
     for name, metric in (
         ("transformers", "train_speedup"),
@@ -268,11 +295,14 @@ def measure(
             ratios = np.divide(seconds[name], seconds["ours"])
             found[metric] = bootstrap_median(ratios.tolist(), "×")
     if against:
+        ours_pace = seen.tokens / spent
+        rival_pace = ours_pace * sum(seconds["ours"]) / sum(seconds["transformers"])
+        found["tokens_per_second_transformers"] = Metric(rival_pace, n=steps, unit="1/s")
         found["parameters_ratio"] = Metric(sizes["transformers"] / sizes["ours"])
     return {
         **found,
-        "loader_busy": Metric(float(np.mean(busy)), n=steps),
-        "mfu": Metric(flops / spent / peak_flops(device, precision), n=steps),
+        "loader_busy": Metric(busy, n=steps),
+        "mfu": mfu,
         "tokens_per_second": Metric(seen.tokens / spent, n=steps, unit="1/s"),
         "columns_per_second": Metric(seen.columns / spent, n=steps, unit="1/s"),
         "learned_frames": Metric(seen.frames / seen.columns, unit="of the columns"),

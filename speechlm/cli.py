@@ -261,6 +261,10 @@ def bench_codec(
 
 @bench_app.command("train")
 def bench_train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[A.B=C]...", help="Changes of its shape, as temporal.dim=2048."),
+    ] = None,
     against: Annotated[
         list[str] | None, typer.Option("--against", metavar="PEER", help="transformers.")
     ] = None,
@@ -272,10 +276,12 @@ def bench_train(
 ) -> None:
     """How fast a model of this shape trains, and the same in another library, in turns."""
     _check(json)
+    from audio_codec import checkpoint
     from speechlm import bench as room
-    from speechlm import convert
+    from speechlm.config import load_config
+    from speechlm.model import LMConfig
 
-    shape = convert.load_lm(model)[0].config
+    shape = load_config(checkpoint.resolve(model) / "config.json", overrides or [], LMConfig)
     _report(
         "bench train",
         room.measure(shape, against or (), rows=rows, length=length, steps=steps),
@@ -634,6 +640,13 @@ def eval_tokenizer(
     codes: Annotated[
         int, typer.Option("--codes", min=0, help="Judge the codebook's usage by so many at least.")
     ] = 0,
+    codes_from: Annotated[
+        list[Path] | None,
+        typer.Option("--codes-from", metavar="SHARDS", help="Whose sounds are counted; else TTS."),
+    ] = None,
+    stream_hours: Annotated[
+        float, typer.Option(min=0, help="Hold a stream so long against one pass.")
+    ] = 0.0,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FOLDER", help="Table and pictures too.")
     ] = None,
@@ -648,7 +661,8 @@ def eval_tokenizer(
     # A sweep stands alone; a model is measured beside it when asked for.
     first = model if model or sweep else "tiny"
     options: dict[str, Any] = {"seed": seed, "utterances": utterances, "recorded": recorded}
-    options |= {"twin": twin, "sweep": sweep, "codes": codes}
+    options |= {"twin": twin, "sweep": sweep, "codes": codes, "codes_from": codes_from or ()}
+    options |= {"stream_hours": stream_hours}
     options |= {"report": report, "title": "What semantic codes keep"}
     if decoder is not None and first is None:
         raise UserError("--decoder speaks the codes of one tokenizer: name that with --model.")
@@ -658,7 +672,8 @@ def eval_tokenizer(
         from speechlm.evaluation.resynthesis import evaluate
 
         metrics |= evaluate(first, decoder, seed=seed)
-    _report("eval tokenizer", metrics, json)
+    said = {"codes_from": [str(folder) for folder in codes_from]} if codes_from else {}
+    _report("eval tokenizer", metrics, json, **said)
 
 
 Engines = Annotated[

@@ -256,41 +256,42 @@ def fill_from_hf(model: SpeechLM, name_or_path: str | Path) -> None:
     """Take temporal transformer and text pieces over from a causal language model.
 
     The pieces that it has no equal for begin as average ones, codes at a piece's size. Embeddings
-    and head, where it ties them, part here. Raises UserError when a tensor is missing, unknown or
-    of another shape, or the text pieces are more than it has.
+    and head, where it ties them, part here. No more than a block is read at a time. Raises
+    UserError when a tensor is missing, unknown or of another shape, or the text pieces are more
+    than it has.
     """
     path = checkpoints.resolve(name_or_path)
-    config, found = _hf_config(path), checkpoints.load(path)
-    left = {n: t for n, t in found.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+    config, found = _hf_config(path), checkpoints.load(path, lazily=True)
+    left = {name for name in found.tensors if not name.endswith("rotary_emb.inv_freq")}
 
     def take(name: str) -> Tensor:
         if name not in left:
             raise UserError(f"weights in '{path}': tensor '{name}' is missing.")
-        return left.pop(name)
+        left.remove(name)
+        return found.tensors[name]
 
     shape, size = model.config.temporal, model.config.temporal.head_size
-    temporal = {"norm.weight": take("model.norm.weight")}
-    for layer in range(shape.layers):
-        here, there = f"blocks.{layer}", f"model.layers.{layer}"
+    norm = checkpoints.Checkpoint(path, {}, {"weight": take("model.norm.weight")})
+    checkpoints.restore(model.temporal.norm, norm)
+    for layer, block in enumerate(model.temporal.blocks):
+        there, weights = f"model.layers.{layer}", dict[str, Tensor]()
         for kind in ("weight", "bias") if shape.qkv_bias else ("weight",):
             q, k, v = (take(f"{there}.self_attn.{part}_proj.{kind}") for part in "qkv")
-            temporal[f"{here}.attention.qkv.{kind}"] = torch.cat(
-                (_pairs(q, size), _pairs(k, size), v)
-            )
+            weights[f"attention.qkv.{kind}"] = torch.cat((_pairs(q, size), _pairs(k, size), v))
         if shape.qk_norm:
             for own, name in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
                 scale = take(f"{there}.self_attn.{name}.weight")
-                temporal[f"{here}.attention.{own}.weight"] = _pairs(scale, size)
-        temporal[f"{here}.attention.out.weight"] = take(f"{there}.self_attn.o_proj.weight")
+                weights[f"attention.{own}.weight"] = _pairs(scale, size)
+        weights["attention.out.weight"] = take(f"{there}.self_attn.o_proj.weight")
         gate, up = (take(f"{there}.mlp.{part}_proj.weight") for part in ("gate", "up"))
-        temporal[f"{here}.mlp.up.weight"] = torch.cat((gate, up))
-        temporal[f"{here}.mlp.down.weight"] = take(f"{there}.mlp.down_proj.weight")
-        temporal[f"{here}.attention_norm.weight"] = take(f"{there}.input_layernorm.weight")
-        temporal[f"{here}.mlp_norm.weight"] = take(f"{there}.post_attention_layernorm.weight")
-    checkpoints.restore(model.temporal, checkpoints.Checkpoint(path, {}, temporal))
+        weights["mlp.up.weight"] = torch.cat((gate, up))
+        weights["mlp.down.weight"] = take(f"{there}.mlp.down_proj.weight")
+        weights["attention_norm.weight"] = take(f"{there}.input_layernorm.weight")
+        weights["mlp_norm.weight"] = take(f"{there}.post_attention_layernorm.weight")
+        checkpoints.restore(block, checkpoints.Checkpoint(path, {}, weights))
 
     embedding = take("model.embed_tokens.weight")
-    head = left.pop("lm_head.weight", embedding)
+    head = take("lm_head.weight") if "lm_head.weight" in left else embedding
     if left:
         raise UserError(f"weights in '{path}': tensor '{min(left)}' has no place in this model.")
     pieces = model.streams.text_size - SPECIAL
@@ -299,15 +300,34 @@ def fill_from_hf(model: SpeechLM, name_or_path: str | Path) -> None:
             f"vocabulary of '{path}': its {HFTokenizer.FILE} has {pieces} ids, but there are "
             f"embeddings for {len(embedding)}."
         )
-    rows = model.text.weight[: model.text.absent_row]
-    rows.normal_().mul_(embedding.std()).add_(embedding.mean(0))
-    model.codes.weight.mul_(embedding.std() / model.codes.weight.std())
-    heads = [h.weight for h in (model.text_head, model.heard_head) if h is not None]
-    for weight in heads:
-        weight[:SPECIAL] = head.mean(0)
-    for weight, public in ((rows, embedding), *((weight, head) for weight in heads)):
-        weight[SPECIAL : SPECIAL + pieces] = public[:pieces]
+
+    def known(rows: Tensor, public: Tensor) -> Tensor:
+        rows[SPECIAL : SPECIAL + pieces] = public[:pieces]
         for piece, theirs in ((BOS, config.bos_token_id), (EOS, config.eos_token_id)):
             first = theirs[0] if isinstance(theirs, list) else theirs
             if first is not None:
-                weight[piece] = public[first]
+                rows[piece] = public[first]
+        return rows
+
+    # Whole tables are written, not rows of a view: a table may lie on several ranks.
+    text, codes = (
+        torch.randn(table.absent_row, shape.dim) * embedding.std()
+        for table in (model.text, model.codes)
+    )
+    model.text.weight[: len(text)] = known(text + embedding.mean(0), embedding)
+    model.codes.weight[: len(codes)] = codes
+    for linear in (model.text_head, model.heard_head):
+        if linear is not None:
+            linear.weight.copy_(known(head.mean(0).repeat(model.streams.text_size, 1), head))
+
+
+def fill(model: SpeechLM, name_or_path: str | Path) -> None:
+    """Give a model the weights of a checkpoint of its shape, ours or of Hugging Face, reading a
+    few tensors at a time.
+
+    Raises UserError when they are not all there, or as `fill_from_hf`.
+    """
+    if names_hf(name_or_path):
+        fill_from_hf(model, name_or_path)
+    else:
+        checkpoints.restore(model, checkpoints.load(name_or_path, lazily=True))

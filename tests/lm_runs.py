@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from small import CODEC, small_codec
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.device_mesh import init_device_mesh
 
 from audio_codec import checkpoint
 from speechlm.data import Packer
@@ -113,7 +116,11 @@ def keeps_gradients(path: Path) -> Callable[[torch.nn.Module, float], torch.Tens
 
 
 def train_until(config: dict[str, Any], point: str, count: int) -> None:
-    """Train or go on, and be killed at the `count`th optimizer step, checkpoint or batch."""
+    """Train or go on, and be killed at the `count`th optimizer step, checkpoint or batch.
+
+    The `pieces` of a sharded checkpoint are written before what makes them one, so that a rank
+    that dies by them leaves none.
+    """
 
     def fatal(owner: Any, name: str, half: Callable[..., None] | None = None) -> None:
         real, calls = getattr(owner, name), iter(range(count))
@@ -121,11 +128,15 @@ def train_until(config: dict[str, Any], point: str, count: int) -> None:
         def wrapped(*args: Any, **options: Any) -> Any:
             if next(calls, None) is None:
                 if half is not None:
-                    half(real, *args)
+                    half(real, *args, **options)
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **options)
 
         setattr(owner, name, wrapped)
+
+    def dead_in_rank_1(save: Callable[..., None], *args: Any, **options: Any) -> None:
+        if torch.distributed.get_rank() == 0:
+            save(*args, **options)  # which waits for the other in vain
 
     def half_written(save: Callable[..., None], content: Any, path: Path) -> None:
         save(content, path)
@@ -135,6 +146,8 @@ def train_until(config: dict[str, Any], point: str, count: int) -> None:
         fatal(torch.optim.AdamW, "step")
     elif point == "checkpoint":
         fatal(torch, "save", half_written)
+    elif point == "pieces":  # of a sharded checkpoint
+        fatal(FileSystemWriter, "write_data", dead_in_rank_1)
     else:
         assert point == "data", point
         fatal(Packer, "next")
@@ -151,3 +164,29 @@ def train_on_a_full_disk(config: dict[str, Any], room: int) -> None:
     except UserError as error:
         assert "cannot be written" in str(error), error
         os._exit(3)
+
+
+def build_apart(config: dict[str, Any], path: Path) -> None:
+    """Build a model over all ranks; how many bytes that took at most goes into `path`-rank."""
+    torch.distributed.init_process_group("gloo")
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    m_mmap_threshold = -3
+    ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)  # what is freed is given back at once
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+    read = TrainConfig.model_validate(config)
+    for _ in range(2):  # the first time much is imported
+        model = None
+        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+        before = resident("VmRSS")
+        made = lm.build(lm.resolve_shape(read), path, False, lambda: distributed.scattered(mesh))
+        model, took = made[0], resident("VmHWM") - before
+        del made
+    assert model is not None
+    here = sum(p.to_local().numel() for p in model.parameters())  # type: ignore[operator]
+    whole = sum(p.numel() for p in model.parameters())
+    (path / f"rank-{rank}.json").write_text(json.dumps([took, 4 * here, 4 * whole]))

@@ -23,7 +23,7 @@ from audio_codec.audio import Pcm
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from audio_codec.token_decoder import TokenDecoder, check_match, load_token_decoder
 from speechlm.convert import load_speech_tokenizer_of
-from speechlm.evaluation.report import Metric
+from speechlm.evaluation.report import Metric, bootstrap_ratio
 from speechlm.training.token_decoder import tokenize
 from synth_data import quiz
 from synth_data.tts import Voice, speak
@@ -68,22 +68,13 @@ def pairs_of_errors(
 
 def pooled(pairs: Sequence[tuple[WordErrors, WordErrors]]) -> dict[str, Metric]:
     """The three rates, each with a percentile bootstrap over sentences."""
-    errors = np.array([[before.errors, after.errors] for before, after in pairs])
-    words = np.array([before.words for before, _ in pairs])
-    picks = np.random.default_rng(0).integers(len(pairs), size=(2000, len(pairs)))
-    drawn = errors[picks].sum(1) / words[picks].sum(1).clip(min=1)[:, None]
-    rates = errors.sum(0) / max(1, words.sum())
-
-    def metric(value: float, values: np.ndarray, unit: str = "") -> Metric:
-        low, high = np.percentile(values, [2.5, 97.5])
-        return Metric(float(value), float(low), float(high), len(pairs), unit)
-
+    words = [before.words for before, _ in pairs]
+    before, after = ([errors[i].errors for errors in pairs] for i in (0, 1))
+    added = [100 * (b - a) for a, b in zip(before, after, strict=True)]
     return {
-        "resynthesis_wer": metric(rates[1], drawn[:, 1]),
-        "resynthesis_wer_original": metric(rates[0], drawn[:, 0]),
-        "resynthesis_wer_added": metric(
-            100 * (rates[1] - rates[0]), 100 * (drawn[:, 1] - drawn[:, 0]), "points"
-        ),
+        "resynthesis_wer": bootstrap_ratio(after, words),
+        "resynthesis_wer_original": bootstrap_ratio(before, words),
+        "resynthesis_wer_added": bootstrap_ratio(added, words, "points"),
     }
 
 

@@ -16,7 +16,8 @@ own head, greedily; recordings of people likewise:
     …_known                           all these on the same sentences in voices of the training
     …_recorded                        on sentences new to training, by recorded people who are not
     wer_noise_5db, cer_noise_5db      wer_quantized under pink noise, 5 dB below the speech
-    codebook_usage                    share of the codes seen at least once in n codes
+    codebook_usage                    share of the codes seen at least once in n codes, those of the
+                                      clean sounds above and, up to a number asked for, of more
     codebook_entropy_ratio            entropy of their distribution over log2 of their number (too
                                       low where n is not many times that number)
     codebook_entropy                  the same, by its first name
@@ -24,10 +25,16 @@ own head, greedily; recordings of people likewise:
     speaker_invariance_warped         likewise of what the codes stand for: near counts as near
     lookahead_ms                      of sound that a code waits for beyond its own frame
     realtime_factor                   seconds of computing a second of sound, streaming
+    streaming_agreement               share of n codes that a stream gives as one pass does; and
+    streaming_agreement_float64       the same in double precision, where no rounding tips a tie
+
+A tokenizer that reads no characters (GLM-4-Voice's, as published) has no errors to count: those
+metrics are null, and all others are measured. One that hears at another rate hears the same sounds,
+resampled.
 
 Intervals are bootstraps over utterances, of speaker invariance over sentences, of
-`realtime_factor` over frames. Sounds are made, heard and forgotten a few at a time, so that memory
-does not grow with their number.
+`realtime_factor` over frames, and Wilson's of `streaming_agreement`. Sounds are made, heard and
+forgotten a few at a time, so that memory does not grow with their number.
 
 A comparison of several tokenizers names each one's metrics after its shape, as `wer_ratio` in
 `wer_ratio_12_5hz_4375_fsq`; its `wer_quantized` is simply `wer_12_5hz_4375_fsq`. A look-ahead is
@@ -39,6 +46,7 @@ D numbers of a code, N token sequences.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import math
@@ -59,16 +67,22 @@ from torch import Tensor
 from torchaudio.functional import edit_distance
 
 from audio_codec import checkpoint as checkpoints
-from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, Pcm, load
+from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, LogMel, Pcm, load, resample
 from audio_codec.errors import UserError
 from audio_codec.quantize import entropy_bits
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from speechlm.convert import load_speech_tokenizer_of
 from speechlm.evaluation import abx, report
 from speechlm.evaluation.conversation import progress_bar
-from speechlm.evaluation.report import Metric, bootstrap_mean, bootstrap_ratio, shown
+from speechlm.evaluation.report import (
+    Metric,
+    bootstrap_mean,
+    bootstrap_ratio,
+    proportion,
+    shown,
+)
 from speechlm.training.tokenizer import TrainConfig, transcribe
-from synth_data import quiz
+from synth_data import quiz, shards
 from synth_data.augment import add_noise, pink
 from synth_data.recipes.speech import MANIFEST, read_manifest
 from synth_data.text import normalize
@@ -91,6 +105,8 @@ _TAIL = SAMPLE_RATE // 50  # Silence after an utterance, in which the last windo
 _WARM = 5  # Frames that are not timed: they find the caches full of something else.
 _SENTENCES_DRAWN = 256  # At once, where there is no end to them.
 _SENTENCES_COMPARED = 10  # With each other; the work grows with its square.
+_PASS_SECONDS = 60  # Of a long sound in one pass.
+_NO_STREAM = "it does not stream"
 
 
 # --- What is heard --------------------------------------------------------------------------------
@@ -128,6 +144,17 @@ def endless_speech(seed: int) -> Iterator[Pcm]:
         for voices in ("heldout", "train"):
             for pcm, _, _ in heldout_speech(_SENTENCES_DRAWN, seed + block, voices):
                 yield pcm
+
+
+def shard_speech(folders: Iterable[Path]) -> Iterator[Pcm]:
+    """Every channel [S] of every sound in shard folders, in their order.
+
+    Raises UserError when a folder has no shards.
+    """
+    for folder in folders:
+        for sample in shards.read(folder):
+            if sample.pcm is not None:
+                yield from sample.pcm
 
 
 def noisy(pcm: Pcm, decibel: float, rng: np.random.Generator) -> Pcm:
@@ -173,14 +200,16 @@ def shape_of(tokenizer: SpeechTokenizer) -> Shape:
 def pad(tokenizer: SpeechTokenizer, sounds: Sequence[Pcm]) -> tuple[Tensor, Tensor]:
     """Sounds [S] with silence after them → [B, 1, S'], and how many frames of 80 ms each fills [B].
 
-    S' is in whole frames and in whole codes.
+    S' is at the tokenizer's own sample rate, in whole frames and in whole codes.
     """
     frames = [-(-(len(pcm) + _TAIL) // FRAME_SIZE) for pcm in sounds]
-    whole = math.lcm(FRAME_SIZE, round(SAMPLE_RATE / tokenizer.rate))
-    size = -(-max(frames) * FRAME_SIZE // whole) * whole
+    frame = round(tokenizer.sample_rate / FRAME_RATE)
+    whole = math.lcm(frame, round(tokenizer.sample_rate / tokenizer.rate))
+    size = -(-max(frames) * frame // whole) * whole
     padded = np.zeros((len(sounds), 1, size), np.float32)
     for row, pcm in zip(padded, sounds, strict=True):
-        row[0, : len(pcm)] = pcm
+        heard = resample(pcm, SAMPLE_RATE, tokenizer.sample_rate)
+        row[0, : len(heard)] = heard
     return torch.from_numpy(padded), torch.tensor(frames)
 
 
@@ -189,8 +218,9 @@ def encode(tokenizer: SpeechTokenizer, pcm: Tensor, frames: Tensor) -> list[Tens
 
     Codes come `delay` after what they are of, so the first ones are of nothing.
     """
-    late = round(tokenizer.delay * tokenizer.rate / SAMPLE_RATE)
-    silence = round(late * SAMPLE_RATE / tokenizer.rate)  # in which the last codes come out
+    late = round(tokenizer.delay * tokenizer.rate / tokenizer.sample_rate)
+    # Silence, in which the last codes come out.
+    silence = round(late * tokenizer.sample_rate / tokenizer.rate)
     codes = tokenizer.encode(F.pad(pcm, (0, silence)))[:, late:]
     each = [math.ceil(n * tokenizer.rate / FRAME_RATE) for n in frames.tolist()]
     return [row[:n] for row, n in zip(codes, each, strict=True)]
@@ -295,9 +325,9 @@ def edit_distances(tokens: Sequence[Sequence[int]]) -> npt.NDArray[np.float64]:
 @torch.inference_mode()
 def realtime_factor(tokenizer: SpeechTokenizer) -> Metric:
     """Seconds of computing a second of sound, one frame of one stream at a time on two threads."""
-    if not math.isfinite(shape_of(tokenizer).lookahead_ms):
-        return Metric(None, reason="it does not stream")
-    seconds = tokenizer.frame_size / SAMPLE_RATE
+    if not tokenizer.streams:
+        return Metric(None, reason=_NO_STREAM)
+    seconds = tokenizer.frame_size / tokenizer.sample_rate
     timed = max(10, round(TIMED_SECONDS / seconds))
     generator = torch.Generator().manual_seed(0)
     sound = 0.05 * torch.randn(_WARM + timed, 1, 1, tokenizer.frame_size, generator=generator)
@@ -312,6 +342,71 @@ def realtime_factor(tokenizer: SpeechTokenizer) -> Metric:
     finally:
         torch.set_num_threads(before)
     return bootstrap_mean(took[_WARM:])
+
+
+@torch.inference_mode()
+def streaming_agreement(
+    tokenizer: SpeechTokenizer, sounds: Iterable[Pcm], seconds: float, bar: Progress
+) -> dict[str, Metric]:
+    """Whether a stream of single frames gives the codes of one pass, over so long a sound.
+
+    The sound is that of `sounds` [S] one after the other, and at least one pass long. No memory
+    holds a pass over an hour; but what lies `past_seconds` back is not heard any more, so that a
+    pass over a minute and that much before it gives the codes that the hour has in that minute:
+
+        stream   |▪|▪|▪|▪|▪|▪|▪|▪|▪|▪|▪|▪| …
+        passes   |── past ──|─ minute ─|
+                            .        |── past ──|─ minute ─|
+
+    A pass begins at position 0 wherever it stands: a stream that drifts with its length parts from
+    it. In double precision both take the same log-mel features, which are single by definition.
+    """
+    names = ("streaming_agreement", "streaming_agreement_float64")
+    if not tokenizer.streams:
+        return {name: Metric(None, reason=_NO_STREAM) for name in names}
+    size, rate, config = tokenizer.frame_size, tokenizer.sample_rate, tokenizer.config
+    # Where positions are a table, a pass begins where the table does.
+    table = config.whisper.positions * rate // config.encoder_rate if config.whisper else 1
+    unit, past = math.lcm(size, table), math.ceil(tokenizer.past_seconds * rate)
+    block = -(-_PASS_SECONDS * rate // size) * size
+    listen = tokenizer.mel
+    assert isinstance(listen, LogMel)
+    with torch.inference_mode(False):
+        models = (tokenizer, copy.deepcopy(tokenizer).double())
+    states, hearing = [model.new_state(1) for model in models], listen.new_state(1)
+    pcm, mel = torch.zeros(1, 1, 0), torch.zeros(1, 0, config.mels)  # since `begin`
+    begin = end = seen = 0
+    same = [0, 0]
+    task = bar.add_task("a stream and passes", total=seconds)
+    for minute in _blocks(sounds, rate, block):
+        frames = [listen(frame, hearing) for frame in minute.split(size, -1)]
+        pcm, mel = torch.cat((pcm, minute), -1), torch.cat((mel, *frames), 1)
+        passes = (tokenizer.encode(pcm), models[1].discretize(models[1].features(mel.double())))
+        for index, (model, state) in enumerate(zip(models, states, strict=True)):
+            dtype = torch.float64 if index else torch.float32
+            codes = [model.discretize(model.features(x.to(dtype), state)) for x in frames]
+            streamed = torch.cat(codes, 1)
+            same[index] += int((streamed == passes[index][:, -streamed.shape[1] :]).sum())
+        seen += streamed.numel()
+        end += block
+        bar.update(task, completed=end / rate)
+        if end >= seconds * rate:
+            break
+        forgotten = max(begin, (end - past) // unit * unit) - begin
+        pcm, mel = pcm[..., forgotten:], mel[:, forgotten // listen.stride :]
+        begin += forgotten
+    assert seen, "the sound is shorter than a pass"
+    return {name: proportion(n, seen) for name, n in zip(names, same, strict=True)}
+
+
+def _blocks(sounds: Iterable[Pcm], rate: int, size: int) -> Iterator[Tensor]:
+    """Sounds [S] at 24 kHz → blocks [1, 1, size] at another rate, one sound after the other."""
+    held = np.zeros(0, np.float32)
+    for pcm in sounds:
+        held = np.concatenate((held, resample(pcm, SAMPLE_RATE, rate)))
+        while len(held) >= size:
+            yield torch.from_numpy(held[:size].copy())[None, None]
+            held = held[size:]
 
 
 # --- The comparison -------------------------------------------------------------------------------
@@ -472,6 +567,7 @@ _OVERVIEW = {
     "speaker_invariance": "speaker invariance ↓",
     "speaker_invariance_warped": "the same, warped ↓",
     "realtime_factor": "real-time factor ↓",
+    "streaming_agreement": "stream = one pass ↑",
 }
 _NOISE = {f"wer_noise_{db}db": f"WER at {db} dB ↓" for db in NOISE_DB}
 _GROUPS = (("", "new voices"), ("_known", "known voices"), ("_recorded", "recorded voices"))
@@ -510,10 +606,13 @@ def hear(
 ) -> tuple[dict[str, list[str]], list[Tensor]]:
     """Transcripts of a few sounds [S] by each way of reading them, and their codes.
 
-    `noise`: at how many decibels of it they are read too.
+    `noise`: at how many decibels of it they are read too. No transcripts of a tokenizer that reads
+    none.
     """
     tokenizer = candidate.tokenizer
     pcm, frames = pad(tokenizer, sounds)
+    if not tokenizer.reads:
+        return {}, encode(tokenizer, pcm, frames)
     said = {
         "quantized": read(tokenizer, pcm, frames),
         "unquantized": read(tokenizer, pcm, frames, quantized=False),
@@ -533,6 +632,8 @@ def measure(
     seed: int,
     recorded: Path | None = None,
     codes: int = 0,
+    codes_from: Sequence[Path] = (),
+    stream_hours: float = 0.0,
     progress: bool = False,
 ) -> Result:
     """Measure one tokenizer; the other arguments are those of `compare`."""
@@ -549,12 +650,13 @@ def measure(
     rng = np.random.default_rng((seed, 1))
     with progress_bar(progress) as bar:
         for group, speech in groups.items():
+            noise = () if group else NOISE_DB
             tallies: dict[str, Tally] = defaultdict(Tally)
             total = None if group == "_recorded" else -(-utterances // _BATCH)
             name = candidate.name + group.replace("_", ", ")
             for batch in bar.track(_batches(speech), total, description=name):
                 sounds, texts, speakers = zip(*batch, strict=True)
-                said, heard = hear(candidate, sounds, () if group else NOISE_DB, rng)
+                said, heard = hear(candidate, sounds, noise, rng)
                 for way, transcripts in said.items():
                     for text, transcript in zip(texts, transcripts, strict=True):
                         tallies[way].add(text, transcript)
@@ -564,13 +666,21 @@ def measure(
                         sayings[normalize(text)][speaker] = row
             for way, tally in tallies.items():
                 found |= {f"wer_{way}{group}": tally.wer(), f"cer_{way}{group}": tally.cer()}
-            if candidate.twin is not None:
+            if not tallies:
+                mute = Metric(None, reason="it reads no characters")
+                ways = ("quantized", "unquantized", *(f"noise_{db}db" for db in noise))
+                found |= {f"{kind}_{way}{group}": mute for kind in ("wer", "cer") for way in ways}
+            elif candidate.twin is not None:
                 ours, theirs = (
                     [e.errors for e in tallies[way].words] for way in ("quantized", "twin")
                 )
                 found[f"wer_ratio{group}"] = bootstrap_ratio(ours, theirs)
         if counts.sum() < codes:
-            _count_more(candidate, counts, codes, endless_speech(seed), bar)
+            more = shard_speech(codes_from) if codes_from else endless_speech(seed)
+            _count_more(candidate, counts, codes, more, bar)
+        if stream_hours:
+            sounds_of_hours, seconds = endless_speech(seed), 3600 * stream_hours
+            found |= streaming_agreement(candidate.tokenizer, sounds_of_hours, seconds, bar)
     share, entropy = codes_used(counts)
     found |= {
         "codebook_usage": share,
@@ -599,7 +709,7 @@ def _points(tokenizer: SpeechTokenizer, codes: Tensor) -> abx.Features:
 def _count_more(
     candidate: Candidate, counts: Tensor, codes: int, sounds: Iterator[Pcm], bar: Progress
 ) -> None:
-    """Add to `counts` [L] until it holds as many codes."""
+    """Add to `counts` [L] until it holds as many codes, or there are no more sounds."""
     task = bar.add_task(f"{candidate.name}, codes", total=codes)
     for batch in _batches(sounds):
         heard = encode(candidate.tokenizer, *pad(candidate.tokenizer, batch))
@@ -607,6 +717,7 @@ def _count_more(
         bar.update(task, completed=int(counts.sum()))
         if counts.sum() >= codes:
             return
+    log.warning("%s: no more than %d codes to count", candidate.name, int(counts.sum()))
 
 
 def _batches(items: Iterable[T], size: int = _BATCH) -> Iterator[list[T]]:
@@ -722,6 +833,8 @@ def compare(
     sweep: Path | None = None,
     recorded: Path | None = None,
     codes: int = 0,
+    codes_from: Sequence[Path] = (),
+    stream_hours: float = 0.0,
     progress: bool = True,
 ) -> Comparison:
     """Measure the tokenizer of a model, those of a sweep, or both, on the same sounds.
@@ -736,13 +849,19 @@ def compare(
             measured, those trained unquantized as the twins of those with an otherwise equal
             config.
         recorded: a data folder whose manifest has a split 'validation', to hear people too.
-        codes: of how many at least the usage of the codebook is judged; more held-out sentences
-            are made where those above do not suffice.
+        codes: of how many at least the usage of the codebook is judged, where the sounds above do
+            not suffice: by more held-out sentences, in held-out and in known voices, or
+        codes_from: by the sounds in these shard folders, which need not be made anew.
+        stream_hours: over how many hours of speech a stream is held against one pass; 0: none.
         progress: show on the terminal how far it has come.
 
     Raises UserError when a model, a folder or a speech engine is missing.
     """
     assert model is not None or sweep is not None, "nothing to measure"
+    if codes_from and not codes:
+        raise UserError("codes_from needs a number of codes: say codes too, as in 1000000.")
+    for folder in codes_from:
+        shards.shard_paths(folder)  # before minutes are spent on the rest
     if twin is not None and model is None:
         raise UserError(f"twin '{twin}' is of no tokenizer: name its model too (--model).")
     candidates = []
@@ -762,9 +881,20 @@ def compare(
     source = f"{utterances} held-out sentences, synthesized"
     if recorded is not None:
         source += f"; recordings in {recorded.name}"
+    if codes_from:
+        source += f"; codes counted in {', '.join(folder.name for folder in codes_from)}"
     names = report.distinct(candidate.name for candidate in candidates)
     results = [
-        measure(replace(candidate, name=name), utterances, seed, recorded, codes, progress)
+        measure(
+            replace(candidate, name=name),
+            utterances,
+            seed,
+            recorded,
+            codes,
+            codes_from,
+            stream_hours,
+            progress,
+        )
         for name, candidate in zip(names, candidates, strict=True)
     ]
     return Comparison(tuple(results), model is not None, f"{source}.")

@@ -21,6 +21,7 @@ Shapes: B batch, S samples, T frames, K codebooks.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -132,7 +133,8 @@ class TrainConfig(BaseModel):
     """Decay of an average of the weights that is evaluated and saved in their place; 0: none."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=6e-4, betas=(0.8, 0.99), weight_decay=0.01)
     init_from: str | None = None
-    """A checkpoint of a codec, or of a model around one, to start from."""
+    """A checkpoint of a codec, or of a model around one, to start from; where `model.codebooks` has
+    more than it, those that it lacks are placed by the first batch, for a higher bitrate."""
     learn: Literal["all", "decoder"] = "all"
     """`decoder`: the codes of `init_from` stay as they are, so that a language model of them stays
     valid, and only what makes sound of them learns. `tokenizer`, `model`: those of `init_from`."""
@@ -452,6 +454,16 @@ def _whole(config: TrainConfig) -> TrainConfig:
     return whole
 
 
+def _further(codec: SpectralCodec, found: checkpoints.Checkpoint) -> dict[str, Tensor]:
+    """The codec's own codebooks beyond those of a checkpoint."""
+    there = len(checkpoints.parse_config(SpectralConfig, found).codebooks)
+    return {
+        f"quantizer.levels.{name}": tensor
+        for name, tensor in codec.quantizer.levels.state_dict().items()
+        if int(name.partition(".")[0]) >= there
+    }
+
+
 def _build(config: TrainConfig) -> SpectralCodec:
     shape, tokenizer = config.model, None
     if config.tokenizer is not None:
@@ -460,7 +472,9 @@ def _build(config: TrainConfig) -> SpectralCodec:
         shape = configs.build(heard, SpectralConfig, f"tokenizer '{config.tokenizer}'")
     codec = SpectralCodec(shape)
     if config.init_from is not None:
-        checkpoints.restore(codec, checkpoints.load(codec_folder(config.init_from)))
+        found = checkpoints.load(codec_folder(config.init_from))
+        found = dataclasses.replace(found, tensors={**_further(codec, found), **found.tensors})
+        checkpoints.restore(codec, found)
     if codec.tokenizer is not None:
         if tokenizer is not None:
             codec.tokenizer.load_state_dict(tokenizer.state_dict())
@@ -572,7 +586,10 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         "batch": config.batch,
         "crop_frames": config.crop_frames,
         "ema": config.ema,
+        "learn": config.learn,
     }
-    return checkpoints.save(
-        output_dir, codec.config, codec.state_dict(), dtype=config.dtype, card=card
-    )
+    if run.main:
+        weights = codec.state_dict()
+        checkpoints.save(output_dir, codec.config, weights, dtype=config.dtype, card=card)
+    run.accelerator.wait_for_everyone()
+    return output_dir

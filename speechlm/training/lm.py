@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -347,24 +346,22 @@ def build(
             f"weights.user is {config.weights.user:g}, but the model does not predict the user's "
             "codes: set model.predicts_user from the first stage on."
         )
-    source = None
-    tokenizer: TextTokenizer
     if config.init_from is None:
         tokenizer = _own_tokenizer(config, run_dir, resume)
-    elif convert.names_hf(config.init_from):
-        tokenizer = load_text_tokenizer(checkpoints.resolve(config.init_from))
     else:
-        source, tokenizer = convert.load_lm(config.init_from)
-        if source.streams.codebooks != codebooks:
-            raise UserError(
-                f"codec '{config.codec}' has codebooks {codebooks}, but init_from "
-                f"'{config.init_from}' was trained on {source.streams.codebooks}."
-            )
-        if source.streams.text_size != tokenizer.size:
-            raise UserError(
-                f"vocabulary of '{config.init_from}': {tokenizer.FILE} has {tokenizer.size} "
-                f"pieces, but the model was trained with {source.streams.text_size}."
-            )
+        tokenizer = load_text_tokenizer(checkpoints.resolve(config.init_from))
+        if not convert.names_hf(config.init_from):
+            streams = convert.lm_config(config.init_from).streams
+            if streams.codebooks != codebooks:
+                raise UserError(
+                    f"codec '{config.codec}' has codebooks {codebooks}, but init_from "
+                    f"'{config.init_from}' was trained on {streams.codebooks}."
+                )
+            if streams.text_size != tokenizer.size:
+                raise UserError(
+                    f"vocabulary of '{config.init_from}': {tokenizer.FILE} has {tokenizer.size} "
+                    f"pieces, but the model was trained with {streams.text_size}."
+                )
     shape = config.model
     made = LMConfig(
         streams=Streams(
@@ -379,13 +376,10 @@ def build(
         predicts_user=shape.predicts_user,
         sampling=config.sampling,
     )
-    if source is None and config.init_from is not None:
-        source = SpeechLM(made)
-        convert.fill_from_hf(source, config.init_from)
     with scattered():
         model = SpeechLM(made)
-        if source is not None:
-            model.load_state_dict(source.state_dict())
+        if config.init_from is not None:
+            convert.fill(model, config.init_from)
     return model.train(), tokenizer
 
 
@@ -758,8 +752,7 @@ def samples(config: TrainConfig, step: int) -> list[tuple[str, Placed]]:
 def planned(config: TrainConfig) -> Iterator[tuple[SpeechLM, TextTokenizer]]:
     """The model that a config would train, without its weights, and its text pieces."""
     begun = (config.run.dir / SentencePieceTokenizer.FILE).exists()
-    with tempfile.TemporaryDirectory() as nowhere, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
+    with tempfile.TemporaryDirectory() as nowhere:
         with init_empty_weights(include_buffers=False):
             folder = config.run.dir if begun else Path(nowhere)
             made = build(resolve_shape(config), folder, resume=begun)

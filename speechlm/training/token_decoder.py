@@ -348,4 +348,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         "crop_tokens": config.crop_tokens,
         "ema": config.ema,
     }
-    return checkpoints.save(output_dir, shape, decoder.state_dict(), dtype=config.dtype, card=card)
+    if run.main:
+        checkpoints.save(output_dir, shape, decoder.state_dict(), dtype=config.dtype, card=card)
+    run.accelerator.wait_for_everyone()
+    return output_dir

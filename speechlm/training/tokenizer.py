@@ -1,8 +1,8 @@
 """Train the semantic tokenizer: speech recognition through a discrete bottleneck.
 
 Utterances with transcripts (shards of `speechlm synth speech`) are held in memory as log-mel
-features, grouped by length into batches of a fixed amount of sound, disturbed (speed, gain, noise,
-band limits, SpecAugment), and recognized by CTC. The bottleneck warms up: at first every row
+features, grouped by length into batches of a fixed amount of sound, disturbed (speed, gain, rooms,
+noise, band limits, SpecAugment), and recognized by CTC. The bottleneck warms up: at first every row
 bypasses the rounding, then a growing share of rows passes through it, then all. A vector
 quantizer's codes are moved by what they catch, and the encoder towards them by a commitment loss.
 
@@ -13,8 +13,9 @@ than what was heard, and hides it (hierarchical CTC, Sanabria and Metze, 2018, a
 Every shape of `TokenizerConfig` can be trained, from nothing, from another tokenizer, or from a
 public checkpoint of Whisper (`init_from`), whose decoder then reads its own text pieces.
 
-What disturbs is applied to the mel powers, where a gain is a product, a band limit a cut and noise
-a sum: less work than the same on the waveform.
+What disturbs is applied to the mel powers, where a gain is a product, a band limit a cut, noise a
+sum and a room's echo a decaying average: less work than the same on the waveform. Of several
+processes each takes a batch of its own at every step.
 
     speechlm train tokenizer configs/tokenizer/tiny.yaml [run.steps=…]
 
@@ -36,6 +37,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from scipy.signal import lfilter
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
@@ -107,6 +109,11 @@ class AugmentConfig(BaseModel):
     warp: tuple[float, float] = (1.0, 1.0)
     """Frequencies alone times so much, where the speed changes: another vocal tract, same tempo."""
     gain_db: tuple[float, float] = (-20.0, 6.0)
+    echo_share: float = Field(0.0, ge=0, le=1)
+    echo_seconds: tuple[float, float] = (0.2, 0.8)
+    """In which a room's echo falls by 60 dB."""
+    echo_db: tuple[float, float] = (-12.0, 0.0)
+    """Energy of all of the echo beside that of the voice itself."""
     noise_share: float = 0.5
     noise_db: tuple[float, float] = (5.0, 35.0)
     """Signal-to-noise ratio."""
@@ -147,6 +154,9 @@ class TrainConfig(BaseModel):
     init_from: str | None = None
     """A checkpoint of a tokenizer, or of a codec or model around one, to start from; or a public
     one of Whisper or GLM-4-Voice's tokenizer, which gives what it has."""
+    encoder_from: str | None = None
+    """A checkpoint of a tokenizer, of whatever rate and bottleneck, whose encoder to start from:
+    the features up to the pooling. What comes after that begins anew."""
     dtype: checkpoints.StoredType = "fp32"
     """How the weights of the finished checkpoint are stored."""
     output: Path | None = None
@@ -158,6 +168,8 @@ class TrainConfig(BaseModel):
             raise ValueError("model needs ctc=true or a decoder: no head, no lesson")
         if self.model.whisper is not None and self.model.whisper.public_features:
             raise ValueError("model.whisper.public_features=true cannot be trained on: set false")
+        if self.init_from is not None and self.encoder_from is not None:
+            raise ValueError("init_from and encoder_from both give the encoder: remove one")
         return self
 
 
@@ -355,6 +367,18 @@ def _stretch(power: Power, speed: float, warp: float = 1.0) -> Power:
     return _between(_between(power, at, 0), bands, 1)
 
 
+def _echo(power: Power, seconds: float, decibel: float) -> Power:
+    """Mel powers in a room whose echo holds `decibel` and falls by 60 dB in so many seconds.
+
+    Late reverberation is noise of a decaying level (Polack's model; `synth_data.augment.room` draws
+    it as sound), so that its powers add up: frame t hears (1 − a) Σ_k a^(k−1) of frame t − k.
+    """
+    decay = 10 ** (-6 / (seconds * _PER_SECOND))
+    share = 10 ** (decibel / 10) * (1 - decay)
+    echo = lfilter([0.0, share], [1.0, -decay], power, axis=0)
+    return power + echo.astype(np.float32)
+
+
 def _between(power: Power, at: npt.NDArray[np.float64], axis: Literal[0, 1]) -> Power:
     """Linear interpolation of the rows or columns at fractional places, the last one held."""
     last = power.shape[axis] - 1
@@ -377,10 +401,15 @@ def _centers(mels: int = MELS) -> npt.NDArray[np.float64]:
 def disturb(
     mel: Mel, noise: Sequence[Power], config: AugmentConfig, rng: np.random.Generator
 ) -> Power:
-    """Speed, gain, band limit and noise on features [M, n_mels]; the speed changes their number."""
+    """Speed, room, band limit, noise and gain on features [M, n_mels].
+
+    The speed changes their number.
+    """
     power = mel_power(mel)
     if rng.random() < config.speed_share:
         power = _stretch(power, rng.uniform(*config.speed), rng.uniform(*config.warp))
+    if config.echo_share and rng.random() < config.echo_share:
+        power = _echo(power, rng.uniform(*config.echo_seconds), rng.uniform(*config.echo_db))
     if rng.random() < config.band_share:
         power[:, _centers(power.shape[1]) > rng.uniform(*config.band_hz)] = 0
     if rng.random() < config.noise_share:
@@ -606,6 +635,10 @@ class Trainee(nn.Module):
             )
             losses |= {"characters": losses["loss"], "phones_before": early, "phones_after": late}
             losses["loss"] = torch.lerp(losses["loss"], (early + late) / 2, self.share)
+        elif self.share > 0:
+            # Other processes wait for a gradient of every weight, be it nothing.
+            heads = (*self.before.parameters(), *self.after.parameters())
+            losses["loss"] = losses["loss"] + sum(0.0 * weight.sum() for weight in heads)
         if tokenizer.bottleneck == "vq":
             losses["commitment"] = output.commitment
             losses["loss"] = losses["loss"] + self.commitment * output.commitment
@@ -634,6 +667,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     tokenizer = SpeechTokenizer(config.model)
     if config.init_from is not None:
         start_from(tokenizer, config.init_from)
+    if config.encoder_from is not None:
+        start_encoder_from(tokenizer, config.encoder_from)
     model = Trainee(
         tokenizer,
         config.phones,
@@ -644,7 +679,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     run.restore(model, optimizer)
     model, optimizer = run.accelerator.prepare(model, optimizer)
     bare: Trainee = run.accelerator.unwrap_model(model)
-    order = _Order(utterances, config, noise, run, vocabulary)
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    order = _Order(utterances, config, noise, vocabulary, rank, world)
 
     def state() -> dict[str, Any]:
         return {"model": bare.state_dict(), "optimizer": optimizer.state_dict()}
@@ -669,7 +705,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             rate = config.optimizer.rate(step, config.run.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            rng = run.rng(step)
+            # A process of its own stream each; the first has that of a run of one.
+            rng = np.random.default_rng((config.run.seed, step, rank)) if rank else run.rng(step)
             mask_mel(batch.mel, config.augment, rng)
             quantized = torch.from_numpy(rng.random(len(batch.mel)) < _share(config, step))
             losses, codes = model(batch.to(run.device), quantized.to(run.device))
@@ -683,14 +720,17 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 numbers |= {"norm": norm.item(), "lr": rate, "codes": used}
                 run.log(step, {**numbers, "batch_usage": used / tokenizer.codebook_size})
     card = {"trainee": "tokenizer", "steps": run.done, "utterances": len(utterances)}
-    return checkpoints.save(
-        output_dir,
-        config.model,
-        tokenizer.state_dict(),
-        dtype=config.dtype,
-        files=vocabulary.files if isinstance(vocabulary, WhisperPieces) else None,
-        card=card,
-    )
+    if run.main:
+        checkpoints.save(
+            output_dir,
+            config.model,
+            tokenizer.state_dict(),
+            dtype=config.dtype,
+            files=vocabulary.files if isinstance(vocabulary, WhisperPieces) else None,
+            card=card,
+        )
+    run.accelerator.wait_for_everyone()
+    return output_dir
 
 
 def make_vocabulary(config: TrainConfig) -> Vocabulary | None:
@@ -718,6 +758,29 @@ def start_from(tokenizer: SpeechTokenizer, name_or_path: str) -> None:
     checkpoints.restore(tokenizer, checkpoints.Checkpoint(Path(name_or_path), {}, start))
 
 
+_ENCODER = ("front_in.", "front.", "stack.", "stem.", "before.")
+
+
+def start_encoder_from(tokenizer: SpeechTokenizer, name_or_path: str) -> None:
+    """Take over the encoder that `encoder_from` names; UserError when it is of another shape.
+
+    Where it steps at another rate, the projection of stacked features to a step begins anew.
+    """
+    start = load_speech_tokenizer_of(name_or_path)
+    same = start.config.encoder_rate == tokenizer.config.encoder_rate
+
+    def encoder(model: SpeechTokenizer) -> dict[str, Tensor]:
+        return {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if name.startswith(_ENCODER) and (same or not name.startswith("stack."))
+        }
+
+    taken = encoder(start)
+    checkpoints.check(encoder(tokenizer), checkpoints.Checkpoint(Path(name_or_path), {}, taken))
+    tokenizer.load_state_dict(taken, strict=False)
+
+
 def _share(config: TrainConfig, step: int) -> float:
     """Share of rows that pass the rounding at a step."""
     if config.unquantized:
@@ -727,28 +790,33 @@ def _share(config: TrainConfig, step: int) -> float:
 
 
 class _Order:
-    """Which utterances each step sees: a function of the seed, so a resume needs no state."""
+    """Which utterances each step sees: a function of the seed, so a resume needs no state.
+
+    Several processes take batches in turn.
+    """
 
     def __init__(
         self,
         utterances: Sequence[Utterance],
         config: TrainConfig,
         noise: Sequence[Power],
-        run: Run,
         vocabulary: Vocabulary | None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self.utterances, self.config, self.noise, self.run = utterances, config, noise, run
-        self.vocabulary = vocabulary
+        self.utterances, self.config, self.noise = utterances, config, noise
+        self.vocabulary, self.rank, self.world = vocabulary, rank, world
         self.epoch, self.first = -1, 0
         self.batches: list[list[int]] = []
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step; steps must be asked for in rising order."""
-        while step >= self.first + len(self.batches):
+        """This process's batch of a step; steps must be asked for in rising order."""
+        number = step * self.world + self.rank
+        while number >= self.first + len(self.batches):
             self.first += len(self.batches)
             self.epoch += 1
             rng = np.random.default_rng((self.config.run.seed, 1, self.epoch))
             self.batches = epoch_batches(self.utterances, self.config.data.batch_seconds, rng)
-        chosen = [self.utterances[i] for i in self.batches[step - self.first]]
-        rng = np.random.default_rng((self.config.run.seed, 2, step))
+        chosen = [self.utterances[i] for i in self.batches[number - self.first]]
+        rng = np.random.default_rng((self.config.run.seed, 2, number))
         return collate(chosen, self.noise, self.config.augment, rng, self.vocabulary)

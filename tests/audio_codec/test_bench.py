@@ -11,7 +11,7 @@ from torch import Tensor
 
 from audio_codec import bench
 from audio_codec.audio import FRAME_SIZE
-from audio_codec.bench import OURS, Times, TransformersMimi
+from audio_codec.bench import OURS, PublicMimi, Times, TransformersMimi
 from audio_codec.codec import Codec
 from audio_codec.errors import UserError
 from audio_codec.state import State, all_active
@@ -139,3 +139,26 @@ def test_the_public_mimi_streams_its_encoder() -> None:
     assert torch.cat(heard, 2).shape == pcm.shape == codec.decode(whole).shape
     assert decoder.keys.get_seq_length() == 8  # the transformer steps at 25 Hz
     assert sum(p.numel() for p in codec.model.parameters()) > 60e6
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_the_public_package_streams_as_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("moshi", reason="the package moshi is installed apart, see bench.py")
+    monkeypatch.setenv("NO_TORCH_COMPILE", "1")
+    codec = PublicMimi()
+    assert "mimi_public" in bench.PEERS["mimi"]
+    pcm = 0.1 * torch.randn(2, 1, 3 * FRAME_SIZE)
+    whole = codec.encode(pcm)
+    assert whole.shape == (2, 8, 3) and codec.decode(whole).shape == pcm.shape
+    states = [codec.new_encoder_state(1) for _ in pcm]
+    found: list[list[Tensor]] = [[], []]
+    for frame in pcm.split(FRAME_SIZE, 2):  # two streams by turns: neither hears the other
+        for row, state in enumerate(states):
+            found[row].append(codec.encode(frame[row : row + 1], state))
+    streamed = torch.cat([torch.cat(row, 2) for row in found])
+    assert float((streamed == whole).float().mean()) > 0.9
+    said, state = [], codec.new_decoder_state(2)
+    for codes in whole.split(1, 2):
+        said.append(codec.decode(codes, state))
+    torch.testing.assert_close(torch.cat(said, 2), codec.decode(whole), rtol=0, atol=1e-4)

@@ -131,6 +131,25 @@ def test_tensors_that_share_or_stride_memory_are_stored(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_read_one_by_one_the_tensors_are_the_same(
+    tmp_path: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(tmp_path / "a", dtype=dtype)
+    whole, lazy = (checkpoints.load(tmp_path / "a", lazily=on) for on in (False, True))
+    assert set(lazy.tensors) == set(whole.tensors) and len(lazy.tensors) == len(whole.tensors)
+    assert all(torch.equal(lazy.tensors[name], whole.tensors[name]) for name in whole.tensors)
+    monkeypatch.setattr(checkpoints, "_read_file", None)  # nothing is read as a whole
+    other = Model()
+    checkpoints.restore(other, checkpoints.load(tmp_path / "a", lazily=True))
+    found = tensors_of(other)
+    assert all(torch.equal(found[name], whole.tensors[name]) for name in whole.tensors)
+    file = tmp_path / "a" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match="truncated or corrupt"):
+        checkpoints.load(tmp_path / "a", lazily=True)
+
+
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     weights = tensors_of(Model())
     for name in ("a", "b"):

@@ -226,6 +226,21 @@ def test_a_code_sees_as_far_ahead_as_it_says(name: str) -> None:
     assert furthest == model.lookahead_ms - unheard
 
 
+@pytest.mark.parametrize("name", ["default", "late", "blocks", "pooled", "whisper"])
+def test_what_lies_further_back_than_it_says_is_forgotten(name: str) -> None:
+    model = build(CONFIG.model_copy(update=CONFIGS.get(name, {}))).double()
+    config = model.config
+    heard = (config.layers_before + config.layers_pooled) * config.window_seconds
+    assert model.past_seconds == pytest.approx(heard + 1)
+    mel = noise(1, 320, config.mels, dtype=torch.float64)
+    expected = model.features(mel)[:, -1]
+    for seconds, same in ((model.past_seconds, True), (0.6 * heard, False)):
+        other = mel.clone()
+        other[:, : -math.ceil(100 * seconds)] = noise(1, 1, config.mels, seed=5)
+        gap = float((model.features(other)[:, -1] - expected).abs().max())
+        assert (gap < 1e-12) == same, (seconds, gap)
+
+
 def test_a_code_that_comes_late_is_that_of_an_earlier_frame() -> None:
     late, now = variant("late"), build()
     now.load_state_dict(late.state_dict())

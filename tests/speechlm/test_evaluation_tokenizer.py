@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import json
 import logging
 import math
 import time
@@ -24,13 +25,15 @@ from audio_codec import audio
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, Pcm
 from audio_codec.errors import UserError
-from audio_codec.speech_tokenizer import SpeechTokenizer
+from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig
+from audio_codec.whisper import StemConfig
 from speechlm.cli import app
 from speechlm.evaluation import abx, report
 from speechlm.evaluation import tokenizer as evaluation
 from speechlm.evaluation.report import Metric, bootstrap_ratio, distinct
 from speechlm.evaluation.tokenizer import Candidate, Comparison, Result, Shape, Tally
 from speechlm.training.tokenizer import TrainConfig
+from synth_data import shards
 from synth_data.augment import active_power
 from synth_data.text import normalize
 
@@ -181,8 +184,9 @@ def test_codes_do_not_depend_on_the_neighbours_padding() -> None:
 class Late:
     """Codes are how loud so many milliseconds are, rounded, and come two codes late."""
 
-    def __init__(self, rate: float) -> None:
-        self.rate, self.size = rate, round(SAMPLE_RATE / rate)
+    def __init__(self, rate: float, sample_rate: int = SAMPLE_RATE) -> None:
+        self.rate, self.sample_rate = rate, sample_rate
+        self.size = round(sample_rate / rate)
         self.delay = 2 * self.size
 
     def encode(self, pcm: Tensor) -> Tensor:
@@ -199,6 +203,20 @@ def test_codes_are_put_back_in_step_at_every_rate(rate: float, codes: int) -> No
     assert len(short) == codes and len(long) == 26 * rate / 12.5
     spoken = math.ceil(0.5 * rate)
     assert short.tolist() == [3] * spoken + [0] * (codes - spoken)
+
+
+def test_a_tokenizer_of_another_sample_rate_hears_the_same_sounds() -> None:
+    time = np.arange(SAMPLE_RATE) / SAMPLE_RATE
+    sounds = [np.where(time < 0.5, 2.6, 5.4).astype(np.float32), 4 * np.ones(9000, np.float32)]
+    high, low = (
+        evaluation.encode(tokenizer, *evaluation.pad(tokenizer, sounds))
+        for tokenizer in (Late(12.5), Late(12.5, 16_000))
+    )
+    for one, other in zip(high, low, strict=True):
+        # A filter rings at a jump: the frames that hold one are not compared.
+        same = [a == b for a, b in zip(one.tolist(), other.tolist(), strict=True)]
+        assert len(one) == len(other) and sum(same) >= len(same) - 2
+    assert low[0][2] == 3 and low[0][10] == 5 and low[1][2] == 4
 
 
 @torch.inference_mode()
@@ -222,8 +240,9 @@ def test_what_sees_the_whole_sound_does_not_stream(
     monkeypatch: pytest.MonkeyPatch, scripted: Candidate
 ) -> None:
     monkeypatch.setattr(evaluation, "shape_of", lambda _: Shape(12.5, 9, "fsq", math.inf))
-    measured = evaluation.measure(scripted, utterances=1, seed=0)
-    for name in ("lookahead_ms", "realtime_factor"):
+    monkeypatch.setattr(SpeechTokenizer, "streams", False)
+    measured = evaluation.measure(scripted, utterances=1, seed=0, stream_hours=1)
+    for name in ("lookahead_ms", "realtime_factor", "streaming_agreement"):
         assert measured.metrics[name].reason, name
     # It has no place on the curve.
     curve = Comparison((measured,), False, "")._lines(
@@ -248,6 +267,58 @@ def test_speech_is_made_as_it_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     assert texts[0] == texts[1] and len(texts[0]) == 20
     endless = evaluation.endless_speech(0)
     assert len(list(itertools.islice(endless, 600))) == 600
+
+
+# --- A stream and one pass ------------------------------------------------------------------------
+
+AGREEING: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "late": {"lookahead_ms": 160},
+    "blocks": {"block_ms": 240},
+    "whisper": {"whisper": {"positions": 110}, "pooling": "avg"},  # a table of 2.2 s
+}
+
+
+class Drifting(SpeechTokenizer):
+    """Hears a stream wrongly once it has gone on for four seconds."""
+
+    def features(self, mel: Tensor, state: Any = None) -> Tensor:
+        late = state is not None and int(state.before.offset) >= 100
+        return super().features(mel + 0.5 * late, state)
+
+
+def agreement(tokenizer: SpeechTokenizer, seconds: float) -> dict[str, Metric]:
+    sounds = (noise(0.7, seed) for seed in itertools.count())
+    with evaluation.progress_bar(False) as bar:
+        return evaluation.streaming_agreement(tokenizer, sounds, seconds, bar)
+
+
+@torch.no_grad()
+def agreeing(kind: type[SpeechTokenizer], name: str) -> SpeechTokenizer:
+    fields = {**TOKENIZER.model_dump(), "levels": (5, 5, 5), **AGREEING[name]}
+    torch.manual_seed(4)
+    tokenizer = kind(TokenizerConfig.model_validate(fields)).eval().requires_grad_(False)
+    numbers = tokenizer.features(tokenizer.mel(0.1 * torch.randn(4, 1, 36 * FRAME_SIZE)))
+    tokenizer.quantizer.mean.copy_(numbers.mean((0, 1)))
+    tokenizer.quantizer.variance.copy_(numbers.var((0, 1)))
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", AGREEING)
+def test_a_stream_agrees_with_passes_over_its_minutes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "_PASS_SECONDS", 2)
+    found = agreement(agreeing(SpeechTokenizer, name), 9)
+    assert found["streaming_agreement_float64"].value == 1
+    assert (found["streaming_agreement"].value or 0) >= 0.99
+    assert all(metric.n in (125, 135) for metric in found.values())  # whole passes, whole blocks
+
+
+def test_a_stream_that_drifts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_PASS_SECONDS", 2)
+    for metric in agreement(agreeing(Drifting, "causal"), 8).values():
+        assert metric.value is not None and 0.4 < metric.value < 0.9 and metric.n == 100
 
 
 # --- One tokenizer --------------------------------------------------------------------------------
@@ -288,13 +359,15 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Candidate:
 
     def pad(model: SpeechTokenizer, sounds: Sequence[Pcm]) -> tuple[Tensor, Tensor]:
         pcm, frames = original(model, sounds)
-        clean.setdefault((len(sounds), int(frames.max()) * 8), tokenizer.mel(pcm))
+        if model.sample_rate == SAMPLE_RATE:
+            clean.setdefault((len(sounds), int(frames.max()) * 8), tokenizer.mel(pcm))
         return pcm, frames
 
     original: Callable[..., tuple[Tensor, Tensor]] = evaluation.pad
     monkeypatch.setattr(evaluation, "heldout_speech", speech)
     monkeypatch.setattr(evaluation, "transcribe", transcribe)
     monkeypatch.setattr(evaluation, "pad", pad)
+    monkeypatch.setattr(evaluation, "TIMED_SECONDS", 1)
     return Candidate("small", tokenizer, twin)
 
 
@@ -328,6 +401,87 @@ def test_usage_is_judged_by_as_many_codes_as_are_asked_for(scripted: Candidate) 
     assert few.n == 2 * 7
     # The last batch may go beyond.
     assert many.n is not None and many.n >= 500 and (many.value or 0) >= (few.value or 0)
+
+
+def shard_folder(folder: Path, seconds: float) -> Path:
+    """Two shards of noise, the second one's sample of two channels."""
+    for index, channels in enumerate((1, 2)):
+        sample = shards.Sample(
+            id=f"s-{index}",
+            text="",
+            words=((),) * channels,
+            voices=("noise",) * channels,
+            source="test",
+            licence="Apache-2.0",
+            synthetic=True,
+            seconds=seconds,
+            pcm=np.stack([noise(seconds, index) for _ in range(channels)]),
+        )
+        shards.write(folder / shards.shard_name("noise", index), [sample])
+    return folder
+
+
+def test_codes_are_counted_in_shards(
+    scripted: Candidate, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shard_folder(tmp_path / "shards", 8.0)
+    with caplog.at_level(logging.WARNING):
+        found = evaluation.measure(scripted, 1, 0, codes=100, codes_from=[folder]).metrics
+        assert not caplog.messages
+        short = evaluation.measure(scripted, 1, 0, codes=1000, codes_from=[folder]).metrics
+    # Three channels of 8 s and 20 ms of silence; what was heard before counts too.
+    assert found["codebook_usage"].n == short["codebook_entropy_ratio"].n == 2 * 7 + 3 * 101
+    assert any("no more than 317 codes" in message for message in caplog.messages)
+
+
+def test_shards_to_count_in_need_a_number_and_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="codes_from needs a number"):
+        evaluation.compare("x", codes_from=[tmp_path])
+    with pytest.raises(UserError, match="no shard"):
+        evaluation.compare("x", codes=10, codes_from=[tmp_path])
+
+
+def public_tokenizer() -> SpeechTokenizer:
+    """Of the make of GLM-4-Voice's: sound at 16 kHz, public features, codes and no head."""
+    torch.manual_seed(2)
+    config = TokenizerConfig(
+        dim=16,
+        heads=2,
+        layers_before=1,
+        layers_pooled=1,
+        layers_after=0,
+        whisper=StemConfig(positions=200, public_features=True),
+        pooling="avg",
+        block_ms=160,
+        bottleneck="vq",
+        codes=12,
+        code_dim=None,
+        ctc=False,
+    )
+    return SpeechTokenizer(config).eval().requires_grad_(False)
+
+
+def test_a_published_tokenizer_is_measured_in_all_but_its_errors(
+    scripted: Candidate, recordings: Path, tmp_path: Path
+) -> None:
+    candidate = Candidate("glm", public_tokenizer())
+    measured = evaluation.measure(candidate, 2, 0, recorded=recordings, stream_hours=1)
+    found = measured.metrics
+    assert found["codebook_usage"].n == 2 * (7 + 19) + 4 * 7
+    assert found["lookahead_ms"] == Metric(80, unit="ms")
+    for name in (
+        "wer_quantized",
+        "cer_unquantized_known",
+        "wer_noise_5db",
+        "wer_quantized_recorded",
+    ):
+        assert found[name].value is None and "no characters" in (found[name].reason or ""), name
+    for name in ("realtime_factor", "streaming_agreement", "streaming_agreement_float64"):
+        assert found[name].reason == "it does not stream", name
+    assert found["speaker_invariance_warped"].n is not None
+    document = Comparison((measured,), True, "Sounds.").document()
+    report.write_report(tmp_path / "report", "T", document)
+    assert "it reads no characters" in (tmp_path / "report" / "report.md").read_text()
 
 
 @pytest.fixture
@@ -542,11 +696,16 @@ def test_the_command_hands_its_options_over(
     assert "wer_quantized" in run()
     run("--sweep", tmp_path, "--report", tmp_path / "report", "--recorded", tmp_path, "--codes", 9)
     run("--model", "m", "--twin", "t", "--seed", 3, "--utterances", 5)
+    where, written = [tmp_path / "a", tmp_path / "b"], tmp_path / "measured.json"
+    run("--codes", 9, "--codes-from", where[0], "--codes-from", where[1], "--stream-hours", 0.5,
+        "--json", written)  # fmt: skip
+    assert json.loads(written.read_text())["codes_from"] == [str(folder) for folder in where]
     plain: dict[str, Any] = {"model": None, "twin": None, "sweep": None, "recorded": None}
-    plain |= {"codes": 0, "seed": 0, "utterances": 300}
+    plain |= {"codes": 0, "codes_from": (), "stream_hours": 0, "seed": 0, "utterances": 300}
     assert calls == [
         {**plain, "model": "tiny"},
         {**plain, "sweep": tmp_path, "recorded": tmp_path, "codes": 9},
         {**plain, "model": "m", "twin": "t", "seed": 3, "utterances": 5},
+        {**plain, "model": "tiny", "codes": 9, "codes_from": where, "stream_hours": 0.5},
     ]
     assert "wer" in (tmp_path / "report" / "report.html").read_text()

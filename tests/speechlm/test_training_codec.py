@@ -229,15 +229,41 @@ def test_what_is_saved_is_the_average(
     assert not torch.equal(saved["up.weight"], now["codec.up.weight"])
 
 
+def test_a_codec_grows_by_more_codebooks(made: Path, tmp_path: Path) -> None:
+    first = train(config_of(made, tmp_path / "first", run={"steps": 2}, adversarial=None))
+    AcceleratorState._reset_state(True)
+    fields = {"init_from": str(first), "adversarial": None, "ema": 0, "optimizer": {"lr": 0.0}}
+    wide = {**SHAPE, "codebooks": [16, 16, 16, 16]}
+    second = train(config_of(made, tmp_path / "second", model=wide, run={"steps": 1}, **fields))
+    before, after = (checkpoints.load(path).tensors for path in (first, second))
+    assert torch.equal(before["from_latent.weight"], after["from_latent.weight"])
+    assert after.keys() - before.keys() == {
+        f"quantizer.levels.{level}.{name}"
+        for level in (2, 3)
+        for name in ("codebook", "usage", "total", "ready")
+    }
+    assert all(bool(after[f"quantizer.levels.{level}.ready"]) for level in range(4))
+    assert len(load_codec(second).codebooks) == 5
+    narrow = {**SHAPE, "codebooks": [16]}
+    with pytest.raises(UserError, match=r"tensor 'quantizer.levels.1\.\w+' has no place"):
+        train(config_of(made, tmp_path / "third", model=narrow, **fields))
+
+
 def test_a_decoder_learns_while_the_codes_stay(made: Path, tmp_path: Path) -> None:
-    first = train(config_of(made, tmp_path / "first", adversarial=None, dtype="int8"))
+    first = train(config_of(made, tmp_path / "first", run={"steps": 3}, dtype="int8"))
     AcceleratorState._reset_state(True)
     again = layout(made, tmp_path / "second", init_from=str(first), learn="decoder", dtype="int8")
     del again["tokenizer"], again["model"]
     second = train(TrainConfig.model_validate(again))
-    old, new = (checkpoints.load(path).tensors for path in (first, second))
-    changed = {name.partition(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    before, after = (checkpoints.load(path).tensors for path in (first, second))
+    changed = {name.partition(".")[0] for name in before if not before[name].equal(after[name])}
     assert changed == {"from_latent", "decoder_latent", "up", "back", "head"}
+    pcm = 0.2 * torch.randn(1, 1, 20 * FRAME_SIZE)
+    old, new = load_codec(first), load_codec(second)
+    codes = old.encode(pcm)
+    assert torch.equal(new.encode(pcm), codes)
+    assert not torch.allclose(new.decode(codes), old.decode(codes))
+    assert "adversarial" in [row for row in rows(tmp_path / "second") if "mel" in row][-1]
     with pytest.raises(UserError, match="validation_codebooks has 4, but the codec has 1 to 3"):
         train(TrainConfig.model_validate({**again, "validation_codebooks": [4]}))
 

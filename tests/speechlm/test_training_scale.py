@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,9 @@ import lm_runs
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hf import write as write_hf
 from lm_runs import config_of, make_data, numbers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from audio_codec import checkpoint
 from audio_codec.errors import UserError
@@ -96,6 +99,54 @@ def test_the_first_gradients_of_two_processes_are_those_of_one(made: Path, tmp_p
 
 
 @pytest.mark.slow
+def test_every_switch_at_once_gives_the_numbers_of_one_process(made: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "separate_states": True,
+        "accumulate": 2,
+        "recompute": True,
+        "lookahead": 2,
+        "text_mask": 0.3,
+        "average_from": 0.4,
+        "weights": {"jitter": 0.3, "semantic": 100, "user": 0.5},
+        "loss": {"z": 1e-3},
+        "rates": {"temporal": 0.5, "text": 0.75},
+        "run": {"steps": 8, "log_spaced": True},
+    }
+    shape = config_of(made, tmp_path).model.model_dump(mode="json", exclude_unset=True)
+    changes["model"] = {**shape, "predicts_user": True, "acoustic_delay": 2}
+    for world in (1, 2):
+        together(plain(made, tmp_path / f"w{world}", **changes), world, double=True)
+    assert largest_gap(tmp_path / "w1", tmp_path / "w2") < 1e-8
+    one, two = weights(tmp_path / "w1"), weights(tmp_path / "w2")
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
+    kept = {path.name for path in (tmp_path / "w2").glob("checkpoint*")}
+    assert kept == {f"checkpoint-{step}" for step in (1, 2, 4, 8)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begun", ["anew", "ours", "hf"])
+def test_no_rank_ever_holds_the_whole_model(made: Path, tmp_path: Path, begun: str) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("asks Linux how much memory was taken")
+    wide = {"dim": 512, "layers": 10, "heads": 8, "window": 20}
+    shape = {"temporal": wide, "depth": {"dim": 16, "layers": 1, "heads": 2}}
+    config = plain(made, tmp_path / "run", model=shape)
+    if begun == "ours":
+        together({**config, "run": {**config["run"], "steps": 1}, "dtype": "bf16"}, 1)
+        config = plain(made, tmp_path / "next", init_from=str(tmp_path / "run" / "lm"))
+        config["model"] = {}
+    elif begun == "hf":
+        sizes = {"hidden_size": 512, "num_hidden_layers": 10, "intermediate_size": 1376}
+        write_hf(tmp_path / "hf", "llama", **sizes)
+        config["model"], config["init_from"] = {"depth": shape["depth"]}, str(tmp_path / "hf")
+    assert fleet.run(lm_runs.build_apart, config, tmp_path, world=2) == [0, 0]
+    for rank in (0, 1):
+        took, here, whole = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert whole > 100e6 and here < 0.55 * whole
+        assert here <= took < 0.8 * whole, f"{took / whole:.2f} of the model at a time"
+
+
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_with_any_number_of_processes(made: Path, tmp_path: Path) -> None:
     together(plain(made, tmp_path / "whole", ema=0.9), 1, double=True)
     for name, worlds in (("fewer", (2, 1, 2)), ("more", (1, 2, 1))):
@@ -158,6 +209,23 @@ def test_killed_at_twenty_random_points_it_ends_with_the_same_bits(
         if (tmp_path / "parts" / "checkpoint.pt").exists():
             torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)
     together(config, 1, resume=True)
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_rank_killed_by_its_piece_of_a_checkpoint_leaves_the_one_before(
+    made: Path, tmp_path: Path
+) -> None:
+    together(plain(made, tmp_path / "whole"), 2)
+    config = plain(made, tmp_path / "parts")
+    codes = fleet.run(lm_runs.train_until, config, "pieces", 1, world=2)
+    assert codes[1] == -9 and codes[0] != 0
+    left = [path for path in (tmp_path / "parts").glob("checkpoint-*/.metadata")]
+    assert [path.parent.name for path in left] == ["checkpoint-4"]
+    assert (tmp_path / "parts" / "checkpoint-8" / "__0_0.distcp").exists()
+    together(config, 2, resume=True)
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
@@ -268,6 +336,26 @@ def test_pieces_and_recomputation_leave_the_numbers(made: Path, tmp_path: Path) 
     assert torch.allclose(losses["whole"], losses["pieces"], rtol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")  # torch warns of what its own compiler does
+def test_compiled_blocks_leave_the_numbers(made: Path, tmp_path: Path) -> None:
+    shape = config_of(made, tmp_path).model.model_dump(mode="json", exclude_unset=True)
+    shape["temporal"]["layers"] = 1
+    changes = {
+        "model": shape,
+        "run": {"steps": 2},
+        "sources": [{"kind": "dialogues", "path": made / "shards", "rows": 2}],
+        "validation": [],
+    }
+    losses = []
+    for compiled in (False, True):
+        lm.train(config_of(made, tmp_path / str(compiled), compile=compiled, **changes))
+        AcceleratorState._reset_state(True)
+        losses.append([row["loss"] for row in numbers(tmp_path / str(compiled))])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) == 2
+
+
 def test_log_spaced_checkpoints_are_kept_and_the_mean_of_the_last_is_saved(
     made: Path, tmp_path: Path
 ) -> None:
@@ -343,14 +431,43 @@ def test_a_rate_is_proposed_from_the_size(made: Path, tmp_path: Path) -> None:
     assert 1e-3 < expected.lr < 0.1 and expected.weight_decay == 0.1
 
 
+def test_progress_says_how_fast_and_how_long_yet(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm.train(config_of(made, tmp_path))
+    shown = capsys.readouterr().err
+    assert "lm 5/12 (0:00:" in shown and " left) loss " in shown
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "mfu" in line]
+    for line in steps:
+        assert 0 < line["mfu"] < 1 and 0 < line["loader_busy"] <= 1
+        # Four of six rows are talk: at most each of their columns has 80 ms of sound.
+        audio = line["audio_hours_per_second"] * 3600 * 12.5 / line["columns_per_second"]
+        assert audio == pytest.approx(4 / 6, abs=0.02)
+        assert line["tokens_per_second"] > line["columns_per_second"]
+    assert {"dialogues/text", "dialogues/semantic", "dialogues/acoustic/1"} <= steps[0].keys()
+    for name in ("tokens_per_second", "audio_hours_per_second", "mfu"):
+        assert f" {name} " in shown
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert len(curves.Scalars("tokens_per_second")) == 12
+
+
 def test_one_hears_the_model_answer(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[torch.Tensor] = []
-    monkeypatch.setattr(run.Run, "play", lambda self, step, name, pcm, rate: heard.append(pcm))
+    play = run.Run.play
+
+    def noting(self: run.Run, step: int, name: str, pcm: torch.Tensor, rate: int) -> None:
+        heard.append(pcm)
+        play(self, step, name, pcm, rate)
+
+    monkeypatch.setattr(run.Run, "play", noting)
     lm.train(config_of(made, tmp_path / "a", listen_every=6))
     AcceleratorState._reset_state(True)
     assert [len(pcm) for pcm in heard] == [38 * 1920] * 2 and heard[0].dtype == torch.float32
+    sounds = EventAccumulator(str(tmp_path / "a" / "tensorboard")).Reload()
+    assert [event.step for event in sounds.Audio("validation/voice")] == [5, 11]
     lm.train(config_of(made, tmp_path / "b"))
     assert numbers(tmp_path / "a") == numbers(tmp_path / "b")  # listening changes nothing
     AcceleratorState._reset_state(True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -327,6 +330,138 @@ def test_text_pieces_are_those_of_the_checkpoint(made: Path, tmp_path: Path) -> 
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="no text pieces"):
         training.WhisperPieces(tmp_path / "bare", 40)
+
+
+# --- An encoder alone -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [25, 50])
+def test_an_encoder_can_be_taken_over_for_another_bottleneck(
+    made: Path, tmp_path: Path, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = training.train(config(made, tmp_path / "first", run={"steps": 2}))
+    AcceleratorState._reset_state(True)
+    monkeypatch.setattr(training, "clip_gradients", lambda *_: torch.tensor(0.0))
+    still = {"run": {"steps": 1}, "optimizer": {"lr": 0.0}}  # what was taken over is not moved
+    shape = {**SMALL, **VQ, "rate": rate, "layers_after": 2}
+    again = config(made, tmp_path / "again", model=shape, encoder_from=str(first), **still)
+    found, start = (checkpoints.load(path).tensors for path in (training.train(again), first))
+    same = {name for name in found if name in start and torch.equal(found[name], start[name])}
+    encoder = {name for name in start if name.startswith(("front", "before.", "stack."))}
+    anew = {"stack.weight", "stack.bias"} if rate == 50 else set()
+    assert encoder and encoder - same == anew
+    assert "head.weight" not in same and "after.blocks.0.mlp.up.weight" not in same
+
+
+def test_an_encoder_of_another_shape_is_named(made: Path, tmp_path: Path) -> None:
+    first = training.train(config(made, tmp_path / "first", run={"steps": 1}))
+    AcceleratorState._reset_state(True)
+    wide = {**SMALL, "front_dim": 12}
+    with pytest.raises(UserError, match=r"tensor 'front_in.weight' has shape \(8, 80\), expected"):
+        training.train(config(made, tmp_path / "b", model=wide, encoder_from=str(first)))
+    with pytest.raises(ValidationError, match="init_from and encoder_from"):
+        config(made, tmp_path / "c", init_from="a", encoder_from="b")
+
+
+# --- Several processes ----------------------------------------------------------------------------
+
+
+def test_processes_take_batches_in_turn(made: Path, tmp_path: Path) -> None:
+    settings = config(made, tmp_path / "run")
+    utterances = training.load_utterances([made / "train"], 12.0)
+
+    def drawn(rank: int, world: int, steps: int) -> list[Tensor]:
+        order = training._Order(utterances, settings, (), None, rank, world)
+        return [order.batch(step).mel for step in range(steps)]
+
+    alone, halves = drawn(0, 1, 12), (drawn(0, 2, 6), drawn(1, 2, 6))
+    for number, mel in enumerate(alone):
+        assert torch.equal(mel, halves[number % 2][number // 2])
+    assert not torch.equal(alone[0], alone[1])
+
+
+def test_a_wrapper_of_processes_finds_a_gradient_for_every_weight() -> None:
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        shape = training.TokenizerConfig.model_validate(
+            {**SMALL, "decoder": {"layers": 1, "heads": 2}}
+        )
+        trainee = training.Trainee(SpeechTokenizer(shape), 0.3, attention=0.5)
+        wrapped = nn.parallel.DistributedDataParallel(trainee)
+        sound = batch(training.Characters())
+        for known in (True, False, True):  # it complains about the step before
+            rows: Sequence[Sequence[int]] = [[3, 4], [5]] if known else [[], []]
+            sound.phones = training.Classes.of(rows)
+            found, _ = wrapped(sound, torch.ones(len(sound.mel), dtype=torch.bool))
+            assert ("phones_after" in found) == known
+            found["loss"].backward()
+            assert all(p.grad is not None for p in trainee.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_tokenizer(made: Path, root: Path, tmp_path: Path) -> None:
+    settings = config(made, tmp_path / "run", **SHAPES["vq"], data={
+        "train": [made / "train"], "validation": [made / "validation"], "batch_seconds": 1.0,
+    })  # fmt: skip
+    recipe = tmp_path / "run.yaml"  # JSON is YAML
+    recipe.write_text(settings.model_dump_json())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, "-m", "speechlm.cli", "train", "tokenizer", str(recipe)],
+        cwd=root, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    logged = [row["step"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert logged == list(range(STEPS))  # one process writes
+    # Had both taken the same batches, their gradients' mean would be that of one alone.
+    alone = training.train(
+        settings.model_copy(
+            update={"run": settings.run.model_copy(update={"dir": tmp_path / "alone"})}
+        )
+    )
+    one, two = (load_tokenizer(path) for path in (alone, tmp_path / "run" / "tokenizer"))
+    assert not torch.allclose(
+        one.before.blocks[0].mlp.up.weight, two.before.blocks[0].mlp.up.weight
+    )
+
+
+# --- Rooms ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decibel", [-12.0, 0.0])
+def test_a_room_echoes_with_its_energy_and_dies_away_in_its_time(decibel: float) -> None:
+    power = np.zeros((400, 3), np.float32)
+    power[10] = 2.0
+    heard = training._echo(power, 0.5, decibel)
+    np.testing.assert_array_equal(heard[:11], power[:11])  # nothing before the sound
+    echo = heard[11:, 0].astype(np.float64)
+    assert echo.sum() / 2 == pytest.approx(10 ** (decibel / 10), rel=1e-3)
+    assert 10 * np.log10(echo[50] / echo[0]) == pytest.approx(-60, abs=0.01)
+    assert heard.dtype == np.float32
+
+
+def test_rooms_are_drawn_in_their_share_and_change_nothing_else() -> None:
+    mel = training.log_mel(np.random.default_rng(0).standard_normal(9600).astype(np.float32))
+
+    def disturbed(share: float, seed: int) -> Any:
+        augment = training.AugmentConfig(echo_share=share, echo_db=(0.0, 0.0))
+        return training.disturb(mel, (), augment, np.random.default_rng(seed))
+
+    old = training.AugmentConfig()
+    same = training.disturb(mel, (), old, np.random.default_rng(3))
+    np.testing.assert_array_equal(disturbed(0.0, 3), same)
+    quiet = training.AugmentConfig(noise_share=0.0, band_share=0.0, gain_db=(0.0, 0.0))
+    louder = [
+        float((training.disturb(mel, (), quiet.model_copy(update={"echo_share": 0.5}),
+                                np.random.default_rng(seed)) - mel)[20:].mean()) > 0.05
+        for seed in range(100)
+    ]  # fmt: skip
+    assert 35 <= sum(louder) <= 65
 
 
 # --- Another vocal tract --------------------------------------------------------------------------
