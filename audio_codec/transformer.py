@@ -103,7 +103,7 @@ def make_norm(kind: Literal["rms", "layer"], dim: int, eps: float | None = None)
 def rotary(
     positions: Tensor, head_dim: int, theta: float, frequencies: Sequence[float] | None = None
 ) -> Tensor:
-    """Rotations e^{iφ}, complex128 [..., T, D/2], for integer positions [..., T].
+    """Rotations e^{iφ}, complex128 [..., T, D/2], for positions [..., T], integer or not.
 
     Pair p turns by θ^(−2p/D) a position, or by what `frequencies` [D/2] say.
     The angle is taken in float64: after an hour at 100 positions a second a float32 angle would be
@@ -310,9 +310,12 @@ class Transformer(nn.Module):
         segments: Tensor | None = None,
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
+        clock: Tensor | None = None,
     ) -> Tensor:
         """[B, T, C] → [B, T, C].
 
+        `clock` (float [B, T]): where each position stands to the rotations; by default they are
+        counted. What may be seen is counted all the same.
         `memory` ([B, N, E]) is what a decoder also attends to, `memory_mask` ([B, N] bool) which of
         it may be seen; all when None.
         `segments` ([B, T] int, offline only) packs several documents into a row: attention never
@@ -324,6 +327,8 @@ class Transformer(nn.Module):
             # and a mask keeps no NaN out (0 · NaN is NaN).
             x = x.masked_fill(~state.active.view(-1, 1, 1), 0)
         where = self._offline(x, segments) if state is None else self._streaming(x, state)
+        if clock is not None:
+            where.rotation = self._rotation(clock)
         where.memory = memory
         where.memory_mask = None if memory_mask is None else memory_mask[:, None, None]
         for index, block in enumerate(self.blocks):

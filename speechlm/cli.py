@@ -302,6 +302,7 @@ def bench_synth(
         str | None, typer.Option("--decoder", help="A token decoder that speaks its codes again.")
     ] = None,
     texts: Annotated[int, typer.Option(min=16, help="Held-out sentences to say.")] = 1024,
+    device: Annotated[str, typer.Option(help="Where models are timed: cpu or cuda.")] = "cpu",
     json: Json = None,
     seed: Seed = 0,
 ) -> None:
@@ -319,7 +320,7 @@ def bench_synth(
         known = tokenizer or room.tokenizer_of(text_to_token)
         listener = str(convert.tokenizer_folder(known))
         measured |= room.measure_text_to_token(
-            text_to_token, listener, texts, decoder=decoder, seed=seed
+            text_to_token, listener, texts, decoder=decoder, device=device, seed=seed
         )
     _report("bench synth", {name: Metric(**vars(f)) for name, f in measured.items()}, json)
 

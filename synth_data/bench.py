@@ -192,7 +192,13 @@ def tokenizer_of(model: str) -> str:
 
 
 def measure_text_to_token(
-    model: str, tokenizer: str, texts: int, *, decoder: str | None = None, seed: int = 0
+    model: str,
+    tokenizer: str,
+    texts: int,
+    *,
+    decoder: str | None = None,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> dict[str, Figure]:
     """`errors` on 300 held-out sentences at most, `speed` on so many; all by name or path.
 
@@ -201,7 +207,7 @@ def measure_text_to_token(
     said = quiz.sentences("heldout", texts, seed)
     speaking = None if decoder is None else speaker(decoder, tokenizer)
     found = errors(model, tokenizer, said[:_READ], decode=speaking)
-    return found | speed(model, tokenizer, said)
+    return found | speed(model, tokenizer, said, device=device)
 
 
 # --- Text to token: speed -------------------------------------------------------------------------
@@ -218,18 +224,20 @@ class Route:
     batch: int = 512
     voice: str = ""
     """Who speaks, on the way through sound."""
+    device: str = "cpu"
+    """Where the models run; speech is always synthesized on the processor."""
 
 
 @functools.cache
-def _model(name: str, precision: Precision) -> TextToToken:
+def _model(name: str, precision: Precision, device: str) -> TextToToken:
     tune_allocator()
-    return load_text_to_token(name, precision)
+    return load_text_to_token(name, precision).to(device)
 
 
 @functools.cache
-def _tokenizer(name: str) -> SpeechTokenizer:
+def _tokenizer(name: str, device: str) -> SpeechTokenizer:
     tune_allocator()
-    return load_tokenizer_of(name)
+    return load_tokenizer_of(name).to(device)
 
 
 def codes_of(route: Route, texts: Sequence[str]) -> list[Codes]:
@@ -237,11 +245,11 @@ def codes_of(route: Route, texts: Sequence[str]) -> list[Codes]:
     if route.model is not None:
         lines = [Line(text, seed) for seed, text in enumerate(texts)]
         config = GenerationConfig(batch=route.batch)
-        spoken = generate(_model(route.model, route.precision), lines, config)
+        spoken = generate(_model(route.model, route.precision, route.device), lines, config)
         return [said.codes if said.fault is None else said.codes[:0] for said in spoken]
     voice = Voice.parse(route.voice)
     sounds = [speak(text, voice).pcm for text in texts]
-    return tokenize(_tokenizer(route.tokenizer), sounds, route.batch, route.precision)
+    return tokenize(_tokenizer(route.tokenizer, route.device), sounds, route.batch, route.precision)
 
 
 def _count(route: Route, texts: Sequence[str]) -> int:
@@ -267,9 +275,11 @@ Rates = dict[str, list[float]]
 """Route → codes a second, round by round."""
 
 
-def best_route(tokenizer: str, voices: Sequence[str], texts: Sequence[str], take: Take) -> Route:
+def best_route(
+    tokenizer: str, voices: Sequence[str], texts: Sequence[str], take: Take, device: str = "cpu"
+) -> Route:
     """The fastest setting of the route through sound."""
-    start = Route(tokenizer, batch=16, precision="bf16")
+    start = Route(tokenizer, batch=16, precision="bf16", device=device)
     candidates = [replace(start, voice=voice) for voice in voices]
 
     def fastest(routes: Sequence[Route]) -> Route:
@@ -293,6 +303,7 @@ def speed(
     workers: int = 2,
     rounds: int = 5,
     voices: Sequence[str] = FAST_VOICES,
+    device: str = "cpu",
 ) -> dict[str, Figure]:
     """Seconds of speech a second of wall clock, by the model and by the best route through sound.
 
@@ -306,6 +317,7 @@ def speed(
         workers: processes, one thread each.
         rounds: how often each route is taken.
         voices: who may speak on the route through sound.
+        device: where the models of either route run.
 
     Raises:
         UserError: a checkpoint is missing or broken, or a voice is unknown or not installed.
@@ -326,8 +338,11 @@ def speed(
             waiting = [pool.submit(_count, route, texts[at::workers]) for at in range(workers)]
             return sum(future.result() for future in waiting), time.perf_counter() - began
 
-        through_sound = best_route(tokenizer, voices, ordered[:: max(1, len(ordered) // 128)], take)
-        routes = {"text_to_token": Route(tokenizer, model), "tts_path": through_sound}
+        few = ordered[:: max(1, len(ordered) // 128)]
+        routes = {
+            "text_to_token": Route(tokenizer, model, device=device),
+            "tts_path": best_route(tokenizer, voices, few, take, device),
+        }
         for route in routes.values():
             take(route, ordered)
         rates = in_turns(routes, ordered, take, rounds)

@@ -235,10 +235,15 @@ def _document(record: Any, number: int, source: CorpusSource) -> Document | Remo
         return Removed(label, "no text", repr(record)[:_EXAMPLE])
     if not text.strip():
         return Removed(label, "empty")
-    # JSON can spell half of a character, which no file can hold.
-    if any(c < " " and c not in "\t\n\r\f\v" or "\ud800" <= c <= "\udfff" for c in text):
+    if is_binary(text):
         return Removed(label, "binary", ascii(text[:_EXAMPLE]))
     return Document(f"{label}-{number:09d}", text, label, source.licence, turns)
+
+
+def is_binary(text: str) -> bool:
+    """Whether there is something in a text that is no character of one."""
+    # JSON can spell half of a character, which no file can hold.
+    return any(c < " " and c not in "\t\n\r\f\v" or "\ud800" <= c <= "\udfff" for c in text)
 
 
 def _turn(item: Any, index: int) -> Turn:

@@ -6,7 +6,7 @@ interleaved data", arXiv 2411.17607). One decoder reads the text, then writes th
 
     text, a cell of 2 characters a position        speech, a step of 2 frames a position
     ┌────┬────┬────┬────┬────┬────┬─────────┬────────┬────────┬────────┐
-    │ ·t │ he │ ·c │ at │ ·s │ at │ ▷ pace  │ f0  f1 │ f2  f3 │ f4  f5 │      inputs
+    │ ·t │ he │ ·c │ at │ ·s │ at │    ▷    │ f0  f1 │ f2  f3 │ f4  f5 │      inputs
     └────┴────┴────┴────┴────┴────┴─────────┴────────┴────────┴────────┘
                                        │         │        │        │
                                     f0  f1    f2  f3   f4  f5   f6  end      predictions
@@ -19,8 +19,14 @@ what the transformer said and the digits before. Of a code of (7, 5, 5, 5, 5) le
 draws among seven or five instead of one among 4375, whose softmax and candidates alone cost more
 than all the rest.
 
-*Length.* The pace, how many times as long as expected it takes, is an input. A text that ends too
-early, goes on too long or gets stuck is detected and drawn again with other noise.
+*Clock.* How long a text takes is well told by its letters, words and marks (`fit_length`). So every
+cell has a time at which it is expected, and every step one at which it is said, and both stand on
+one clock to the rotary positions of the transformer: what a step says is found where the distance
+is about nothing, from the first day of training (after the position rates of Deep Voice 3, arXiv
+1710.07654). The *pace*, how many times as long as expected a text takes, stretches its clock.
+
+*Length.* A text that ends too early, goes on too long or gets stuck is detected and drawn again
+with other noise.
 
 Each line draws its own noise by its seed: what it says does not depend on who shares its batch, but
 for the rounding of matrix kernels of another size.
@@ -53,10 +59,14 @@ from audio_codec.transformer import Transformer, TransformerConfig, TransformerS
 from synth_data.text import spell_out
 
 Ids = npt.NDArray[np.int64]
+Times = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.uint16]
 
 CHARACTERS = ALPHABET + ".,;:?!"
 """What it reads. Marks are pauses; a space stands before every word."""
+
+_LETTERS = np.array([character.isalpha() for character in CHARACTERS])
+_MARKS = np.array([character in ".,;:?!" for character in CHARACTERS])
 
 # Rows of the embedding table that hold no character and no digit.
 _ABSENT, _START, _SPECIAL = 0, 1, 2
@@ -78,7 +88,7 @@ _AGAIN = 0x5851F42D4C957F2D
 
 
 class ShapeConfig(BaseModel):
-    """Shape of the model, apart from what the tokenizer decides; by default 4.6 M parameters."""
+    """Shape of the model, apart from what the tokenizer decides; by default 3.0 M parameters."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -87,7 +97,7 @@ class ShapeConfig(BaseModel):
     step: PositiveInt = 3
     """Frames N a position of speech."""
     transformer: TransformerConfig = TransformerConfig(
-        dim=320, layers=4, heads=5, kv_heads=1, gated=False, norm="layer", window=1024
+        dim=256, layers=4, heads=4, kv_heads=1, gated=False, norm="layer", window=1024
     )
     """One key/value head: keys and values are what a step has to read from memory. Wide rather than
     deep, and without a gate: all that is not a matrix product costs as much as one."""
@@ -120,7 +130,7 @@ class GenerationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sampling: Sampling = Sampling(temperature=0.7, top_p=0.9)
+    sampling: Sampling = Sampling(temperature=0.5, top_p=0.9)
     batch: PositiveInt = 512
     """Rows at once."""
     shortest: float = Field(0.4, ge=0)
@@ -197,6 +207,20 @@ def expected_frames(text: str, config: TextToTokenConfig) -> float:
     return max(1.0, math.fsum(feature * weight for feature, weight in weighed))
 
 
+def clock(characters: Ids, config: TextToTokenConfig) -> Times:
+    """When each cell [P, cell] is expected to be said, at a pace of 1: its middle, in frames [P].
+
+    All of them together take `expected_frames`, of which what every text takes is half before.
+    """
+    letter, word, mark, one = config.length
+    there = characters >= 0
+    frames = letter * (_LETTERS[characters] & there).sum(1)
+    frames += mark * (_MARKS[characters] & there).sum(1)
+    frames += word * (characters[:, 0] == CHARACTERS.index(" "))
+    times: Times = one / 2 + frames.cumsum() - frames / 2
+    return times
+
+
 # --- The model ------------------------------------------------------------------------------------
 
 
@@ -219,7 +243,6 @@ class TextToToken(nn.Module):
         table = torch.randn(self._first_digit + config.step * sum(codebook), dim) * 0.1
         table[_ABSENT] = 0
         self.table = nn.Parameter(table)
-        self.pace = nn.Parameter(torch.zeros(dim))
         self.transformer = Transformer(config.transformer)
         self.context = nn.Linear(dim, config.step * config.head, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.step, self.factors, config.head))
@@ -249,16 +272,16 @@ class TextToToken(nn.Module):
         rows = steps + (self.slots.to(steps.device) + self._first_digit)
         return F.pad(rows, (0, self.width - rows.shape[-1]), value=_ABSENT)
 
-    def forward(self, rows: Tensor, pace: Tensor, state: TransformerState | None = None) -> Tensor:
-        """Table rows int64 [B, P, W], log of the pace [B] → what is said next, [B, P, C].
+    def forward(self, rows: Tensor, clock: Tensor, state: TransformerState | None = None) -> Tensor:
+        """Table rows int64 [B, P, W], their times in frames [B, P] → what is said next, [B, P, C].
 
-        Streaming with a state; offline, a row may be padded behind its end.
+        Of a cell it is the time at which it is expected (`clock`), from the start on that of the
+        step that comes next. Streaming with a state; offline, a row may be padded behind its end.
         """
         x = F.embedding_bag(rows.flatten(0, 1), self.table, mode="sum", padding_idx=_ABSENT)
-        starts = (rows[..., 0] == _START) * pace[:, None]  # [B, P]
-        x = x.view(*rows.shape[:2], -1) + starts[..., None] * self.pace
+        x = x.view(*rows.shape[:2], -1)
         inner = next(self.transformer.parameters()).dtype
-        return self.transformer(x.to(inner), state).to(x.dtype)
+        return self.transformer(x.to(inner), state, clock=clock).to(x.dtype)
 
     def logits(self, hidden: Tensor, steps: Tensor) -> list[Tensor]:
         """Teacher-forced: hidden [M, C], digits int64 [M, D] → for each factor [M, N, its size].
@@ -276,13 +299,13 @@ class TextToToken(nn.Module):
         inner = F.silu(said + self.bias + earlier.view(shape))
         return [head(inner[:, :, factor]) for factor, head in enumerate(self.heads)]
 
-    def loss(self, rows: Tensor, pace: Tensor, index: Tensor, steps: Tensor) -> Tensor:
+    def loss(self, rows: Tensor, clock: Tensor, index: Tensor, steps: Tensor) -> Tensor:
         """Mean nats a frame, its end included.
 
-        rows [B, P, W], pace [B]; index int64 [M]: where in B·P steps are predicted; steps int64
+        rows [B, P, W], clock [B, P]; index int64 [M]: where in B·P steps are predicted; steps int64
         [M, D]: their digits, NO_DIGIT where there is nothing to learn.
         """
-        hidden = self(rows, pace).flatten(0, 1)[index]
+        hidden = self(rows, clock).flatten(0, 1)[index]
         wanted = steps.view(len(steps), self.config.step, self.factors)
         total = hidden.new_zeros((), dtype=torch.float32)
         for factor, logits in enumerate(self.logits(hidden, steps)):
@@ -346,6 +369,7 @@ class _Plan:
 
     line: Line
     rows: Ids  # [P, W] of its text
+    clock: Times  # [P]
     limit: int
     """Frames after which it is endless."""
     least: float
@@ -361,7 +385,8 @@ def _plan(model: TextToToken, line: Line, config: GenerationConfig) -> _Plan | N
     assert window is not None
     if len(characters) + 2 + limit // model.config.step >= window:
         return None
-    return _Plan(line, model.text_rows(characters), limit, config.shortest * expected)
+    times = line.pace * clock(characters, model.config)
+    return _Plan(line, model.text_rows(characters), times, limit, config.shortest * expected)
 
 
 def generate(
@@ -399,9 +424,8 @@ def _generate(
     texts = torch.tensor([len(plan.rows) for plan in plans], device=device)
     room = _padded(plans) + _GROWTH
     state = model.transformer.new_state(len(plans), length=room)
-    pace = torch.tensor([math.log(plan.line.pace) for plan in plans], device=device).to(model.table)
     seeds = _seeds(plans, attempt).to(device)
-    _read(model, plans, pace, state)
+    _read(model, plans, state)
     # A shorter text was read past its end, into entries that come into sight only once they are
     # written anew.
     state.offset.copy_(texts)
@@ -416,15 +440,16 @@ def _generate(
         if longest + number == room:
             _lengthen(state, _GROWTH)
             room += _GROWTH
-        hidden = model(rows, pace, state)[:, 0]
+        now = torch.full((len(rows), 1), number * step, device=device)
+        hidden = model(rows, now, state)[:, 0]
         first = number * step * model.factors
         drawn = model.draw(hidden, seeds, first, config.sampling)
         for frame in range(step):
             ends = drawn[:, frame * model.factors] == model.end
             at = number * step + frame
-            now = open_ & (ends | (at >= limits[origin]))
-            lengths[origin[now]] = torch.minimum(limits[origin[now]], torch.tensor(at))
-            open_ &= ~now
+            over = open_ & (ends | (at >= limits[origin]))
+            lengths[origin[over]] = torch.minimum(limits[origin[over]], torch.tensor(at))
+            open_ &= ~over
         drawn[:, :: model.factors].clamp_(max=model.end - 1)
         codes[origin, number * step : (number + 1) * step] = model.frames(drawn)
         left = int(open_.sum())
@@ -437,7 +462,7 @@ def _generate(
             kept = torch.argsort(open_, descending=True, stable=True)[:size]
             taken = state.take(kept)
             assert isinstance(taken, TransformerState)
-            state, rows, pace, seeds = taken, rows[kept], pace[kept], seeds[kept]
+            state, rows, seeds = taken, rows[kept], seeds[kept]
             origin, open_ = origin[kept], open_[kept]
     return _judge(codes.cpu().numpy(), lengths.cpu().numpy(), plans, config)
 
@@ -457,19 +482,21 @@ def _seeds(plans: Sequence[_Plan], attempt: int) -> Tensor:
     return torch.from_numpy(np.array(numbers, np.uint64).view(np.int64))
 
 
-def _read(
-    model: TextToToken, plans: Sequence[_Plan], pace: Tensor, state: TransformerState
-) -> None:
+def _read(model: TextToToken, plans: Sequence[_Plan], state: TransformerState) -> None:
     """Let the texts into the state: a few rows at a time, each whole, padded to the longest."""
+    device = state.active.device
     rows = np.full((len(plans), _padded(plans), model.width), _ABSENT, np.int64)
-    for row, plan in zip(rows, plans, strict=True):
+    times = np.zeros(rows.shape[:2])
+    for row, time, plan in zip(rows, times, plans, strict=True):
         row[: len(plan.rows)] = plan.rows
+        time[: len(plan.rows)] = plan.clock
     count = max(1, _PREFILL // rows.shape[1])
     for begin in range(0, len(plans), count):
         end = min(begin + count, len(plans))
         size = _padded(plans[begin:end])
         part = model.transformer.new_state(end - begin, length=size)
-        model(torch.from_numpy(rows[begin:end, :size]).to(pace.device), pace[begin:end], part)
+        read, at = (torch.from_numpy(x[begin:end, :size]).to(device) for x in (rows, times))
+        model(read, at, part)
         for whole, piece in zip(state.layers, part.layers, strict=True):
             whole.key[begin:end, :, :size] = piece.key
             whole.value[begin:end, :, :size] = piece.value
@@ -523,14 +550,14 @@ def generate_slowly(
     step, factors = model.config.step, model.factors
     rows = np.concatenate((plan.rows, model.start_row()[None]))
     seed = _seeds([plan], 0)
-    pace = torch.tensor([math.log(line.pace)]).to(model.table)
     said: list[int] = []
     while len(said) < plan.limit * factors:
         # Digits of a step that are not drawn yet are not there.
         drawn = torch.full((1, step * factors), NO_DIGIT)
         speech = torch.tensor(said, dtype=torch.int64).view(-1, step * factors)
         whole = torch.cat((torch.from_numpy(rows), model.speech_rows(speech)))
-        hidden = model(whole[None], pace)[:, -1]
+        times = np.concatenate((plan.clock, np.arange(len(speech) + 1) * step))
+        hidden = model(whole[None], torch.from_numpy(times)[None])[:, -1]
         for slot in range(step * factors):
             frame, factor = divmod(slot, factors)
             logits = model.logits(hidden, drawn)[factor][:, frame]

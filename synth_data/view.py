@@ -157,6 +157,8 @@ def sound(sample: Sample, load: Callable[[], AnyCodec]) -> npt.NDArray[np.float3
         return sample.pcm
     if sample.codes is None:
         raise UserError(f"sample {sample.id!r} has neither sound nor codes.")
+    if sample.codes.size == 0:  # A document of which nothing is spoken.
+        return np.zeros((len(sample.codes), 0), np.float32)
     codec = load()
     sizes = [int(np.prod(factors)) for factors in codec.codebooks]
     k = sample.codes.shape[1]
@@ -194,7 +196,8 @@ def draw(sample: Sample, pcm: npt.NDArray[np.float32] | None, path: Path) -> Non
     kinds = sorted({event.kind for event in sample.events})
     heights = [1.2] * channels
     heights += [0.25 * len(kinds) + 0.2] if kinds else []
-    heights += [1.2] * channels if sample.codes is not None else []
+    coded = sample.codes is not None and sample.codes.size > 0
+    heights += [1.2] * channels if coded else []
     # As wide as it is long, within what a viewer opens.
     width = min(max(8.0, sample.seconds * 1.2), 60.0)
     figure = Figure(figsize=(width, sum(heights) + 0.8), layout="constrained", dpi=100)
@@ -208,7 +211,7 @@ def draw(sample: Sample, pcm: npt.NDArray[np.float32] | None, path: Path) -> Non
         _draw_speech(rows.pop(0), sample, channel, None if pcm is None else pcm[channel])
     if kinds:
         _draw_events(rows.pop(0), sample, kinds)
-    if sample.codes is not None:
+    if sample.codes is not None and coded:
         for channel, codes in enumerate(sample.codes):
             _draw_codes(rows.pop(0), codes, f"{_name(sample, channel)}'s codes")
     grid[-1, 0].set_xlim(0, max(sample.seconds, 1 / FRAME_RATE))

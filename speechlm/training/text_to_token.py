@@ -41,6 +41,7 @@ from synth_data.text_to_token import (
     TextToToken,
     TextToTokenConfig,
     cells,
+    clock,
     digits,
     expected_frames,
     fit_length,
@@ -157,13 +158,13 @@ class Batch:
     """Padded rows, and the steps that are predicted from them."""
 
     rows: Tensor  # [B, P, W] int64
-    pace: Tensor  # [B] float32
+    clock: Tensor  # [B, P] float64
     index: Tensor  # [M] int64 into B·P
     steps: Tensor  # [M, D] int64
 
     def to(self, device: torch.device) -> Batch:
         """The same batch there."""
-        return Batch(*(x.to(device) for x in (self.rows, self.pace, self.index, self.steps)))
+        return Batch(*(x.to(device) for x in (self.rows, self.clock, self.index, self.steps)))
 
 
 def positions(pair: Pair, config: TextToTokenConfig) -> int:
@@ -179,11 +180,12 @@ def collate(
     longest = max(positions(pair, config) for pair in pairs)
     shape = (len(pairs), -(-longest // _ROUND) * _ROUND, model.width)
     rows = np.zeros(shape, np.int64)
-    pace = np.zeros(len(pairs), np.float32)
+    times = np.zeros(shape[:2])
     index: list[npt.NDArray[np.int64]] = []
     steps: list[npt.NDArray[np.int64]] = []
     for number, pair in enumerate(pairs):
-        text = model.text_rows(cells(pair.text, config.cell))
+        characters = cells(pair.text, config.cell)
+        text = model.text_rows(characters)
         # The last step holds the end; nothing is learned behind it.
         count = len(pair.codes) // config.step + 1
         said = np.full((count * config.step, factors), NO_DIGIT, np.int64)
@@ -196,14 +198,16 @@ def collate(
         rows[number, :start] = text
         rows[number, start] = model.start_row()
         rows[number, start + 1 : start + count] = heard
-        pace[number] = math.log(max(1, len(pair.codes)) / expected_frames(pair.text, config))
+        pace = max(1, len(pair.codes)) / expected_frames(pair.text, config)
+        times[number, :start] = pace * clock(characters, config)
+        times[number, start : start + count] = np.arange(count) * config.step
         index.append(number * shape[1] + start + np.arange(count))
         steps.append(said)
     at, wanted = np.concatenate(index), np.concatenate(steps)
     more = -len(at) % _ROUND_STEPS
     return Batch(
         torch.from_numpy(rows),
-        torch.from_numpy(pace.clip(-1, 1)),
+        torch.from_numpy(times),
         torch.from_numpy(np.pad(at, (0, more))),
         torch.from_numpy(np.pad(wanted, ((0, more), (0, 0)), constant_values=NO_DIGIT)),
     )
@@ -256,7 +260,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Mean nats a frame."""
-        return self.model.loss(batch.rows, batch.pace, batch.index, batch.steps)
+        return self.model.loss(batch.rows, batch.clock, batch.index, batch.steps)
 
 
 def evaluate(
@@ -274,7 +278,7 @@ def evaluate(
         for chosen in grouped(pairs, model.config, config.data.batch_positions, rng):
             batch = collate(chosen, model, 0.0, rng).to(device)
             count = sum(len(pair.codes) + 1 for pair in chosen)
-            loss = model.loss(batch.rows, batch.pace, batch.index, batch.steps)
+            loss = model.loss(batch.rows, batch.clock, batch.index, batch.steps)
             losses, frames = losses + float(loss) * count, frames + count
     lines = [Line(pair.text, seed) for seed, pair in enumerate(pairs)]
     spoken = generate(model, lines, config.generation)

@@ -37,7 +37,7 @@ from audio_codec.memory import tune_allocator
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from synth_data import quiz
 from synth_data.build import BuildReport, Dropped, run_shards
-from synth_data.corpus import bounded_lines
+from synth_data.corpus import bounded_lines, is_binary
 from synth_data.interleave import (
     QUESTION_RULES,
     SPAN_RULES,
@@ -341,8 +341,10 @@ def _joined(
         sentences = [line.decode().strip() for line in lines if line is not None]
     except UnicodeDecodeError as error:
         return Dropped(name, f"not UTF-8 text: {error}")
-    spoken = spell_out(" ".join(sentences))
-    return Document(name, (spoken,), source.path.name, source.licence, source.human)
+    text = " ".join(sentences)
+    if is_binary(text):
+        return Dropped(name, "binary")
+    return Document(name, (spell_out(text),), source.path.name, source.licence, source.human)
 
 
 def _parsed(name: str, line: bytes | None, source: DocumentsSource) -> Document | Dropped:
@@ -354,12 +356,14 @@ def _parsed(name: str, line: bytes | None, source: DocumentsSource) -> Document 
         return Dropped(name, f"no JSON: {error}")
     keys = ("question", "answer") if isinstance(found, dict) and "question" in found else ("text",)
     texts = [found.get(key) for key in keys] if isinstance(found, dict) else []
-    spoken = tuple(spell_out(text) for text in texts if isinstance(text, str))
-    if len(spoken) < len(keys):
+    said = [text for text in texts if isinstance(text, str)]
+    if len(said) < len(keys):
         return Dropped(name, "neither a text nor a question and an answer in it")
+    if any(map(is_binary, said)):
+        return Dropped(name, "binary")
     return Document(
         name,
-        spoken,
+        tuple(map(spell_out, said)),
         str(found.get("source", source.path.name)),
         str(found.get("licence", source.licence)),
         source.human,

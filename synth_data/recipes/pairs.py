@@ -33,6 +33,8 @@ from synth_data.recipes.speech import (
     speak_lines,
 )
 from synth_data.shards import Sample
+from synth_data.text_to_token import transcribe
+from synth_data.verify import wer
 
 
 class PairsConfig(SpeechConfig):
@@ -46,6 +48,10 @@ class PairsConfig(SpeechConfig):
     """Where the tokenizer runs."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the tokenizer's matrix products."""
+    drop_above: float | None = Field(default=None, gt=0)
+    """Pairs whose codes the tokenizer's own CTC head reads with a larger word error rate are
+    dropped, recorded ones too; the others carry theirs. None asks nobody. (``verify`` has the sound
+    judged instead, of synthesized pairs, by whom it names.)"""
 
 
 def build_pairs(config: PairsConfig) -> BuildReport:
@@ -63,7 +69,12 @@ def build_pairs(config: PairsConfig) -> BuildReport:
         lines[start : start + config.shard_size]
         for start in range(0, len(lines), config.shard_size)
     ]
-    plan = (lines, config.verify, config.shard_size, weights, config.batch, config.precision)
+    if config.drop_above is not None:
+        transcribe(
+            _tokenizer(config.tokenizer, config.device), ()
+        )  # Likewise one that cannot read.
+    judged = (config.verify, config.drop_above)
+    plan = (lines, judged, config.shard_size, weights, config.batch, config.precision)
     make = functools.partial(_pairs, config=config)
     return run_shards(
         config.output,
@@ -131,10 +142,17 @@ def _pairs(lines: Sequence[Line], config: PairsConfig) -> Iterator[Sample | Drop
             sounds.append(made.pcm[0])
     tokenizer = _tokenizer(config.tokenizer, config.device)
     codes = tokenize(tokenizer, sounds, config.batch, config.precision)
-    for sample, row in zip(heard, codes, strict=True):
-        yield sample.model_copy(
-            update={
-                "codes": row[None, None],
-                "meta": {**sample.meta, "tokenizer": config.tokenizer},
-            }
-        )
+    read: Sequence[str | None] = [None] * len(codes)
+    if config.drop_above is not None:
+        read = transcribe(tokenizer, codes, precision=config.precision)
+    for sample, row, text in zip(heard, codes, read, strict=True):
+        update = {
+            "codes": row[None, None],
+            "meta": {**sample.meta, "tokenizer": config.tokenizer},
+        }
+        if text is not None and config.drop_above is not None:
+            update["wer"] = rate = wer(sample.text, text)
+            if rate > config.drop_above:
+                yield Dropped(sample.id, f"word error rate {rate:.2f} of {sample.text!r}")
+                continue
+        yield sample.model_copy(update=update)

@@ -229,6 +229,21 @@ def test_a_stream_of_known_length_needs_no_window_of_keys() -> None:
         torch.testing.assert_close(out, module(whole)[0, past:])
 
 
+@torch.no_grad()
+def test_a_clock_of_its_own_turns_positions_and_hides_none() -> None:
+    module = build(window=50)
+    x = noise(2, 9, DIM)
+    count = torch.arange(9.0).expand(2, 9)
+    torch.testing.assert_close(module(x, clock=count), module(x))
+    # Only differences count; another tempo is heard.
+    torch.testing.assert_close(module(x, clock=count + 17.5), module(x), rtol=1e-4, atol=1e-5)
+    slow = module(x, clock=count * 0.3)
+    assert not torch.allclose(slow, module(x), atol=1e-3)
+    state = module.new_state(2, length=9)
+    parts = [module(x[:, at], state, clock=count[:, at] * 0.3) for at in (slice(4), slice(4, 9))]
+    torch.testing.assert_close(torch.cat(parts, 1), slow)
+
+
 # --- Rotary positions -----------------------------------------------------------------------------
 
 

@@ -209,7 +209,10 @@ def test_bench_synth_prints_what_was_measured(
     status, out, _ = run(*said)
     assert status == 0 and "text_to_token_wer" in out and "dedup_recall" in out
     assert run(*said, "--tokenizer", "tiny", "--decoder", "d")[0] == 0
-    assert asked == [("t", "t/its/codec", 16, None, 0), ("t", "tiny/codec", 16, "d", 0)]
+    assert asked == [
+        ("t", "t/its/codec", 16, None, "cpu", 0),
+        ("t", "tiny/codec", 16, "d", "cpu", 0),
+    ]
     assert run("bench", "synth", "--decoder", "d")[0] == 2
 
 

@@ -31,7 +31,7 @@ from speechlm.training.text_to_token import (
 )
 from synth_data import shards
 from synth_data.text import tokenize
-from synth_data.text_to_token import GenerationConfig, Line, generate, load_text_to_token
+from synth_data.text_to_token import GenerationConfig, Line, cells, generate, load_text_to_token
 from synth_data.tts import Word
 
 TEXTS = ["The cat sat.", "A dog ran home", "one, two", "yes", "the dog sat", "a cat ran home"]
@@ -196,10 +196,16 @@ def test_a_batch_predicts_every_frame_and_the_end() -> None:
     assert int((learned[:, :, 1] >= 0).sum()) == sum(len(pair.codes) for pair in chosen)
     # A row alone gives the loss that it gives among others.
     alone = [collate([pair], model, 0.0, np.random.default_rng(0)) for pair in chosen]
-    losses = [float(model.loss(b.rows, b.pace.double(), b.index, b.steps)) for b in alone]
+    losses = [float(model.loss(b.rows, b.clock, b.index, b.steps)) for b in alone]
     weights = [len(pair.codes) + 1 for pair in chosen]
-    together = float(model.loss(batch.rows, batch.pace.double(), batch.index, batch.steps))
+    together = float(model.loss(batch.rows, batch.clock, batch.index, batch.steps))
     assert together == pytest.approx(np.average(losses, weights=weights), rel=1e-6)
+    # Text and speech of a row end at about the same time, whatever its pace.
+    for row, pair in enumerate(chosen):
+        cells_of = len(cells(pair.text, 2))
+        assert 0 < float(batch.clock[row, cells_of - 1]) < len(pair.codes)
+        steps_of = batch.clock[row, cells_of : cells_of + len(pair.codes) // 2 + 1]
+        assert steps_of.tolist() == [2.0 * step for step in range(len(steps_of))]
     hidden = collate(chosen, model, 0.99, np.random.default_rng(0))
     assert torch.equal(hidden.steps, batch.steps) and int((hidden.rows > 0).sum()) < int(
         (batch.rows > 0).sum()

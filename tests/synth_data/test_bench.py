@@ -10,7 +10,9 @@ import pytest
 from small import TOKENIZER, small_text_to_token
 
 from audio_codec import checkpoint
+from audio_codec.errors import UserError
 from audio_codec.speech_tokenizer import SpeechTokenizer
+from audio_codec.token_decoder import TokenDecoder, TokenDecoderConfig
 from synth_data import bench
 from synth_data.bench import Route, best_route, codes_of, errors, figures, in_turns, speed
 from synth_data.tts import Voice
@@ -92,6 +94,24 @@ def test_errors_of_both_ways(made: tuple[str, str], monkeypatch: pytest.MonkeyPa
     assert found["text_to_token_decoded_wer"].value == found["tts_path_decoded_wer"].value == 0
     assert found["text_to_token_wer"].value > 0.5 and found["tts_path_wer"].value > 0.5
     assert found["text_to_token_faults"].value == 0 and found["tts_path_wer"].n == len(TEXTS)
+
+
+def test_a_decoder_speaks_the_codes_of_its_tokenizer(made: tuple[str, str], tmp_path: Path) -> None:
+    model, tokenizer = made
+    voices = {"codebook": (3, 3), "voices": ("ann", "bob"), "dim": 16, "heads": 2}
+    layers = {"encoder_layers": 1, "flow_layers": 1, "flow_blocks": 1, "voice_blocks": 1}
+    small = {"vocoder_dim": 16, "vocoder_blocks": 1, "steps": 1}
+    config = TokenDecoderConfig.model_validate({**voices, **layers, **small})
+    weights = TokenDecoder(config).state_dict()
+    checkpoint.save(tmp_path / "decoder", config, weights, dtype="fp32")
+    decode = bench.speaker(str(tmp_path / "decoder"), tokenizer)
+    assert decode(np.array([1, 2, 8], np.uint16)).shape == (3 * 1920,)
+    other = config.model_copy(update={"codebook": (9,)})
+    checkpoint.save(tmp_path / "other", other, TokenDecoder(other).state_dict(), dtype="fp32")
+    with pytest.raises(UserError, match="but the tokenizer's are of"):
+        bench.speaker(str(tmp_path / "other"), tokenizer)
+    with pytest.raises(UserError, match="does not say whose codes"):
+        bench.tokenizer_of(model)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from small import TOKENIZER, small_text_to_token
 from torch import Tensor
 
 from audio_codec import checkpoint
+from audio_codec.errors import UserError
 from audio_codec.quantize import FSQ
 from audio_codec.sampling import Sampling
 from audio_codec.speech_tokenizer import SpeechTokenizer
@@ -27,6 +28,7 @@ from synth_data.text_to_token import (
     TextToToken,
     TextToTokenConfig,
     cells,
+    clock,
     digits,
     expected_frames,
     fit_length,
@@ -95,6 +97,19 @@ def test_lengths_are_learned_and_never_nothing() -> None:
     assert expected_frames("yes", less) == 1.0
 
 
+@given(st.lists(st.sampled_from(["cat", "sat,", "I", "don't", "well?"]), min_size=1, max_size=9))
+def test_cells_are_said_one_after_the_other_in_the_time_of_the_text(words: list[str]) -> None:
+    text = " ".join(words)
+    for size in (1, 3):
+        config = TextToTokenConfig(codebook=(3,), rate=12.5, length=(0.8, 1.5, 3.0, 4.0), cell=size)
+        times = clock(cells(text, size), config)
+        assert (np.diff(times) >= 0).all() and times[0] > 2
+        assert times[-1] < expected_frames(text, config) - 2
+    # By hand: half of what every text takes, the word and its letters; the mark is in a cell apart.
+    config = config.model_copy(update={"cell": 3})
+    assert clock(cells("go now,", 3), config) == pytest.approx([3.55, 6.65, 10.1])
+
+
 # --- The head -------------------------------------------------------------------------------------
 
 
@@ -118,10 +133,10 @@ def test_the_loss_is_the_surprise_at_every_digit() -> None:
     text = model.text_rows(cells("hm", 2))
     rows = torch.from_numpy(np.concatenate((text, model.start_row()[None])))[None]
     steps = torch.tensor([[1, 0, 1, model.end, NO_DIGIT, NO_DIGIT]])
-    pace = torch.zeros(1, dtype=torch.float64)
+    times = torch.arange(rows.shape[1], dtype=torch.float64)[None]
     index = torch.tensor([rows.shape[1] - 1])
     nats = 0.0
-    hidden = model(rows, pace)[:, -1]
+    hidden = model(rows, times)[:, -1]
     for slot, digit in enumerate(steps[0, :4].tolist()):
         so_far = torch.full((1, 6), NO_DIGIT)
         so_far[0, :slot] = steps[0, :slot]
@@ -129,10 +144,11 @@ def test_the_loss_is_the_surprise_at_every_digit() -> None:
         logits = model.logits(hidden, so_far)[factor][0, frame]
         nats -= float(torch.log_softmax(logits, 0)[digit])
     # A frame and the end are two; padding changes nothing.
-    assert float(model.loss(rows, pace, index, steps)) == pytest.approx(nats / 2, rel=1e-6)
+    assert float(model.loss(rows, times, index, steps)) == pytest.approx(nats / 2, rel=1e-6)
     padded = torch.cat((rows, torch.zeros_like(rows)), dim=1)
     more = torch.cat((steps, torch.full_like(steps, NO_DIGIT)))
-    again = model.loss(padded, pace, torch.tensor([int(index), 0]), more)
+    times = torch.cat((times, torch.zeros_like(times)), dim=1)
+    again = model.loss(padded, times, torch.tensor([int(index), 0]), more)
     assert float(again) == pytest.approx(nats / 2, rel=1e-6)
 
 
@@ -166,8 +182,10 @@ def test_company_changes_nothing(order: list[int], batch: int) -> None:
 
 def test_seeds_and_paces_tell_lines_apart() -> None:
     model = small_text_to_token()
-    with torch.no_grad():
-        model.pace += 1.0
+    with torch.no_grad():  # Untrained, it hardly listens.
+        for name, weight in model.transformer.named_parameters():
+            if "attention" in name:
+                weight.mul_(10)
     same = Line("the cat sat", 1)
     others = [same._replace(seed=2), same._replace(pace=1.5), same._replace(seed=-(2**62))]
     found = codes_of(model, [same, same, *others], ANY)
@@ -287,3 +305,6 @@ def test_codes_of_many_lengths_are_read_back_as_each_alone() -> None:
         for codes in spoken
     ]
     assert transcribe(tokenizer, spoken, batch=2) == alone and any(alone)
+    deaf = SpeechTokenizer(TOKENIZER.model_copy(update={"ctc": False}))
+    with pytest.raises(UserError, match="no CTC head"):
+        transcribe(deaf, [])

@@ -103,6 +103,16 @@ def test_an_interleaved_document_shows_its_modalities() -> None:
     assert ("[brown fox]", "bold cyan") in styles(sample)
 
 
+def test_a_document_of_which_nothing_is_spoken_is_shown_too(tmp_path: Path) -> None:
+    silent = np.zeros((1, 1, 0), np.uint16)
+    sample = make(words=((),), voices=("text-to-token",), codes=silent, events=(), seconds=0.0)
+    pcm = view.sound(sample, LevelCodec)  # type: ignore[arg-type]
+    assert pcm.shape == (1, 0)
+    view.draw(sample, pcm, tmp_path / "a.png")
+    view.save_sound(tmp_path / "a.wav", pcm)
+    assert imread(tmp_path / "a.png").size and soundfile.info(tmp_path / "a.wav").frames == 0
+
+
 def test_a_text_without_times_is_shown_all_the_same() -> None:
     known = make(words=((), ()), text="two plus two", events=())
     assert "two plus two" in view.describe(known).plain

@@ -13,7 +13,7 @@ from small import TOKENIZER, small_codec
 from audio_codec import checkpoint
 from audio_codec.codec import load_tokenizer_of
 from audio_codec.errors import UserError
-from audio_codec.speech_tokenizer import SpeechTokenizer
+from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig
 from synth_data.recipes.pairs import PairsConfig, build_pairs, tokenize
 from synth_data.recipes.speech import SpeechConfig, build_speech
 from synth_data.shards import read
@@ -106,6 +106,48 @@ def test_recordings_need_a_text(tokenizer: Path, tmp_path: Path) -> None:
     assert pair.text == "One, two." and not pair.synthetic and pair.codes is not None
     assert pair.codes.shape == (1, 1, 5) and pair.words == ((),)
     assert [dropped.reason for dropped in report.dropped] == ["nobody knows what is said in it"]
+
+
+def test_what_is_missing_shows_before_the_work(tokenizer: Path, tmp_path: Path) -> None:
+    for changes, named in (
+        ({"voices": ["espeak:en-us+nobody"]}, "nobody"),
+        ({"tokenizer": str(tmp_path)}, "config.json"),
+        ({"guard": {"human_text": 0.5}}, "planned pairs: human_text is 0.0%"),
+    ):
+        layout = speech(tmp_path / "out", tokenizer=str(tokenizer))
+        with pytest.raises(UserError, match=named):
+            build_pairs(PairsConfig.model_validate({**layout, **changes}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_tokenizer_cannot_read_is_dropped(tokenizer: Path, tmp_path: Path) -> None:
+    layout = speech(tmp_path / "all", tokenizer=str(tokenizer), drop_above=99.0)
+    build_pairs(PairsConfig.model_validate(layout))
+    rates = [sample.wer for sample in read(tmp_path / "all")]
+    assert len(rates) == 7 and all(rate is not None and rate > 0 for rate in rates)
+    strict = speech(tmp_path / "none", tokenizer=str(tokenizer), drop_above=1e-6)
+    report = build_pairs(PairsConfig.model_validate(strict))
+    assert report.samples == 0 and len(report.dropped) == 7
+    assert all(dropped.reason.startswith("word error rate") for dropped in report.dropped)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lookahead_ms": 160}, {"causal": False}, {"rate": 25.0}, {"block_ms": 160}]
+)
+def test_codes_are_of_the_sound_whatever_the_tokenizer(changes: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    layout = {**TOKENIZER.model_dump(), **changes}
+    model = SpeechTokenizer(TokenizerConfig.model_validate(layout)).eval()
+    rng = np.random.default_rng(0)
+    sounds = [rng.normal(0, 0.1, size).astype(np.float32) for size in (5000, 23_000)]
+    size = model.config.code_size
+    for sound, codes in zip(sounds, tokenize(model, sounds), strict=True):
+        assert len(codes) == -(-len(sound) // size)
+        whole = np.pad(sound, (0, -len(sound) % size))
+        with torch.inference_mode():
+            frames = torch.tensor([-(-len(whole) // 1920)])
+            expected = model(model.mel(torch.from_numpy(whole)[None, None]), frames).codes[0]
+        assert (expected.numpy()[: len(codes)] == codes).mean() > 0.8
 
 
 def test_padding_changes_no_code(tokenizer: Path) -> None:
