@@ -127,7 +127,7 @@ class SpeechConfig(BaseModel):
     """Synthesized speech, about (recorded speech comes on top)."""
     utterances: int | None = Field(default=None, gt=0)
     """Synthesized utterances; one of ``hours`` and ``utterances`` is needed for text or quiz."""
-    voices: Literal["train", "heldout"] | PositiveInt | tuple[str, ...] = "train"
+    voices: Literal["train", "wide", "heldout"] | PositiveInt | tuple[str, ...] = "train"
     """User voices: a split of ``tts.user_voices``, so many of ``tts.sample_voices``, or by name."""
     engines: tuple[str, ...] = ("espeak", "flite")
     """Speech engines that a split's or drawn voices may use; all must be installed."""

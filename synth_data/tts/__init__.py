@@ -1,11 +1,12 @@
-"""Text to speech with word times: any of five engines behind one protocol.
+"""Text to speech with word times: any of eight engines behind one protocol.
 
     >>> speak("two plus three is five", Voice.parse("flite:rms")).words[0].text
     'two'
 
 Each utterance is a pure function of ``(text, voice)``, whatever was synthesized before it, so a
 shard of speech has the same bytes however many workers made it. ``voices.py`` says who can speak,
-``speech.py`` what comes back, ``engines.py`` how one is asked; then one file an engine.
+``speech.py`` what comes back, ``engines.py`` how one is asked; then one file an engine, and
+``programs.py`` for those that are run.
 """
 
 from synth_data.tts.engines import (

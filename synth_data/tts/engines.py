@@ -1,7 +1,7 @@
 """Engines by name, and what stands between them and a build: a guard, a cache.
 
-    speak ── Cached ──── Isolated ──── child process: Espeak, Flite, Piper, Transformers, Endpoint
-              folder      time limit,
+    speak ── Cached ──── Isolated ──── child process: Espeak, Flite, Festival, Pico, RHVoice,
+              folder      time limit,                   Piper, Transformers, Endpoint
                           retries
 
 All of them are ``Synthesizer``s, so each can be left out. An engine that hangs or dies takes its
@@ -35,6 +35,7 @@ from synth_data.tts.espeak import Espeak
 from synth_data.tts.flite import Flite
 from synth_data.tts.neural import Transformers
 from synth_data.tts.piper import Piper
+from synth_data.tts.programs import Festival, Pico, RHVoice
 from synth_data.tts.speech import EngineFailure, Synthesizer, Utterance, Word
 from synth_data.tts.voices import LIMITS, Voice
 
@@ -43,6 +44,9 @@ log = logging.getLogger(__name__)
 _ENGINES: dict[str, type[Synthesizer]] = {
     "espeak": Espeak,
     "flite": Flite,
+    "festival": Festival,
+    "pico": Pico,
+    "rhvoice": RHVoice,
     "piper": Piper,
     "transformers": Transformers,
     "http": Endpoint,

@@ -31,6 +31,16 @@ class Voice:
     range   0..99, 50 = as the variant     standard deviation of F0 in Hz (0..100)
     ======= ============================== =======================================
 
+    Those that are programs have a rate too, a speed (0.5..2), and:
+
+    ======= =============================== =========================================
+    setting festival                        pico, rhvoice
+    ======= =============================== =========================================
+    name    ked_diphone                     en-US, en-GB; alan, bdl, clb, slt
+    pitch   mean F0 in Hz (50..400)         F0, 1 = the voice's own (0.5..2)
+    range   standard deviation (0..100 Hz)
+    ======= =============================== =========================================
+
     The neural engines have a rate alone, a speed (0.5..2), and these names:
 
     ============ ===========================================================================
@@ -122,6 +132,9 @@ class Voice:
 LIMITS: dict[str, dict[str, tuple[float, float]]] = {
     "espeak": {"rate": (80, 450), "pitch": (0, 99), "range": (0, 99)},
     "flite": {"rate": (0.5, 2), "pitch": (50, 400), "range": (0, 100)},
+    "festival": {"rate": (0.5, 2), "pitch": (50, 400), "range": (0, 100)},
+    "pico": {"rate": (0.5, 2), "pitch": (0.5, 2)},
+    "rhvoice": {"rate": (0.5, 2), "pitch": (0.5, 2)},
     "piper": {"rate": (0.5, 2)},
     "transformers": {"rate": (0.5, 2)},
     "http": {"rate": (0.5, 2)},
@@ -129,6 +142,9 @@ LIMITS: dict[str, dict[str, tuple[float, float]]] = {
 NEUTRAL: dict[str, dict[str, float]] = {
     "espeak": {"rate": 175, "pitch": 50, "range": 50},
     "flite": {"rate": 1},
+    "festival": {"rate": 1},
+    "pico": {"rate": 1, "pitch": 1},
+    "rhvoice": {"rate": 1, "pitch": 1},
     "piper": {"rate": 1},
     "transformers": {"rate": 1},
     "http": {"rate": 1},
@@ -174,6 +190,30 @@ def _train_voices() -> tuple[Voice, ...]:
     return (*espeak, *flite)
 
 
+# Speakers of the wide split, with their own pitch in their engine's unit. Four are new; alan is the
+# speaker of flite's awb, slt of flite's slt, bdl one of the recorded people: new as voices alone.
+_WIDE = (
+    ("festival", "ked_diphone", 105.0),
+    ("pico", "en-US", 1.0),
+    ("pico", "en-GB", 1.0),
+    ("rhvoice", "alan", 1.0),
+    ("rhvoice", "bdl", 1.0),
+    ("rhvoice", "clb", 1.0),
+    ("rhvoice", "slt", 1.0),
+)
+
+
+@functools.cache
+def _wide_voices() -> tuple[Voice, ...]:
+    # As many of each, so that all speakers are heard equally often.
+    settings = ((1, 1), (0.85, 1.08), (1.15, 0.94), (0.93, 0.86), (1.08, 1.16), (1.22, 1.04))
+    return tuple(
+        Voice(engine, name, rate=rate, pitch=float(f"{own * factor:.4g}"))
+        for engine, name, own in _WIDE
+        for rate, factor in settings
+    )
+
+
 _HELDOUT = (
     # Engine voices that are no variant of a trained one: flite's diphone synthesizer (another
     # synthesis method and speaker), and a family of espeak variants in an accent, none of which
@@ -197,24 +237,30 @@ _HELDOUT = (
 
 
 def user_voices(
-    split: Literal["train", "heldout"] | str, engines: tuple[str, ...] = ("espeak", "flite")
+    split: Literal["train", "wide", "heldout"] | str, engines: tuple[str, ...] = ("espeak", "flite")
 ) -> list[Voice]:
     """The user's voices: for training, or kept from all training.
 
     Args:
-        split: "train" or "heldout". The held-out ones include engine voices of which training has
+        split: "train"; "wide", which adds to these the speakers of festival, pico and rhvoice, each
+            at six rates and pitches; or "heldout". The held-out ones include engine voices of which
+            training has
             nothing: flite's diphone speaker, espeak-ng's steph family and its Scottish accent.
         engines: keep the voices of these engines only.
 
     Raises:
         UserError: unknown split or engine, or no voice left.
     """
-    if split not in ("train", "heldout"):
-        raise UserError(f"unknown voice split {split!r}; choose train or heldout")
+    if split not in ("train", "wide", "heldout"):
+        raise UserError(f"unknown voice split {split!r}; choose train, wide or heldout")
     for engine in engines:
         if engine not in LIMITS:
             raise UserError(f"unknown speech engine {engine!r}; choose one of {', '.join(LIMITS)}")
-    voices = _train_voices() if split == "train" else [Voice.parse(text) for text in _HELDOUT]
+    voices = {
+        "train": _train_voices(),
+        "wide": (*_train_voices(), *_wide_voices()),
+        "heldout": tuple(Voice.parse(text) for text in _HELDOUT),
+    }[split]
     kept = [voice for voice in voices if voice.engine in engines]
     if not kept:
         raise UserError(

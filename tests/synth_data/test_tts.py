@@ -6,6 +6,7 @@ import ctypes.util
 import importlib.util
 import sys
 import time
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -62,12 +63,15 @@ def test_a_voice_reads_back_what_it_writes(voice: Voice) -> None:
     ("text", "named"),
     [
         ("rms", "engine:name"),
-        ("festival:rms", "espeak, flite"),
+        ("mbrola:us1", "espeak, flite"),
         ("flite:", "engine:name"),
         ("flite:rms@loudness=3", "loudness"),
         ("flite:rms@rate=fast", "fast"),
         ("flite:rms@rate=9", "0.5..2"),
         ("espeak:en-us@pitch=100", "0..99"),
+        ("festival:ked_diphone@pitch=1.1", "50..400"),
+        ("rhvoice:clb@pitch=105", "0.5..2"),
+        ("pico:en-GB@range=20", "no setting 'range'; choose rate or pitch"),
         ("piper:a.onnx@pitch=50", "no setting 'pitch'; choose rate"),
         ("http:http://host/speech@rate=3", "0.5..2"),
     ],
@@ -100,6 +104,20 @@ def test_heldout_voices_hold_engine_voices_that_training_lacks() -> None:
     assert not {v.name for v in train if v.engine == "espeak"} & {v.name for v in heldout}
 
 
+def test_the_wide_split_adds_speakers_equally_often_and_none_held_out() -> None:
+    train, wide = user_voices("train"), user_voices("wide")
+    assert wide == train  # Of the two engines of every installation.
+    added = user_voices("wide", ("festival", "pico", "rhvoice"))
+    everyone = user_voices("wide", ("espeak", "flite", "festival", "pico", "rhvoice"))
+    assert everyone == train + added and len(set(everyone)) == len(everyone)
+    counts = Counter((voice.engine, voice.name) for voice in added)
+    assert len(counts) == 7 and set(counts.values()) == {6}
+    assert not set(everyone) & set(user_voices("heldout"))
+    assert not [voice for voice in everyone if "kal" in voice.name]  # In no engine.
+    # Their licences forbid what is made of them, or its sale.
+    assert not {voice.name for voice in added} & {"evgeniy-eng", "lyubov", "rab_diphone"}
+
+
 def test_thousands_of_timbres_none_of_them_held_out() -> None:
     voices = sample_voices(3000, seed=1)
     assert len(set(voices)) == 3000
@@ -126,7 +144,8 @@ def test_timbres_of_models() -> None:
 def test_voices_of_one_engine() -> None:
     assert {voice.engine for voice in user_voices("train", ("espeak",))} == {"espeak"}
     for split, engines in (
-        ("test", ("espeak",)), ("train", ("festival",)), ("train", ()), ("train", ("piper",)),
+        ("test", ("espeak",)), ("train", ("festival",)), ("wide", ("mbrola",)), ("train", ()),
+        ("train", ("piper",)),
     ):  # fmt: skip
         with pytest.raises(UserError):
             user_voices(split, engines)
@@ -271,4 +290,4 @@ def test_a_missing_engine_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match="apt install flite"):
         Flite()
     with pytest.raises(UserError, match="espeak, flite"):
-        get_engine("festival")
+        get_engine("mbrola")
