@@ -98,7 +98,7 @@ class DialoguesConfig(BaseModel):
     hours ask for more than there are."""
     sample_seconds: float = Field(default=60.0, gt=0)
     """A conversation is encoded in one piece and cut into samples of this length."""
-    voices: Literal["train", "heldout"] | tuple[str, ...] = "train"
+    voices: Literal["train", "wide", "heldout"] | tuple[str, ...] = "train"
     """User voices: a split of ``tts.user_voices``, or voices by name; one a conversation."""
     engines: tuple[str, ...] = ("espeak", "flite")
     """Speech engines that a split's voices may use; all must be installed."""
