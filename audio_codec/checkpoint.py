@@ -6,7 +6,10 @@ checkpoint always gives float32 tensors, so that what was stored never matters t
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import secrets
@@ -27,7 +30,6 @@ from audio_codec.errors import UserError
 
 StoredType = Literal["fp32", "bf16", "int8"]
 _SCALE = "::scale"
-_shipped: dict[str, Path] = {}
 
 
 @dataclass(frozen=True)
@@ -40,23 +42,36 @@ class Checkpoint:
     card: dict[str, Any] = field(default_factory=dict)
 
 
-def register_shipped(name: str, path: Path) -> None:
-    """Let `resolve(name)` find weights that ship inside a package."""
-    _shipped[name] = path
+@functools.cache
+def shipped() -> dict[str, Path]:
+    """Folders of the weights that ship inside installed packages, by name.
+
+    A package names them in its metadata (entry points of the group `speechlm.weights`, as
+    `package.folder.name`), so that every process finds them, whatever it has imported.
+    """
+    found = {}
+    for entry in importlib.metadata.entry_points(group="speechlm.weights"):
+        package, *folders = entry.value.split(".")
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            found[entry.name] = Path(spec.origin).parent.joinpath(*folders)
+    return found
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """The local directory of a shipped name, a path, or `hf://organisation/name[/folder]`.
+    """The local directory of a shipped name or a folder in it (`tiny/codec`), a path, or
+    `hf://organisation/name[/folder]`.
 
     Raises UserError when there is no such directory or the hub cannot be reached.
     """
     text = str(name_or_path)
-    if text in _shipped:
-        return _shipped[text]
+    name, _, folder = text.partition("/")
+    if name in shipped() and os.path.isdir(inside := shipped()[name] / folder):
+        return inside
     if text.startswith("hf://"):
         return _from_hub(text.removeprefix("hf://"))
     if not os.path.isdir(text):  # never raises; Path.is_dir does when a name is too long
-        names = ", ".join(sorted(_shipped)) or "none"
+        names = ", ".join(sorted(shipped())) or "none"
         raise UserError(
             f"model '{text}' is neither a directory nor hf://organisation/name nor one of the "
             f"shipped names ({names})."

@@ -38,8 +38,6 @@ from speechlm.model import LMConfig, SpeechLM
 from speechlm.streams import BOS, EOS
 from speechlm.text_tokenizer import SPECIAL, HFTokenizer, TextTokenizer, load_text_tokenizer
 
-checkpoints.register_shipped("tiny", Path(__file__).parent / "pretrained" / "tiny")
-
 
 def _base(name_or_path: str | Path) -> str | Path:
     """The checkpoint with the whole model: the one named, or the base of the adapter named."""

@@ -86,8 +86,8 @@ class DialoguesConfig(BaseModel):
     output: Folder
     """Folder of the shards, or its URL in a store (``s3://…``)."""
     codec: str
-    """Checkpoint of the codec that encodes both channels: a directory, ``hf://…``, a shipped
-    name."""
+    """Checkpoint of the codec that encodes both channels: a directory, ``hf://…``,
+    ``tiny/codec`` of the shipped weights."""
     hours: float | None = Field(default=None, gt=0)
     """Conversation in all, rounded up to whole conversations. Those of a corpus end when all is
     said, so there it is the most; None takes each dialogue of the corpus once."""

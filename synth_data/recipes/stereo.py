@@ -53,8 +53,8 @@ class StereoConfig(BaseModel):
     output: Folder
     """Folder of the shards, or its URL in a store (``s3://…``)."""
     codec: str
-    """Checkpoint of the codec that encodes both channels: a directory, ``hf://…``, a shipped
-    name."""
+    """Checkpoint of the codec that encodes both channels: a directory, ``hf://…``,
+    ``tiny/codec`` of the shipped weights."""
     licence: str
     """Of the recordings; kept with every sample."""
     synthetic: bool = False

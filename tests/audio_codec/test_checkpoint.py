@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -430,12 +432,21 @@ def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> N
 # --- Names ----------------------------------------------------------------------------------------
 
 
+def test_a_process_that_imported_nothing_else_finds_the_shipped_weights() -> None:
+    asked = "from audio_codec.checkpoint import resolve; print(resolve('tiny') / 'config.json')"
+    found = subprocess.run(
+        [sys.executable, "-c", asked], capture_output=True, text=True, check=True
+    )
+    assert Path(found.stdout.strip()).is_file()
+
+
 def test_names_paths_and_the_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "_shipped", {})
-    checkpoints.register_shipped("small", tmp_path)
+    monkeypatch.setattr(checkpoints, "shipped", lambda: {"small": tmp_path})
+    (tmp_path / "part").mkdir()
     assert checkpoints.resolve("small") == tmp_path
+    assert checkpoints.resolve("small/part") == tmp_path / "part"
     assert checkpoints.resolve(tmp_path) == tmp_path == checkpoints.resolve(str(tmp_path))
-    for wrong in ("large", str(tmp_path / "none"), "x" * 5000, "a\0b"):
+    for wrong in ("large", "small/other", str(tmp_path / "none"), "x" * 5000, "a\0b"):
         with pytest.raises(UserError, match="small"):
             checkpoints.resolve(wrong)
 
