@@ -6,7 +6,6 @@ import errno
 import functools
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kills import die_at_random_moments
 from upath import UPath
 
 from audio_codec.errors import UserError
@@ -209,8 +209,6 @@ def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path: Path) -> Non
         run_shards(tmp_path / "out", "n", PARTS, coded)
 
 
-# From Python 3.12 on, a fork beside torch's threads warns; the child takes no lock of theirs.
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     make = functools.partial(coded, pause=0.005)
@@ -221,23 +219,15 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path: Path) -> N
     started = time.monotonic()
     build(whole)
     duration = time.monotonic() - started
-    rng = np.random.default_rng(0)
     seen = set()
-    for _ in range(20):
-        child = os.fork()
-        if not child:
-            # In the child: nothing of the test may run on, whatever happens.
-            try:
-                build(killed)
-            finally:
-                os._exit(0)
-        time.sleep(rng.uniform(0.0, 0.25) * duration)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+
+    def look() -> None:
         present = sorted(killed.glob("*.tar"))
         seen.add(len(present))
         for path in present:  # What is there is whole.
             assert path.read_bytes() == (whole / path.name).read_bytes()
+
+    die_at_random_moments(lambda: build(killed), 0.25 * duration, look)
     assert len(seen) > 3  # It was stopped at many places, and went on.
     build(killed)
     assert contents(killed) == contents(whole)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import lzma
-import os
-import signal
 import time
 import tracemalloc
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kills import die_at_random_moments
 from small import TOKENIZER, small_text_to_token
 
 from audio_codec import checkpoint
@@ -202,20 +201,12 @@ def test_killed_at_twenty_random_moments_it_ends_in_the_same_bytes(
     started = time.monotonic()
     build_interleaved(whole)
     duration = time.monotonic() - started
-    rng = np.random.default_rng(0)
     seen = set()
-    for _ in range(20):
-        child = os.fork()
-        if not child:
-            # In the child: nothing of the test may run on, whatever happens.
-            try:
-                build_interleaved(killed)
-            finally:
-                os._exit(0)
-        time.sleep(rng.uniform(0.0, 0.3) * duration)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+
+    def look() -> None:
         seen.add(len(list((tmp_path / "killed").glob("*.tar"))))
+
+    die_at_random_moments(lambda: build_interleaved(killed), 0.3 * duration, look)
     assert len(seen) > 3
     build_interleaved(killed)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
