@@ -20,7 +20,6 @@ decoder, they are also those of an independent recognizer that hears the codes s
 
 from __future__ import annotations
 
-import functools
 import itertools
 import multiprocessing
 import re
@@ -39,8 +38,6 @@ import torch
 from audio_codec.bench import Figure
 from audio_codec.codec import load_tokenizer_of
 from audio_codec.errors import UserError
-from audio_codec.memory import tune_allocator
-from audio_codec.speech_tokenizer import SpeechTokenizer
 from audio_codec.token_decoder import check_match, load_token_decoder
 from synth_data import quiz
 from synth_data.dedup import KEPT, DedupConfig, deduplicate, jaccard, shingles
@@ -48,8 +45,9 @@ from synth_data.recipes.pairs import tokenize
 from synth_data.text_to_token import (
     GenerationConfig,
     Line,
-    TextToToken,
     generate,
+    kept_model,
+    kept_tokenizer,
     load_text_to_token,
     transcribe,
 )
@@ -228,28 +226,18 @@ class Route:
     """Where the models run; speech is always synthesized on the processor."""
 
 
-@functools.cache
-def _model(name: str, precision: Precision, device: str) -> TextToToken:
-    tune_allocator()
-    return load_text_to_token(name, precision).to(device)
-
-
-@functools.cache
-def _tokenizer(name: str, device: str) -> SpeechTokenizer:
-    tune_allocator()
-    return load_tokenizer_of(name).to(device)
-
-
 def codes_of(route: Route, texts: Sequence[str]) -> list[Codes]:
     """Take a route in this process; a text that the model could not say has no codes."""
     if route.model is not None:
         lines = [Line(text, seed) for seed, text in enumerate(texts)]
         config = GenerationConfig(batch=route.batch)
-        spoken = generate(_model(route.model, route.precision, route.device), lines, config)
+        spoken = generate(kept_model(route.model, route.precision, route.device), lines, config)
         return [said.codes if said.fault is None else said.codes[:0] for said in spoken]
     voice = Voice.parse(route.voice)
     sounds = [speak(text, voice).pcm for text in texts]
-    return tokenize(_tokenizer(route.tokenizer, route.device), sounds, route.batch, route.precision)
+    return tokenize(
+        kept_tokenizer(route.tokenizer, route.device), sounds, route.batch, route.precision
+    )
 
 
 def _count(route: Route, texts: Sequence[str]) -> int:

@@ -37,6 +37,7 @@ the codebook, D = N·F digits of a step, H width of the head, M steps picked fro
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
+from audio_codec.codec import load_tokenizer_of
 from audio_codec.errors import UserError
+from audio_codec.memory import tune_allocator
 from audio_codec.sampling import Sampling, sample
 from audio_codec.speech_tokenizer import ALPHABET, SpeechTokenizer, greedy_text
 from audio_codec.transformer import Transformer, TransformerConfig, TransformerState
@@ -358,6 +361,20 @@ def load_text_to_token(
     if precision == "bf16":
         model.transformer.to(torch.bfloat16)
     return model.eval().requires_grad_(False)
+
+
+@functools.cache
+def kept_model(name: str, precision: Literal["fp32", "bf16"], device: str) -> TextToToken:
+    """A model that a worker process loads once and keeps."""
+    tune_allocator()
+    return load_text_to_token(name, precision).to(device)
+
+
+@functools.cache
+def kept_tokenizer(name: str, device: str) -> SpeechTokenizer:
+    """A tokenizer that a worker process loads once and keeps."""
+    tune_allocator()
+    return load_tokenizer_of(name).to(device)
 
 
 # --- Generation -----------------------------------------------------------------------------------

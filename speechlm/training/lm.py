@@ -430,6 +430,29 @@ def _named(sources: Sequence[Source]) -> list[str]:
     ]
 
 
+def mixture_of(
+    config: TrainConfig,
+    streams: Streams,
+    tokenizer: TextTokenizer,
+    sources: Sequence[Source] | None = None,
+    seed: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Mixture:
+    """What a process of a run learns from; or other `sources`, in the order of another `seed`."""
+    return Mixture(
+        config.sources if sources is None else sources,
+        streams,
+        tokenizer,
+        config.weights,
+        length=config.length,
+        seed=config.run.seed if seed is None else seed,
+        rank=rank,
+        world=world,
+        lookahead=config.lookahead,
+    )
+
+
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train and write a checkpoint directory; returns its path. Raises UserError on bad data.
 
@@ -454,20 +477,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         assert config.init_from is not None
         adapted = lora.attach(model, config.lora, config.init_from)
 
-    def mixture(sources: Sequence[Source], seed: int, rank: int = 0, world: int = 1) -> Mixture:
-        return Mixture(
-            sources,
-            streams,
-            tokenizer,
-            config.weights,
-            length=config.length,
-            seed=seed,
-            rank=rank,
-            world=world,
-            lookahead=config.lookahead,
-        )
-
-    source = mixture(config.sources, config.run.seed, run.rank, run.world)
+    source = mixture_of(config, streams, tokenizer, rank=run.rank, world=run.world)
     exposures = source.exposures(config.run.steps)
     if run.main:
         for one in exposures:
@@ -476,7 +486,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     held_out = []
     if config.validation:
         # Sources without end draw others of their documents than in training.
-        unseen = mixture(config.validation, config.run.seed + SEEDS_APART)
+        unseen = mixture_of(
+            config, streams, tokenizer, config.validation, config.run.seed + SEEDS_APART
+        )
         held_out = [unseen.next() for _ in range(config.validation_batches)]
     listener = _listener(model, config, held_out) if config.listen_every else None
 
@@ -722,15 +734,7 @@ def samples(config: TrainConfig, step: int) -> list[tuple[str, Placed]]:
     A kept checkpoint before that step saves reading from the beginning.
     """
     with planned(config) as (model, tokenizer):
-        mixture = Mixture(
-            config.sources,
-            model.streams,
-            tokenizer,
-            config.weights,
-            length=config.length,
-            seed=config.run.seed,
-            lookahead=config.lookahead,
-        )
+        mixture = mixture_of(config, model.streams, tokenizer)
     begin = 0
     kept = {
         int(path.stem.partition("-")[2]): path for path in config.run.dir.glob("checkpoint-*.pt")

@@ -16,10 +16,10 @@ import torch
 from audio_codec.audio import FRAME_RATE
 from audio_codec.errors import UserError
 from audio_codec.transformer import TransformerConfig
-from speechlm.data import Exposure, Mixture
+from speechlm.data import Exposure
 from speechlm.evaluation.report import Metric
 from speechlm.scaling import TEXT, Law
-from speechlm.training.lm import TrainConfig, planned
+from speechlm.training.lm import TrainConfig, mixture_of, planned
 from speechlm.training.work import DENSE_BF16, Counts, body_parameters, peak_flops, work
 
 _PROBE = 4
@@ -60,15 +60,7 @@ def plan(
     compute-optimal size is of, by `law`. Raises UserError where the run itself would.
     """
     with planned(config) as (model, tokenizer):
-        mixture = Mixture(
-            config.sources,
-            model.streams,
-            tokenizer,
-            config.weights,
-            length=config.length,
-            seed=config.run.seed,
-            lookahead=config.lookahead,
-        )
+        mixture = mixture_of(config, model.streams, tokenizer)
     steps = config.run.steps
     exposures = mixture.exposures(steps)
     seen = Counts()

@@ -33,8 +33,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from audio_codec import checkpoint
 from audio_codec.codec import load_tokenizer_of
 from audio_codec.errors import UserError
-from audio_codec.memory import tune_allocator
-from audio_codec.speech_tokenizer import SpeechTokenizer
 from synth_data import quiz
 from synth_data.build import BuildReport, Dropped, run_shards
 from synth_data.corpus import bounded_lines, is_binary
@@ -59,8 +57,9 @@ from synth_data.text import Token, spell_out, tokenize
 from synth_data.text_to_token import (
     GenerationConfig,
     Line,
-    TextToToken,
     generate,
+    kept_model,
+    kept_tokenizer,
     load_text_to_token,
     transcribe,
 )
@@ -499,18 +498,6 @@ def _with_lines(
 # --- Speech ---------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _model(name: str, precision: Literal["fp32", "bf16"], device: str) -> TextToToken:
-    tune_allocator()
-    return load_text_to_token(name, precision).to(device)
-
-
-@functools.cache
-def _tokenizer(name: str, device: str) -> SpeechTokenizer:
-    tune_allocator()
-    return load_tokenizer_of(name).to(device)
-
-
 def _interleaved(part: Part, config: InterleaveRecipe) -> Iterator[Sample | Dropped]:
     """The samples of one shard."""
     laid: list[_Laid] = []
@@ -524,12 +511,12 @@ def _interleaved(part: Part, config: InterleaveRecipe) -> Iterator[Sample | Drop
                 yield made
             else:
                 laid.append(made)
-    model = _model(config.model, config.precision, config.device)
+    model = kept_model(config.model, config.precision, config.device)
     lines = [line for made in laid for segment in made.lines for line in segment]
     spoken = generate(model, lines, config.generation)
     heard: Sequence[str | None] = [None] * len(lines)
     if config.check is not None:
-        tokenizer = _tokenizer(config.check.tokenizer, config.device)
+        tokenizer = kept_tokenizer(config.check.tokenizer, config.device)
         heard = transcribe(tokenizer, [said.codes for said in spoken], 64, config.precision)
     said = iter(zip(lines, spoken, heard, strict=True))
     spans = config.spans.model_dump()

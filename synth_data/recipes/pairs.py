@@ -21,8 +21,6 @@ from pydantic import Field
 
 from audio_codec import checkpoint
 from audio_codec.audio import SAMPLE_RATE, resample
-from audio_codec.codec import load_tokenizer_of
-from audio_codec.memory import tune_allocator
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from synth_data.build import BuildReport, Dropped, run_shards
 from synth_data.recipes.speech import (
@@ -33,7 +31,7 @@ from synth_data.recipes.speech import (
     speak_lines,
 )
 from synth_data.shards import Sample
-from synth_data.text_to_token import transcribe
+from synth_data.text_to_token import kept_tokenizer, transcribe
 from synth_data.verify import wer
 
 
@@ -61,7 +59,9 @@ def build_pairs(config: PairsConfig) -> BuildReport:
         UserError: a source, voice, engine or tokenizer is missing, the folder holds another build,
             or too little of it is what people made.
     """
-    _tokenizer(config.tokenizer, config.device)  # A broken one shows here, before hours of work.
+    kept_tokenizer(
+        config.tokenizer, config.device
+    )  # A broken one shows here, before hours of work.
     weights = checkpoint.digest(config.tokenizer)
     lines = plan_speech(config)
     config.guard.check(planned_shares(lines), "the planned pairs")
@@ -71,7 +71,7 @@ def build_pairs(config: PairsConfig) -> BuildReport:
     ]
     if config.drop_above is not None:
         transcribe(
-            _tokenizer(config.tokenizer, config.device), ()
+            kept_tokenizer(config.tokenizer, config.device), ()
         )  # Likewise one that cannot read.
     judged = (config.verify, config.drop_above)
     plan = (lines, judged, config.shard_size, weights, config.batch, config.precision)
@@ -122,12 +122,6 @@ def tokenize(
     return [found[at] for at in range(len(heard))]
 
 
-@functools.cache
-def _tokenizer(name: str, device: str) -> SpeechTokenizer:
-    tune_allocator()
-    return load_tokenizer_of(name).to(device)
-
-
 def _pairs(lines: Sequence[Line], config: PairsConfig) -> Iterator[Sample | Dropped]:
     heard: list[Sample] = []
     sounds: list[npt.NDArray[np.float32]] = []
@@ -140,7 +134,7 @@ def _pairs(lines: Sequence[Line], config: PairsConfig) -> Iterator[Sample | Drop
             assert made.pcm is not None
             heard.append(made.model_copy(update={"pcm": None}))
             sounds.append(made.pcm[0])
-    tokenizer = _tokenizer(config.tokenizer, config.device)
+    tokenizer = kept_tokenizer(config.tokenizer, config.device)
     codes = tokenize(tokenizer, sounds, config.batch, config.precision)
     read: Sequence[str | None] = [None] * len(codes)
     if config.drop_above is not None:
