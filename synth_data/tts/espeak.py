@@ -78,6 +78,7 @@ class Espeak:
             ) from None
         self._library = espeakng_loader.get_library_path()
         self._data = Path(espeakng_loader.get_data_path())
+        self._c_library = ctypes.CDLL(None)
         # espeak-ng takes an unknown variant without a word: names are checked here instead.
         self._variants = {path.name for path in (self._data / "voices" / "!v").iterdir()}
         self._accents = {
@@ -139,6 +140,9 @@ class Espeak:
             )
             assert rate == self.sample_rate, f"espeak_Initialize returned {rate}"
             library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # It starts from the time of day.
+            # The breath of the variants of kind "klatt 6" is the C library's own rand(), which
+            # outlives the engine.
+            self._c_library.srand(ctypes.c_uint(1))
             library.espeak_SetSynthCallback(callback)
             status = library.espeak_SetVoiceByName(voice.name.encode())
             assert status == 0, f"espeak_SetVoiceByName({voice.name!r}) returned {status}"

@@ -14,23 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray_cluster
 
 from audio_codec.errors import UserError
 from synth_data.build import Dropped, run_shards
 from synth_data.shards import Sample
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
-cluster_utils = pytest.importorskip("ray.cluster_utils")
-
-# Starting a cluster takes half a minute; ray's own processes leave sockets to the collector.
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = ray_cluster.MARKS
 
 PARTS = [list(range(start, start + 5)) for start in range(0, 60, 5)]
 
@@ -70,20 +61,8 @@ def refuse(part: list[int]) -> Iterator[Sample]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes of one core each, on this machine; workers find this module by its content."""
-    environment = os.environ.copy()
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    made = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    made.add_node(num_cpus=1)
-    made.wait_for_nodes()
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    try:
+    with ray_cluster.two_nodes(sys.modules[__name__]) as made:
         yield made
-    finally:
-        ray.shutdown()
-        made.shutdown()
-        os.environ.clear()
-        os.environ.update(environment)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ VOICES = [
     pytest.param("espeak:en-us", marks=espeak),
     pytest.param("espeak:en-gb-scotland+f2@rate=120,pitch=70", marks=espeak),
     pytest.param("espeak:en-029+klatt3@rate=230", marks=espeak),
+    pytest.param("espeak:en-us+caleb@rate=170", marks=espeak),
     pytest.param("flite:rms", marks=flite),
     pytest.param("flite:kal@rate=0.8,pitch=140,range=20", marks=flite),
 ]
