@@ -516,11 +516,15 @@ def synth_inspect(
         Path | None, typer.Option("--out", metavar="FOLDER", help="Its sound and a picture too.")
     ] = None,
     model: ModelName = "tiny",
+    decoder: Annotated[
+        str | None,
+        typer.Option("--decoder", metavar="FOLDER", help="A token decoder, for semantic codes."),
+    ] = None,
 ) -> None:
     """What is said in a sample, speech in colour; codes are decoded by the model's codec."""
     from rich.console import Console
 
-    from synth_data import view
+    from synth_data import bench, view
 
     found = view.find(shard, sample)
     Console().print(view.describe(found), soft_wrap=True)
@@ -529,7 +533,10 @@ def synth_inspect(
     from speechlm import convert
 
     try:
-        pcm = view.sound(found, lambda: convert.load_codec_of(model))
+        if decoder is None:
+            pcm = view.sound(found, lambda: convert.load_codec_of(model))
+        else:
+            pcm = view.speech(found, bench.speaker(decoder))
     except UserError:
         view.draw(found, None, out / f"{found.id}.png")  # Its codes can be seen all the same.
         raise

@@ -22,6 +22,7 @@ decoder, they are also those of an independent recognizer that hears the codes s
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import re
 import time
@@ -376,17 +377,20 @@ def _interval(count: int, statistic: Callable[[Ids], npt.NDArray[Any]]) -> tuple
 # --- Text to token: errors ------------------------------------------------------------------------
 
 
-def speaker(decoder: str, tokenizer: str) -> Decode:
+def speaker(decoder: str, tokenizer: str | None = None) -> Decode:
     """Speaks codes in a token decoder's first voice.
 
-    Raises UserError when either cannot be loaded, or they do not match.
+    Raises UserError when it or the tokenizer cannot be loaded, or they do not match.
     """
     model = load_token_decoder(decoder)
-    check_match(load_tokenizer_of(tokenizer), model)
+    if tokenizer is not None:
+        check_match(load_tokenizer_of(tokenizer), model)
     voice = model.voice(model.config.voices[0])[None]
 
     @torch.inference_mode()
     def decode(codes: Codes) -> npt.NDArray[np.float32]:
+        if int(codes.max(initial=0)) >= (size := math.prod(model.config.codebook)):
+            raise UserError(f"decoder {decoder!r} speaks {size} codes; {codes.max()} is none.")
         spoken = model.decode(torch.from_numpy(codes.astype(np.int64))[None], voice=voice)
         return spoken[0, 0].float().numpy()
 

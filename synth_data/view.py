@@ -36,10 +36,13 @@ from synth_data.shards import Location, Reader, Sample, read
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from synth_data.bench import Decode
+
 # A pause this long begins a new line of what a speaker says.
 _LINE_PAUSE = 0.7
 # Of the channels: on the terminal, in pictures.
 _COLOURS = (("cyan", "tab:cyan"), ("green", "tab:green"), ("magenta", "tab:pink"))
+_NO_SOUND = np.zeros(0, np.float32)
 _LISTED = 12  # Names of a kind in a table; there may be thousands of voices.
 
 
@@ -176,6 +179,22 @@ def sound(sample: Sample, load: Callable[[], AnyCodec]) -> npt.NDArray[np.float3
     return resample(pcm, codec.sample_rate, SAMPLE_RATE)
 
 
+def speech(sample: Sample, decode: Decode) -> npt.NDArray[np.float32]:
+    """What semantic codes alone sound like, float32 [C, S] at 24 kHz: spoken by a token decoder.
+
+    Raises:
+        UserError: it has no codes, or more than those.
+    """
+    if sample.codes is None or sample.codes.shape[1] != 1:
+        books = 0 if sample.codes is None else sample.codes.shape[1]
+        raise UserError(
+            f"sample {sample.id!r} has {books} codebooks, and --decoder speaks the semantic one of "
+            "pairs and interleaved documents; leave it out."
+        )
+    rows = [decode(codes[0]) if codes.size else _NO_SOUND for codes in sample.codes]
+    return np.stack(rows)
+
+
 def save_sound(path: Path, pcm: npt.NDArray[np.float32]) -> None:
     """Write channels [C, S] as a wave file; UserError where it cannot be written."""
     with replacing(path) as temporary:
@@ -234,9 +253,22 @@ def _draw_speech(
     for word in sample.words[channel]:
         axis.axvspan(word.start, word.end, color=colour, alpha=0.12, linewidth=0)
         axis.text(word.start, 1.02, word.text, fontsize=7, rotation=30, clip_on=True)
-    axis.set_ylim(-1, 1.6)
+    for segment in sample.meta.get("segments", ()):
+        _draw_segment(axis, segment, colour)
+    axis.set_ylim(-1, 1.9)
     axis.set_yticks([])
     axis.set_ylabel(_name(sample, channel), fontsize=8)
+
+
+def _draw_segment(axis: Axes, segment: Mapping[str, Any], colour: str) -> None:
+    """Of an interleaved document: speech over the time that it takes, text where it stands."""
+    start, end = segment["first"] / FRAME_RATE, segment["last"] / FRAME_RATE
+    if segment["modality"] == "speech":
+        axis.axvspan(start, end, color=colour, alpha=0.12, linewidth=0)
+        axis.text(start, 1.02, segment["text"], fontsize=7, clip_on=True)
+    else:
+        axis.axvline(start, color="black", linewidth=0.8)
+        axis.text(start, 1.45, segment["text"], fontsize=7, style="italic", clip_on=True)
 
 
 def _draw_events(axis: Axes, sample: Sample, kinds: Sequence[str]) -> None:

@@ -150,6 +150,36 @@ def test_codes_of_another_codec_are_refused(codes: np.ndarray) -> None:
         view.sound(make(codes=codes.astype(np.uint16)), LevelCodec)  # type: ignore[arg-type]
 
 
+def test_semantic_codes_are_spoken_by_a_decoder() -> None:
+    def decode(codes: np.ndarray) -> np.ndarray:
+        return np.repeat(codes / np.float32(10), FRAME_SIZE).astype(np.float32)
+
+    codes = np.array([[[1, 5]]], np.uint16)
+    pair = make(codes=codes, words=((),), voices=("text-to-token",), events=())
+    spoken = view.speech(pair, decode)
+    assert spoken.shape == (1, 2 * FRAME_SIZE)
+    assert spoken[0, ::FRAME_SIZE].tolist() == pytest.approx([0.1, 0.5])
+    silent = make(codes=codes[:, :, :0], words=((),), voices=("text-to-token",), events=())
+    assert view.speech(silent, decode).shape == (1, 0)
+    with pytest.raises(UserError, match="has 3 codebooks"):
+        view.speech(make(), decode)
+
+
+def test_the_picture_of_an_interleaved_document_shows_its_text(tmp_path: Path) -> None:
+    segments = [
+        {"modality": "text", "text": "quick", "utterance": 0, "first": 0, "last": 0},
+        {"modality": "speech", "text": "brown fox", "utterance": 0, "first": 0, "last": 9},
+    ]
+    layout = {"words": ((),), "voices": ("text-to-token",), "events": ()}
+    pictures = []
+    for number, shown in enumerate((segments, segments[1:])):
+        document = make(codes=np.ones((1, 1, 9), np.uint16), meta={"segments": shown}, **layout)
+        view.draw(document, None, tmp_path / f"{number}.png")
+        pictures.append(imread(tmp_path / f"{number}.png"))
+    # Text, and only text, is drawn above the speech of the first row.
+    assert pictures[0].shape == pictures[1].shape and (pictures[0] != pictures[1]).any()
+
+
 def test_the_sound_is_written_with_its_channels(tmp_path: Path) -> None:
     pcm = np.stack([np.full(2400, 0.25), np.full(2400, -0.5)]).astype(np.float32)
     view.save_sound(tmp_path / "deep" / "a.wav", pcm)

@@ -49,7 +49,7 @@ def same_on(
     build: Callable[[Path, str | None], BuildReport],
     shards: int,
 ) -> BuildReport:
-    """Build here, and on a cluster of which a worker is killed: the same bytes; the first report."""
+    """Build here, and on a cluster of which a worker is killed: the same bytes."""
     here, there = folder / "here", folder / "there"
     report = build(here, None)
     with ThreadPoolExecutor(1) as pool:
