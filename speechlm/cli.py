@@ -571,9 +571,11 @@ def _where(overrides: list[str] | None, ray: str | None) -> list[str]:
 
 
 def _shards(output: object, made: BuildReport) -> None:
+    reasons = "; ".join(f"{count} × {reason}" for reason, count in made.reasons.most_common(5))
     print(
         f"{output}: {made.samples} samples, {made.seconds / 3600:.2f} h in {made.written} new "
-        f"shards; {made.kept} stood already, {len(made.dropped)} samples dropped."
+        f"shards; {made.kept} stood already, {len(made.dropped)} samples dropped"
+        f"{f' ({reasons})' if reasons else ''}."
     )
 
 

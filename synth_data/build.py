@@ -23,8 +23,10 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -92,6 +94,12 @@ class BuildReport:
     def speed(self) -> float:
         """Seconds of sound made in one second of one worker (0 when nothing was made)."""
         return self.seconds / self.compute_seconds if self.compute_seconds else 0.0
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Why samples were dropped: how often, without the details that differ."""
+        details = re.compile(r"[\d'\":(]")
+        return Counter(details.split(dropped.reason)[0].strip() for dropped in self.dropped)
 
 
 Part = TypeVar("Part")

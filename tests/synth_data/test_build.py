@@ -45,6 +45,12 @@ def make_part(part: list[int]) -> Iterator[Sample | Dropped]:
         )
 
 
+def test_reasons_are_counted_without_their_details() -> None:
+    said = ["word error rate 0.61 of 'a b'", "word error rate 1.20", "no JSON: x", "binary"]
+    report = BuildReport(dropped=[Dropped(str(i), reason) for i, reason in enumerate(said)])
+    assert report.reasons == {"word error rate": 2, "no JSON": 1, "binary": 1}
+
+
 def test_run_shards_counts_and_leaves_whole_shards_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
