@@ -261,7 +261,8 @@ class Reader:
 
     def _skip(self, path: UPath, what: str, error: Exception) -> None:
         self.skipped += 1
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        reason = text.partition("\n")[0].rstrip(":")  # Each way of opening a tar has its own line.
         log.warning("skipped %s in %s: %s: %s", what, path, type(error).__name__, reason)
 
 
