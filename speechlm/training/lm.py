@@ -643,7 +643,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             if (step + 1) % config.run.log_every == 0:
                 spent = time.monotonic() - began
                 done = amount.training(saw.columns, saw.frames)
-                share = done / spent / peak_flops(run.device, config.run.precision)
+                share = done / spent / peak_flops(run.device, run.precision)
                 pace = run.world / spent  # every rank counts its own rows
                 run.log(
                     step,

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
+from audio_codec import precision
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, LogMel
 from audio_codec.codec import load_codec
 from audio_codec.errors import UserError
@@ -135,6 +136,38 @@ def test_no_precision_may_be_written_as_yaml_reads_it(tmp_path: Path) -> None:
     assert RunConfig.model_validate(read).precision == "no"
     with pytest.raises(ValidationError, match="precision"):
         RunConfig.model_validate({**read, "precision": True})
+
+
+@pytest.mark.parametrize(("units", "other"), [(True, False), (False, True)])
+def test_a_run_keeps_the_precision_that_it_was_begun_with(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    units: bool,
+    other: bool,
+) -> None:
+    def on_a_machine(has_units: bool) -> None:
+        AcceleratorState._reset_state(True)
+        precision._warn.cache_clear()
+        for room in (precision, runs):
+            monkeypatch.setattr(room, "has_bf16", lambda device: has_units)
+
+    def written() -> str:
+        return str(json.loads((tmp_path / "config.json").read_text())["run"]["precision"])
+
+    choice = "bf16" if units else "no"
+    on_a_machine(units)
+    with pytest.raises(Killed):
+        toy(tmp_path, precision="auto", die_in=5)
+    assert written() == choice and not caplog.messages
+    on_a_machine(other)
+    with pytest.raises(Killed):
+        toy(tmp_path, resume=True, precision="auto", die_in=7)
+    assert written() == choice
+    assert [("bf16" in said) for said in caplog.messages] == ([True] if units else [])
+    on_a_machine(other)
+    toy(tmp_path, resume=True, precision="no")  # said outright, it is another
+    assert written() == "no"
 
 
 def test_a_run_is_not_overwritten_without_resume(tmp_path: Path) -> None:
