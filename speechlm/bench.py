@@ -41,7 +41,8 @@ from audio_codec.attention import attend
 from audio_codec.errors import UserError
 from audio_codec.memory import tune_allocator
 from audio_codec.transformer import TransformerConfig
-from speechlm.data import Dialogue, Document, Packer, WeightConfig, dialogue_document
+from speechlm.data import Packer
+from speechlm.documents import Dialogue, Document, WeightConfig, dialogue_document
 from speechlm.evaluation.report import Metric, bootstrap_median
 from speechlm.model import Batch, LMConfig, LossConfig, SpeechLM
 from speechlm.streams import PAD, Streams

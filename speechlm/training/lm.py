@@ -36,9 +36,11 @@ from audio_codec.errors import UserError
 from audio_codec.files import replacing
 from audio_codec.transformer import TransformerConfig
 from speechlm import convert, generate, lora
-from speechlm.data import Mixture, Placed, Source, WeightConfig, shares_of, together
+from speechlm.data import Mixture, Placed, together
+from speechlm.documents import WeightConfig
 from speechlm.lora import LoraConfig
 from speechlm.model import Batch, LMConfig, LMSampling, LossConfig, SpeechLM
+from speechlm.sources import Source, shares_of
 from speechlm.streams import ABSENT, Streams
 from speechlm.text_tokenizer import (
     SentencePieceTokenizer,

@@ -17,9 +17,9 @@ from audio_codec.audio import FRAME_RATE
 from audio_codec.errors import UserError
 from audio_codec.precision import has_bf16
 from audio_codec.transformer import TransformerConfig
-from speechlm.data import Exposure
 from speechlm.evaluation.report import Metric
 from speechlm.scaling import TEXT, Law
+from speechlm.sources import Exposure
 from speechlm.training.lm import TrainConfig, mixture_of, planned
 from speechlm.training.work import DENSE_BF16, Counts, body_parameters, peak_flops, work
 

@@ -15,8 +15,8 @@ from audio_codec.errors import UserError
 from audio_codec.spectral import SpectralCodec, SpectralConfig
 from speechlm import convert
 from speechlm.config import load_config
-from speechlm.data import shares_of
 from speechlm.model import Batch
+from speechlm.sources import shares_of
 from speechlm.streams import ABSENT, Streams
 from speechlm.training.lm import TrainConfig, mask_heard, mask_user, train
 from speechlm.training.run import Average
