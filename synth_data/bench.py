@@ -11,8 +11,7 @@ A text-to-token model is measured against what it replaces:
 
 Each process has one thread and its share of the texts, so that all cores are busy either way; what
 else the machine does slows both alike, and the speedup is taken within a round. Of the route
-through sound the best setting counts (engine, batch, precision; tried out before the first round),
-of the model the best precision.
+through sound the best setting counts (engine, batch, precision; tried out before the first round).
 
 Word error rates are those of the tokenizer's own CTC head, reading codes of either route: the model
 has learned from many voices, so the route through sound is read in the same voices. With a token
@@ -31,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +39,7 @@ import torch
 from audio_codec.bench import Figure
 from audio_codec.codec import load_tokenizer_of
 from audio_codec.errors import UserError
+from audio_codec.precision import Precision, has_bf16
 from audio_codec.token_decoder import check_match, load_token_decoder
 from synth_data import quiz
 from synth_data.dedup import KEPT, DedupConfig, deduplicate, jaccard, shingles
@@ -62,7 +62,6 @@ EDITS = tuple(range(1, 11))
 # A planted pair is a duplicate from here on, and a text with no neighbour beyond there is none.
 _DUPLICATE, _DISTINCT = 0.92, 0.75
 
-Precision = Literal["fp32", "bf16"]
 Codes = npt.NDArray[np.uint16]
 Ids = npt.NDArray[np.int64]
 Decode = Callable[[Codes], npt.NDArray[np.float32]]
@@ -72,7 +71,6 @@ FAST_VOICES: Final = ("espeak:en-us+m3", "flite:slt")
 """Of each engine the fastest voice that data is made with (flite's faster diphone voices are held
 out from all training)."""
 BATCHES: Final = (1, 4, 16, 64)
-PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "bf16")
 # Sentences whose errors are counted: enough for an interval of a percent or two.
 _READ = 300
 
@@ -221,7 +219,7 @@ class Route:
     tokenizer: str
     model: str | None = None
     """A text-to-token model; None: through sound."""
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
     batch: int = 512
     voice: str = ""
     """Who speaks, on the way through sound."""
@@ -270,26 +268,19 @@ def best_route(
     tokenizer: str, voices: Sequence[str], texts: Sequence[str], take: Take, device: str = "cpu"
 ) -> Route:
     """The fastest setting of the route through sound."""
-    best = Route(tokenizer, batch=16, voice=voices[0], device=device)
-    best = fastest([replace(best, precision=precision) for precision in PRECISIONS], texts, take)
-    best = fastest([replace(best, voice=voice) for voice in voices], texts, take)
-    return fastest([replace(best, batch=batch) for batch in BATCHES], texts, take)
+    start = Route(tokenizer, batch=16, device=device)
+    candidates = [replace(start, voice=voice) for voice in voices]
 
+    def fastest(routes: Sequence[Route]) -> Route:
+        for route in routes:  # models are loaded, kernels are compiled
+            take(route, texts)
+        found = in_turns({repr(route): route for route in routes}, texts, take, 2)
+        return max(routes, key=lambda route: max(found[repr(route)]))
 
-def fastest(routes: Sequence[Route], texts: Sequence[str], take: Take) -> Route:
-    """Who makes most codes a second.
-
-    A few texts come first: models are loaded, kernels compiled, and who is far behind goes no
-    further (bf16 is fifty times slower than fp32 on a processor that does not know it).
-    """
-    few = texts[:: max(1, len(texts) // 16)]
-    for route in routes:
-        take(route, few)
-    tried = in_turns({repr(route): route for route in routes}, few, take, 1)
-    best = max(rate for (rate,) in tried.values())
-    routes = [route for route in routes if tried[repr(route)][0] > best / 3]
-    found = in_turns({repr(route): route for route in routes}, texts, take, 2)
-    return max(routes, key=lambda route: max(found[repr(route)]))
+    voice = fastest(candidates).voice
+    precisions: tuple[Precision, ...] = ("fp32", "bf16") if has_bf16(device) else ("fp32",)
+    settings = itertools.product(BATCHES, precisions)
+    return fastest([replace(start, voice=voice, batch=batch, precision=p) for batch, p in settings])
 
 
 def speed(
@@ -337,11 +328,7 @@ def speed(
 
         few = ordered[:: max(1, len(ordered) // 128)]
         routes = {
-            "text_to_token": fastest(
-                [Route(tokenizer, model, precision, device=device) for precision in PRECISIONS],
-                few,
-                take,
-            ),
+            "text_to_token": Route(tokenizer, model, device=device),
             "tts_path": best_route(tokenizer, voices, few, take, device),
         }
         for route in routes.values():
