@@ -254,13 +254,13 @@ def _draw_speech(
         axis.axvspan(word.start, word.end, color=colour, alpha=0.12, linewidth=0)
         axis.text(word.start, 1.02, word.text, fontsize=7, rotation=30, clip_on=True)
     for segment in sample.meta.get("segments", ()):
-        _draw_segment(axis, segment, colour)
+        _draw_segment(axis, segment, colour, sample.seconds)
     axis.set_ylim(-1, 1.9)
     axis.set_yticks([])
     axis.set_ylabel(_name(sample, channel), fontsize=8)
 
 
-def _draw_segment(axis: Axes, segment: Mapping[str, Any], colour: str) -> None:
+def _draw_segment(axis: Axes, segment: Mapping[str, Any], colour: str, seconds: float) -> None:
     """Of an interleaved document: speech over the time that it takes, text where it stands."""
     start, end = segment["first"] / FRAME_RATE, segment["last"] / FRAME_RATE
     if segment["modality"] == "speech":
@@ -268,7 +268,8 @@ def _draw_segment(axis: Axes, segment: Mapping[str, Any], colour: str) -> None:
         axis.text(start, 1.02, segment["text"], fontsize=7, clip_on=True)
     else:
         axis.axvline(start, color="black", linewidth=0.8)
-        axis.text(start, 1.45, segment["text"], fontsize=7, style="italic", clip_on=True)
+        side = "left" if 2 * start < seconds else "right"  # What stands at the end is seen too.
+        axis.text(start, 1.45, segment["text"], fontsize=7, style="italic", clip_on=True, ha=side)
 
 
 def _draw_events(axis: Axes, sample: Sample, kinds: Sequence[str]) -> None:
