@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,119 @@ class TransformerConfig(BaseModel):
 
 def make_norm(kind: Literal["rms", "layer"], dim: int, eps: float | None = None) -> nn.Module:
     """RMSNorm (arXiv 1910.07467) or LayerNorm over the last axis."""
-    return nn.RMSNorm(dim, eps=eps or 1e-6) if kind == "rms" else nn.LayerNorm(dim, eps=eps or 1e-5)
+    return RMSNorm(dim, eps=eps or 1e-6) if kind == "rms" else nn.LayerNorm(dim, eps=eps or 1e-5)
+
+
+# --- What a CPU trains faster by hand -------------------------------------------------------------
+#
+# Left to autograd, each product of slices leaves a gradient of full size to be filled and added up.
+# These give the same numbers in fewer passes over memory. A compiler makes its own of plain ones.
+
+
+def _by_hand(x: Tensor) -> bool:
+    return x.requires_grad and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class _Norm(torch.autograd.Function):
+    """w · x / √(mean x² + ε) over the last axis."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = (size.square_().div_(x.shape[-1]) + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        unit, width = x * inverse, x.shape[-1]
+        weight_grad = x_grad = None
+        if ctx.needs_input_grad[1]:
+            weight_grad = (grad * unit).view(-1, width).sum(0)
+        if ctx.needs_input_grad[0]:
+            slope = grad * weight
+            along = torch.linalg.vecdot(slope, unit).unsqueeze(-1).div_(-width)
+            x_grad = slope.addcmul_(unit, along).mul_(inverse)
+        return x_grad, weight_grad, None
+
+
+class RMSNorm(nn.RMSNorm):
+    """Torch's, in fewer passes where a CPU trains it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] → [..., C]."""
+        if _by_hand(x) and x.dtype == self.weight.dtype and self.eps is not None:
+            return _Norm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return super().forward(x)
+
+
+class _Gate(torch.autograd.Function):
+    """silu(gate) · up of both side by side, [..., 2·hidden] → [..., hidden]."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        opened = F.silu(gate)
+        ctx.save_for_backward(both, opened)
+        return opened * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        both, opened = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        found = torch.empty_like(both)
+        gate_grad, up_grad = found.chunk(2, dim=-1)
+        torch.mul(grad, opened, out=up_grad)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
+        return found
+
+
+class _Heads(torch.autograd.Function):
+    """Queries, keys and values of [B, T, H + 2G, D], the first two turned, each [B, ·, T, D] and in
+    one piece, as products of matrices want them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, heads: Tensor, rotation: Tensor | None, count: int, groups: int
+    ) -> tuple[Tensor, ...]:
+        if rotation is not None:
+            wide = heads.dtype if heads.dtype == torch.float64 else torch.float32
+            rotation = rotation.to(wide.to_complex())
+        ctx.rotation = rotation
+        ctx.parts = (count, groups, groups)
+        found = []
+        for number, part in enumerate(heads.split(ctx.parts, dim=2)):
+            piece = torch.empty_like(part.transpose(1, 2), memory_format=torch.contiguous_format)
+            _turn(part, rotation if number < 2 else None, piece.transpose(1, 2))
+            found.append(piece)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        batch, _, time, size = grads[0].shape
+        found = grads[0].new_empty(batch, time, sum(ctx.parts), size)
+        back = None if ctx.rotation is None else ctx.rotation.conj().resolve_conj()
+        for number, (grad, part) in enumerate(
+            zip(grads, found.split(ctx.parts, dim=2), strict=True)
+        ):
+            _turn(grad.transpose(1, 2), back if number < 2 else None, part)
+        return found, None, None, None
+
+
+def _turn(x: Tensor, rotation: Tensor | None, out: Tensor) -> None:
+    """`rotate` into a given place, or a copy."""
+    if rotation is None:
+        out.copy_(x)
+    elif x.dtype.itemsize < 4:
+        out.copy_(rotate(x, rotation))
+    else:
+        pairs, place = (torch.view_as_complex(y.unflatten(-1, (-1, 2))) for y in (x, out))
+        torch.mul(pairs, rotation, out=place)
+
+
+# --- Rotary positions -----------------------------------------------------------------------------
 
 
 def rotary(
@@ -126,6 +238,9 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation.to(pairs.dtype)).flatten(-2).to(x.dtype)
+
+
+# --- The stack ------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -181,18 +296,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, where: _Positions, state: AttentionState | None) -> Tensor:
         """[B, T, C] → [B, T, C]."""
         batch, time, _ = x.shape
-        qk, v = (
-            self.qkv(x)
-            .view(batch, time, -1, self.head_dim)
-            .split((self.heads + self.kv_heads, self.kv_heads), dim=2)
-        )
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = qk.to(self.query_norm.weight.dtype).split((self.heads, self.kv_heads), dim=2)
-            qk = torch.cat((self.query_norm(q), self.key_norm(k)), dim=2).to(v.dtype)
-        if where.rotation is not None:
-            qk = rotate(qk, where.rotation)
-        q, k = qk.transpose(1, 2).split((self.heads, self.kv_heads), dim=1)
-        v = v.transpose(1, 2)
+        heads = self.qkv(x).view(batch, time, -1, self.head_dim)
+        if _by_hand(heads) and self.query_norm is None:
+            q, k, v = _Heads.apply(heads, where.rotation, self.heads, self.kv_heads)  # type: ignore[no-untyped-call]
+        else:
+            q, k, v = self._apart(heads, where.rotation)
         if state is not None:
             assert where.slots is not None
             # A frozen row writes too, but into entries that its unmoved offset keeps out of sight.
@@ -206,6 +314,19 @@ class Attention(nn.Module):
         else:
             y = attend(q, k, v, where.mask, where.causal)
         return self.out(y.transpose(1, 2).reshape(batch, time, -1))
+
+    def _apart(self, heads: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (normalized and turned) and values of [B, T, H + 2G, D], T and heads
+        swapped.
+        """
+        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = qk.to(self.query_norm.weight.dtype).split((self.heads, self.kv_heads), dim=2)
+            qk = torch.cat((self.query_norm(q), self.key_norm(k)), dim=2).to(v.dtype)
+        if rotation is not None:
+            qk = rotate(qk, rotation)
+        q, k = qk.transpose(1, 2).split((self.heads, self.kv_heads), dim=1)
+        return q, k, v.transpose(1, 2)
 
     def new_state(self, batch: int, ring: int, like: Tensor) -> AttentionState:
         """An empty ring for `batch` slots."""
@@ -249,7 +370,10 @@ class MLP(nn.Module):
         """[..., C] → [..., C]."""
         if not self.gated:
             return self.down(F.gelu(self.up(x)))
-        gate, up = self.up(x).chunk(2, dim=-1)
+        both = self.up(x)
+        if _by_hand(both):
+            return self.down(_Gate.apply(both))  # type: ignore[no-untyped-call]
+        gate, up = both.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
@@ -398,7 +522,7 @@ class Transformer(nn.Module):
             documents = Documents.of(fresh) if by_documents else None
             starts = torch.where(fresh, positions, torch.zeros_like(positions))
             positions = positions - starts.cummax(dim=1).values
-        causal = self.config.causal and not within
+        causal = self.config.causal and not blocks
         return _Positions(self._rotation(positions), mask, causal, None, documents, window)
 
     def _streaming(self, x: Tensor, state: TransformerState) -> _Positions:
