@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kills import Killed, rows, train_until
 from pydantic import BaseModel, ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -33,21 +34,6 @@ from speechlm.training.run import OptimizerConfig, Run, RunConfig
 from synth_data import shards
 
 STEPS = 8
-
-
-class Killed(BaseException):
-    """Stands for whatever ends a process in the middle."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _keep_the_allocator() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "tune_allocator", lambda: None)
-        yield
-
-
-def rows(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -409,27 +395,6 @@ TRAINEES: dict[str, tuple[Any, Callable[..., Any]]] = {
 }
 
 
-def run_until(trainee: str, config: Any, *, resume: bool, updates: int | None) -> Path | None:
-    """Train; die in the middle of the step after `updates` updates of this process."""
-    module, _ = TRAINEES[trainee]
-    calls = itertools.count()
-    real = module.clip_gradients
-
-    def clip(model: nn.Module, limit: float) -> Tensor:
-        if next(calls) == updates:
-            raise Killed
-        return real(model, limit)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "clip_gradients", clip)
-        try:
-            return module.train(config, resume)
-        except Killed:
-            return None
-        finally:
-            AcceleratorState._reset_state(True)
-
-
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("trainee", list(TRAINEES))
 def test_a_trainee_killed_anywhere_ends_with_the_same_bits(
@@ -441,12 +406,12 @@ def test_a_trainee_killed_anywhere_ends_with_the_same_bits(
 ) -> None:
     # Codes die quickly, so that restarts at random vectors happen within these few steps.
     monkeypatch.setattr(ResidualVQ.__init__, "__defaults__", (0.3,))
-    _, make = TRAINEES[trainee]
+    module, make = TRAINEES[trainee]
 
     def config(name: str) -> Any:
         return make(made, tmp_path / name, run={"precision": precision})
 
-    whole = run_until(trainee, config("whole"), resume=False, updates=None)
+    whole = train_until(module, config("whole"))
     assert whole is not None
     expected = checkpoints.load(whole).tensors
     log = (tmp_path / "whole" / "metrics.jsonl").read_bytes()
@@ -454,9 +419,9 @@ def test_a_trainee_killed_anywhere_ends_with_the_same_bits(
     # Deaths before the first save (after step 2), right after it, in its first step again, and
     # one step after the saves of 4 and 6.
     for updates in (1, 2, 0, 3, 3):
-        assert run_until(trainee, config("parts"), resume=True, updates=updates) is None
+        assert train_until(module, config("parts"), resume=True, clips=updates) is None
     assert not (tmp_path / "parts" / trainee).exists()
-    parts = run_until(trainee, config("parts"), resume=True, updates=None)
+    parts = train_until(module, config("parts"), resume=True)
     assert parts is not None
     found = checkpoints.load(parts).tensors
     assert not [key for key in expected if not torch.equal(expected[key], found[key])]
