@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audio_codec.state import State, all_active, keep
+from audio_codec.state import State, advance, all_active
 
 
 @dataclass(slots=True)
@@ -33,8 +33,12 @@ def with_past(x: Tensor, past: int, state: TailState | None) -> Tensor:
         padded = torch.cat((x.new_zeros(x.shape[0], past, *x.shape[2:]), x), dim=1)
     else:
         padded = torch.cat((state.tail.to(x.dtype), x), dim=1)
-        state.tail.copy_(keep(state.active, padded[:, padded.shape[1] - past :], state.tail))
+        advance(state.tail, padded[:, padded.shape[1] - past :], state.active)
     return padded
+
+
+_SHORT = 2**16
+"""Numbers [B, T, C] up to which a convolution costs what its calls cost."""
 
 
 class _Depthwise(torch.autograd.Function):
@@ -81,6 +85,8 @@ class DepthwiseConv(nn.Module):
         """[B, T, C] → [B, T, C]."""
         padded = with_past(x, self.kernel - 1, state)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if x.numel() < _SHORT and not torch.is_grad_enabled():
+            return (padded.unfold(1, self.kernel, 1) * weight.T).sum(-1).add_(bias)
         y: Tensor = _Depthwise.apply(padded, weight, bias)  # type: ignore[no-untyped-call]
         return y
 

@@ -169,11 +169,10 @@ class Synthesis(nn.Module):
             padded = with_past(frames, self.overlap - 1, state)
             hops = frames.shape[1]
             # Piece r of a window falls on the hop r places later.
-            pieces = padded.unflatten(-1, (self.overlap, HOP)).unbind(2)
+            pieces = padded.unflatten(-1, (self.overlap, HOP))
             last = self.overlap - 1
-            late = [piece[:, last - r : last - r + hops] for r, piece in enumerate(pieces)]
-            pcm = torch.stack(late).sum(0)
-            return pcm.flatten(1)
+            late = [pieces[:, last - r : last - r + hops, r] for r in range(self.overlap)]
+            return sum(late[1:], late[0]).flatten(1)
 
     def new_state(self, batch: int) -> TailState:
         """State of a stream that begins in silence."""
