@@ -16,6 +16,58 @@ from torch import Tensor, nn
 
 from audio_codec.state import State, advance, all_active
 
+_FEW = 16
+"""Rows up to which a matrix product costs the reading of its matrix."""
+_LARGE = 2**16
+"""Numbers of a matrix from which on more cores read it faster than one."""
+
+
+class Linear(nn.Linear):
+    """A linear map whose matrix all cores read together, where a live stream has but a few rows.
+
+    A CPU's library leaves so small a product to one core. As a batch of products with a part of
+    the matrix each, it is shared.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out]."""
+        weight, cores = self.weight, torch.get_num_threads()
+        rows = x.numel() // self.in_features
+        if (
+            cores == 1
+            or rows > _FEW
+            or weight.numel() < _LARGE
+            or self.out_features % cores
+            or weight.dtype != torch.float32
+            or torch.is_grad_enabled()
+            or weight.is_cuda
+        ):
+            return F.linear(x, weight, self.bias)
+        parts = weight.view(cores, -1, self.in_features).transpose(1, 2)
+        shared = x.reshape(1, rows, -1).expand(cores, -1, -1)
+        if self.bias is None:
+            y = torch.bmm(shared, parts)
+        else:
+            y = torch.baddbmm(self.bias.view(cores, 1, -1), shared, parts)
+        return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+def lay_out(module: nn.Module) -> None:
+    """Lay the matrices of linear maps out in memory as products of few rows read them fastest.
+
+    That is with long lines, whichever side of a matrix they are; what it holds and what shape it
+    says it has stay the same.
+    """
+    for part in module.modules():
+        matrices: list[Tensor] = []
+        if isinstance(part, nn.Linear):
+            matrices = [part.weight]
+        elif isinstance(part, nn.ParameterList):
+            matrices = [matrix for matrix in part if matrix.dim() == 2]
+        for matrix in matrices:
+            if matrix.shape[0] > matrix.shape[1]:
+                matrix.data = matrix.data.T.contiguous().T
+
 
 @dataclass(slots=True)
 class TailState(State):
@@ -103,8 +155,8 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.depthwise = DepthwiseConv(dim, kernel)
         self.norm = nn.LayerNorm(dim)
-        self.up = nn.Linear(dim, expansion * dim)
-        self.down = nn.Linear(expansion * dim, dim)
+        self.up = Linear(dim, expansion * dim)
+        self.down = Linear(expansion * dim, dim)
         self.scale = nn.Parameter(torch.full((dim,), scale))
 
     def forward(self, x: Tensor, state: TailState | None = None) -> Tensor:
