@@ -31,16 +31,15 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
-        weight, cores = self.weight, torch.get_num_threads()
-        rows = x.numel() // self.in_features
+        weight = self.weight
         if (
-            cores == 1
-            or rows > _FEW
-            or weight.numel() < _LARGE
-            or self.out_features % cores
+            torch.is_grad_enabled()
+            or weight.device.type != "cpu"
             or weight.dtype != torch.float32
-            or torch.is_grad_enabled()
-            or weight.is_cuda
+            or weight.numel() < _LARGE
+            or (rows := x.numel() // self.in_features) > _FEW
+            or (cores := torch.get_num_threads()) == 1
+            or self.out_features % cores
         ):
             return F.linear(x, weight, self.bias)
         parts = weight.view(cores, -1, self.in_features).transpose(1, 2)
