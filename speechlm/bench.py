@@ -4,7 +4,8 @@
     round 1   ours │ transformers │ transformers, gathered       one step of training each
     round 2   ours │ …
 
-A step is all of it: forward in bf16 autocast where the run has it, loss, backward, clipping, AdamW.
+A step is all of it: forward in bf16 autocast where the machine has units for it (`--precision` says
+otherwise), loss, backward, clipping, AdamW.
 A ratio is taken within its round, so that whatever else the machine does slows all alike.
 
 *The peer* is this model with its transformers, norms and heads written with `transformers`' Moshi
@@ -29,7 +30,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Final, Literal
+from typing import Any, Final, cast, get_args
 
 import numpy as np
 import torch
@@ -40,12 +41,14 @@ from audio_codec.attention import attend
 from audio_codec.errors import UserError
 from audio_codec.memory import tune_allocator
 from audio_codec.transformer import TransformerConfig
-from speechlm.data import Dialogue, Document, Packer, WeightConfig, dialogue_document
+from speechlm.data import Packer
+from speechlm.documents import Dialogue, Document, WeightConfig, dialogue_document
 from speechlm.evaluation.report import Metric, bootstrap_median
 from speechlm.model import Batch, LMConfig, LossConfig, SpeechLM
 from speechlm.streams import PAD, Streams
 from speechlm.training.loader import Loader
 from speechlm.training.optimize import OptimizerConfig, clip_gradients
+from speechlm.training.run import Autocast, autocast_of
 from speechlm.training.work import Counts, peak_flops, work
 
 PEERS: Final = ("transformers",)
@@ -199,10 +202,10 @@ def _loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 class Trainee:
-    """A model with its optimizer."""
+    """A model with its optimizer, its forward in bf16 where `lower`."""
 
-    def __init__(self, module: nn.Module, loss: Losses, precision: Literal["bf16", "no"]) -> None:
-        self.module, self.loss, self.precision = module.train(), loss, precision
+    def __init__(self, module: nn.Module, loss: Losses, lower: bool) -> None:
+        self.module, self.loss, self.lower = module.train(), loss, lower
         self.config = OptimizerConfig()
         self.optimizer = self.config.build(module)
 
@@ -210,7 +213,7 @@ class Trainee:
         """One step of training; seconds."""
         began = time.perf_counter()
         kind = batch.inputs.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.autocast(kind, torch.bfloat16, enabled=self.lower):
             loss = self.loss(batch)
         loss.backward()
         clip_gradients(self.module, self.config.clip)
@@ -228,7 +231,7 @@ def measure(
     rows: int = 3,
     length: int = 750,
     steps: int = 10,
-    precision: Literal["bf16", "no"] = "bf16",
+    precision: str = "auto",
 ) -> dict[str, Metric]:
     """Train a model of this shape, fresh, for some steps, and its peers in turns.
 
@@ -236,8 +239,13 @@ def measure(
     peak that a GPU's maker states), `loader_busy`, and against a peer `train_speedup`, how many
     times longer it takes for a step (the median of the rounds' ratios), `train_speedup_gathered`
     likewise, `tokens_per_second_transformers`, and `parameters_ratio`, the peer's parameters over
-    ours. Raises UserError for an unknown peer, and for rows that are longer than its window.
+    ours. `precision` says in how many bits. Raises UserError for an unknown peer or precision, and
+    for rows that are longer than the peer's window.
     """
+    if precision not in get_args(Autocast):
+        raise UserError(
+            f"precision '{precision}' is unknown; choices: {', '.join(get_args(Autocast))}."
+        )
     for peer in against:
         if peer not in PEERS:
             raise UserError(f"peer '{peer}' is unknown; choices: {', '.join(PEERS)}.")
@@ -253,15 +261,16 @@ def measure(
         config = config.model_copy(update={"temporal": temporal, "depth": depth})
     tune_allocator()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lower = autocast_of(cast("Autocast", precision), device) == "bf16"
     torch.manual_seed(0)
     losses = LossConfig()
     ours = SpeechLM(config).to(device)
-    trainees = {"ours": Trainee(ours, lambda batch: ours.loss(batch, losses).total, precision)}
+    trainees = {"ours": Trainee(ours, lambda batch: ours.loss(batch, losses).total, lower)}
     sizes = {"ours": sum(p.numel() for p in ours.parameters())}
     if against:
         for name, gathered in (("transformers", False), ("transformers_gathered", True)):
             rival = MoshiPeer(config, length, gathered).to(device)
-            trainees[name] = Trainee(rival, _bound(rival, losses), precision)
+            trainees[name] = Trainee(rival, _bound(rival, losses), lower)
             sizes[name] = sum(p.numel() for p in rival.parameters())
     packer = Packer(Talks(config.streams, length), config.streams, rows, length)
     seconds: dict[str, list[float]] = {name: [] for name in trainees}
@@ -284,8 +293,8 @@ def measure(
                     seconds[name].append(took)
     flops = work(ours, length).training(seen.columns, seen.frames)
     mfu = Metric(None, n=steps, reason="no maker states the bf16 peak of this machine")
-    if device.type == "cuda" and precision == "bf16":
-        mfu = Metric(flops / spent / peak_flops(device, precision), n=steps)
+    if device.type == "cuda" and lower:
+        mfu = Metric(flops / spent / peak_flops(device), n=steps)
     found: dict[str, Metric] = {}
     for name, metric in (
         ("transformers", "train_speedup"),
@@ -307,6 +316,7 @@ def measure(
         "columns_per_second": Metric(seen.columns / spent, n=steps, unit="1/s"),
         "learned_frames": Metric(seen.frames / seen.columns, unit="of the columns"),
         "parameters": Metric(sizes["ours"]),
+        "precision": Metric(16 if lower else 32, unit="bits"),
     }
 
 

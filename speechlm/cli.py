@@ -272,6 +272,9 @@ def bench_train(
     rows: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 3,
     length: Annotated[int, typer.Option(min=1, help="Columns of a row.")] = 750,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each to time.")] = 10,
+    precision: Annotated[
+        str, typer.Option(help="Of the forward: bf16, no (float32), or auto: what is fast here.")
+    ] = "auto",
     json: Json = None,
 ) -> None:
     """How fast a model of this shape trains, and the same in another library, in turns."""
@@ -284,7 +287,9 @@ def bench_train(
     shape = load_config(checkpoint.resolve(model) / "config.json", overrides or [], LMConfig)
     _report(
         "bench train",
-        room.measure(shape, against or (), rows=rows, length=length, steps=steps),
+        room.measure(
+            shape, against or (), rows=rows, length=length, steps=steps, precision=precision
+        ),
         json,
     )
 

@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ import torch
 from audio_codec.bench import Figure
 from audio_codec.codec import load_tokenizer_of
 from audio_codec.errors import UserError
+from audio_codec.precision import Precision, has_bf16
 from audio_codec.token_decoder import check_match, load_token_decoder
 from synth_data import quiz
 from synth_data.dedup import KEPT, DedupConfig, deduplicate, jaccard, shingles
@@ -60,7 +61,6 @@ EDITS = tuple(range(1, 11))
 # A planted pair is a duplicate from here on, and a text with no neighbour beyond there is none.
 _DUPLICATE, _DISTINCT = 0.92, 0.75
 
-Precision = Literal["fp32", "bf16"]
 Codes = npt.NDArray[np.uint16]
 Ids = npt.NDArray[np.int64]
 Decode = Callable[[Codes], npt.NDArray[np.float32]]
@@ -218,7 +218,7 @@ class Route:
     tokenizer: str
     model: str | None = None
     """A text-to-token model; None: through sound."""
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     batch: int = 512
     voice: str = ""
     """Who speaks, on the way through sound."""
@@ -267,7 +267,7 @@ def best_route(
     tokenizer: str, voices: Sequence[str], texts: Sequence[str], take: Take, device: str = "cpu"
 ) -> Route:
     """The fastest setting of the route through sound."""
-    start = Route(tokenizer, batch=16, precision="bf16", device=device)
+    start = Route(tokenizer, batch=16, device=device)
     candidates = [replace(start, voice=voice) for voice in voices]
 
     def fastest(routes: Sequence[Route]) -> Route:
@@ -277,10 +277,9 @@ def best_route(
         return max(routes, key=lambda route: max(found[repr(route)]))
 
     voice = fastest(candidates).voice
-    settings = itertools.product(BATCHES, ("fp32", "bf16"))
-    return fastest(
-        [replace(start, voice=voice, batch=batch, precision=p) for batch, p in settings]  # type: ignore[arg-type]
-    )
+    precisions: tuple[Precision, ...] = ("fp32", "bf16") if has_bf16(device) else ("fp32",)
+    settings = itertools.product(BATCHES, precisions)
+    return fastest([replace(start, voice=voice, batch=batch, precision=p) for batch, p in settings])
 
 
 def speed(

@@ -56,6 +56,7 @@ from audio_codec import checkpoint as checkpoints
 from audio_codec.codec import load_tokenizer_of
 from audio_codec.errors import UserError
 from audio_codec.memory import tune_allocator
+from audio_codec.precision import Precision, Settled, lowered, settle
 from audio_codec.sampling import Sampling, sample
 from audio_codec.speech_tokenizer import ALPHABET, SpeechTokenizer, greedy_text
 from audio_codec.transformer import Transformer, TransformerConfig, TransformerState
@@ -348,9 +349,7 @@ class TextToToken(nn.Module):
         return (apart * self.strides).sum(-1)
 
 
-def load_text_to_token(
-    name_or_path: str | Path, precision: Literal["fp32", "bf16"] = "fp32"
-) -> TextToToken:
+def load_text_to_token(name_or_path: str | Path, precision: Settled = "fp32") -> TextToToken:
     """A model in inference mode from a checkpoint directory; UserError when it is broken.
 
     bf16 is for its transformer, where nearly all products are; the digits are drawn in float32.
@@ -364,10 +363,10 @@ def load_text_to_token(
 
 
 @functools.cache
-def kept_model(name: str, precision: Literal["fp32", "bf16"], device: str) -> TextToToken:
+def kept_model(name: str, precision: Precision, device: str) -> TextToToken:
     """A model that a worker process loads once and keeps."""
     tune_allocator()
-    return load_text_to_token(name, precision).to(device)
+    return load_text_to_token(name, settle(precision, device)).to(device)
 
 
 @functools.cache
@@ -605,7 +604,7 @@ def transcribe(
     tokenizer: SpeechTokenizer,
     spoken: Sequence[npt.NDArray[np.integer]],
     batch: int = 64,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
 ) -> list[str]:
     """What the tokenizer's own CTC head reads off codes [T] of any lengths; "" where T is 0.
 
@@ -624,7 +623,7 @@ def transcribe(
         codes = np.zeros((len(chosen), frames), np.int64)
         for row, at in zip(codes, chosen, strict=True):
             row[: len(spoken[at])] = spoken[at]  # it is causal: what follows changes nothing
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with lowered(precision, device):
             logits = tokenizer.characters(tokenizer.embed(torch.from_numpy(codes).to(device)))
         per_frame = logits.shape[1] // frames
         for row, at in zip(logits.argmax(-1).cpu(), chosen, strict=True):

@@ -1,12 +1,52 @@
 """Processes that are killed in the middle of what they do."""
 
+import itertools
+import json
 import os
 import signal
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+
+class Killed(BaseException):
+    """Stands for whatever ends a process in the middle."""
+
+
+def train_until(
+    module: Any, config: Any, *, resume: bool = False, clips: int | None = None
+) -> Path | None:
+    """`module.train`; dies when a gradient is clipped for the time after `clips` times, if ever."""
+    calls, real = itertools.count(), module.clip_gradients
+
+    def clip(model: nn.Module, limit: float) -> Tensor:
+        if next(calls) == clips:
+            raise Killed
+        found: Tensor = real(model, limit)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "clip_gradients", clip)
+        try:
+            ended: Path = module.train(config, resume)
+        except Killed:
+            return None
+        finally:
+            AcceleratorState._reset_state(True)
+    return ended
+
+
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    """What a run logged, a row a step."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def die_at_random_moments(

@@ -36,9 +36,11 @@ from audio_codec.errors import UserError
 from audio_codec.files import replacing
 from audio_codec.transformer import TransformerConfig
 from speechlm import convert, generate, lora
-from speechlm.data import Mixture, Placed, Source, WeightConfig, shares_of, together
+from speechlm.data import Mixture, Placed, together
+from speechlm.documents import WeightConfig
 from speechlm.lora import LoraConfig
 from speechlm.model import Batch, LMConfig, LMSampling, LossConfig, SpeechLM
+from speechlm.sources import Source, shares_of
 from speechlm.streams import ABSENT, Streams
 from speechlm.text_tokenizer import (
     SentencePieceTokenizer,
@@ -643,7 +645,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             if (step + 1) % config.run.log_every == 0:
                 spent = time.monotonic() - began
                 done = amount.training(saw.columns, saw.frames)
-                share = done / spent / peak_flops(run.device, config.run.precision)
+                share = done / spent / peak_flops(run.device, run.precision)
                 pace = run.world / spent  # every rank counts its own rows
                 run.log(
                     step,

@@ -15,10 +15,11 @@ import torch
 
 from audio_codec.audio import FRAME_RATE
 from audio_codec.errors import UserError
+from audio_codec.precision import has_bf16
 from audio_codec.transformer import TransformerConfig
-from speechlm.data import Exposure
 from speechlm.evaluation.report import Metric
 from speechlm.scaling import TEXT, Law
+from speechlm.sources import Exposure
 from speechlm.training.lm import TrainConfig, mixture_of, planned
 from speechlm.training.work import DENSE_BF16, Counts, body_parameters, peak_flops, work
 
@@ -37,11 +38,14 @@ class Plan:
 def peak_of(device: str | None, precision: str = "bf16") -> float:
     """FLOP/s of a device by name, or of this machine. Raises UserError for an unknown name."""
     if device is None:
-        here = "cuda" if torch.cuda.is_available() else "cpu"
-        return peak_flops(torch.device(here), precision)
+        return peak_flops(_here(), precision)
     if device not in DENSE_BF16:
         raise UserError(f"device '{device}' is unknown; choices: {', '.join(DENSE_BF16)}.")
     return DENSE_BF16[device] * 1e12
+
+
+def _here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def plan(
@@ -73,13 +77,16 @@ def plan(
     parameters = sum(p.numel() for p in model.parameters())
     rows = max(-(-source.rows // processes) for source in config.sources)
     piece = -(-rows // config.accumulate) * config.length
-    half = 2 if config.run.precision == "bf16" else 4
+    precision = config.run.precision
+    if precision == "auto":  # every device that has a name here has the units
+        precision = "bf16" if device is not None or has_bf16(_here()) else "no"
+    half = 2 if precision == "bf16" else 4
     share = seen.frames / max(1, seen.columns)
     kept = piece * _kept(model.config.temporal, half, config.recompute)
     kept += piece * share * model.streams.k * _kept(model.config.depth, half, recompute=False)
     copies = 4 + (config.ema > 0 or config.average_from is not None)  # weight, gradient, 2 moments
     held = 4 * parameters * copies / processes
-    seconds = flops / (peak_of(device, config.run.precision) * utilization * processes)
+    seconds = flops / (peak_of(device, precision) * utilization * processes)
     spent = flops if budget is None else budget
     best = law.optimum(spent)
     giga = 2**30

@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from rich.console import Console
 from rich.progress import (
@@ -48,6 +48,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from audio_codec.errors import UserError
 from audio_codec.memory import tune_allocator
+from audio_codec.precision import has_bf16, settle
 from speechlm.training import distributed
 from speechlm.training.optimize import (
     Average,
@@ -66,6 +67,14 @@ __all__ = [
 ]
 
 
+Autocast = Literal["auto", "bf16", "no"]
+
+
+def autocast_of(asked: Autocast, device: torch.device) -> Literal["bf16", "no"]:
+    """What `auto` is on a device; warns of a choice that is slow there."""
+    return "bf16" if settle("fp32" if asked == "no" else asked, device) == "bf16" else "no"
+
+
 class RunConfig(BaseModel):
     """What every trainee's run has in common."""
 
@@ -75,8 +84,9 @@ class RunConfig(BaseModel):
     """Run directory; made when absent."""
     steps: int = Field(gt=0)
     seed: int = 0
-    precision: Literal["bf16", "no"] = "bf16"
-    """Autocast of the forward; weights and optimizer stay float32."""
+    precision: Autocast = "auto"
+    """Autocast of the forward; weights and optimizer stay float32. `auto` is bf16 where the device
+    has units for it; a run that is taken up again goes on in what it was begun with."""
     log_every: int = Field(20, gt=0)
     save_every: int = Field(500, gt=0)
     eval_every: int = Field(500, gt=0)
@@ -120,7 +130,7 @@ class Run:
         """
         self.name, self.config, self.dir = name, run, run.dir
         self.checkpoint = self.dir / "checkpoint.pt"
-        if not resume and (self.checkpoint.exists() or distributed.folders(self.dir)):
+        if not resume and self._holds_run():
             raise UserError(
                 f"run.dir '{self.dir}' already holds a run: add --resume, or choose another folder."
             )
@@ -130,9 +140,10 @@ class Run:
         # Room for the matrix kernels of every shape that a run of uneven batches meets.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.accelerator = Accelerator(
-            mixed_precision=run.precision, cpu=not torch.cuda.is_available()
-        )
+        device = PartialState(cpu=not torch.cuda.is_available()).device
+        self.precision = self._settle(run.precision, device)
+        """What `auto` came to."""
+        self.accelerator = Accelerator(mixed_precision=self.precision, cpu=device.type == "cpu")
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
@@ -158,8 +169,25 @@ class Run:
 
     # -------------------------------------------------------------------------------- directory
 
+    def _settle(self, asked: Autocast, device: torch.device) -> Literal["bf16", "no"]:
+        """What `asked` comes to: the same on all ranks, and as the run was begun."""
+        if asked == "auto" and self._holds_run():
+            with suppress(OSError, ValueError, KeyError):
+                begun = json.loads((self.dir / "config.json").read_text())["run"]["precision"]
+                if begun in ("bf16", "no"):
+                    asked = begun
+        if asked == "auto" and not all(distributed.collect(has_bf16(device))):
+            return "no"
+        return autocast_of(asked, device)
+
+    def _holds_run(self) -> bool:
+        return self.checkpoint.exists() or bool(distributed.folders(self.dir))
+
     def record(self, config: BaseModel) -> None:
         """Write the trainee's config, as far as it is resolved."""
+        if isinstance(run := getattr(config, "run", None), RunConfig):
+            settled = run.model_copy(update={"precision": self.precision})
+            config = config.model_copy(update={"run": settled})
         if self.main:
             (self.dir / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
 

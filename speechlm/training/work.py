@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from audio_codec.precision import has_bf16
 from audio_codec.transformer import Transformer
 from speechlm.model import Batch, SpeechLM
 from speechlm.streams import Streams
@@ -125,14 +126,15 @@ def peak_flops(device: torch.device, precision: str = "bf16") -> float:
     """FLOP/s that a device could do at best: a GPU's by its maker, else measured on a product.
 
     In float32, and on a device that is not in the list, the largest square product that takes some
-    tenths of a second is what counts.
+    tenths of a second is what counts; in float32 too where there are no units for bf16.
     """
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
         for words, tera in DENSE_BF16.items():
             if words in name:
                 return tera * 1e12
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    lower = precision == "bf16" and has_bf16(device)
+    dtype = torch.bfloat16 if lower else torch.float32
     side = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator().manual_seed(0)  # the run's own is part of its checkpoint
     a = torch.randn(side, side, generator=generator).to(device, dtype)

@@ -33,6 +33,7 @@ from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
 from audio_codec.audio import normalize as normalize_level
 from audio_codec.codec import Codec, load_codec
 from audio_codec.errors import UserError
+from audio_codec.precision import Precision, lowered, settle
 from synth_data import augment
 from synth_data.build import BuildReport, Dropped, run_shards
 from synth_data.dialogue import ASSISTANT as ASSISTANT_CHANNEL
@@ -118,9 +119,9 @@ class DialoguesConfig(BaseModel):
     """Conversations that are encoded together."""
     device: str = "cpu"
     """Where the codec runs."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Of the codec's matrix products; bf16 costs about half on a CPU that has it, and moves one
-    code in twenty to a near neighbour."""
+    code in twenty to a near neighbour. `auto`: bf16 where `device` has units for it."""
     keep_sound: bool = False
     """Store the sound beside the codes."""
     guard: GuardConfig = GuardConfig()
@@ -162,6 +163,7 @@ def build_dialogues(config: DialoguesConfig) -> BuildReport:
         UserError: a voice, engine, codec, corpus or noise folder is missing, the folder holds
             another build, or too little of it is what people made.
     """
+    config = config.model_copy(update={"precision": settle(config.precision, config.device)})
     _corpus.cache_clear()  # The file may have changed since the last build of this process.
     corpus = None if config.corpus is None else _corpus(config.corpus.path)
     human = config.corpus is not None and config.corpus.human
@@ -315,7 +317,7 @@ def _turn(turn: Any, number: int) -> tuple[str, str]:
 
 
 def encode_long(
-    codec: Codec, pcm: npt.NDArray[np.float32], precision: Literal["fp32", "bf16"] = "fp32"
+    codec: Codec, pcm: npt.NDArray[np.float32], precision: Precision = "fp32"
 ) -> npt.NDArray[np.uint16]:
     """Encode long sound [B, S] (S in whole frames) piece by piece: codes uint16 [B, K, T].
 
@@ -326,8 +328,7 @@ def encode_long(
     frames = round(_ENCODED_SECONDS * codec.sample_rate / codec.frame_size)
     state = codec.new_encoder_state(len(pcm), frames)
     device = state.active.device
-    lower = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    with torch.inference_mode(), lower:
+    with torch.inference_mode(), lowered(precision, device):
         pieces = [
             codec.encode(piece[:, None].to(device), state).cpu()
             for piece in torch.from_numpy(pcm).split(frames * codec.frame_size, dim=1)

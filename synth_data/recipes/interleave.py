@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from audio_codec import checkpoint
 from audio_codec.codec import load_tokenizer_of
 from audio_codec.errors import UserError
+from audio_codec.precision import Precision, settle
 from synth_data import quiz
 from synth_data.build import BuildReport, Dropped, run_shards
 from synth_data.corpus import bounded_lines, is_binary
@@ -162,8 +163,8 @@ class InterleaveRecipe(BaseModel):
     check: CheckConfig | None = None
     guard: GuardConfig = GuardConfig()
     """The least that people must have made of it; its speech never is."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Of the products of the model's transformer."""
+    precision: Precision = "auto"
+    """Of the products of the model's transformer; `auto`: bf16 where `device` has units for it."""
     device: str = "cpu"
     """Where the model runs."""
     seed: int = 0
@@ -203,6 +204,7 @@ def build_interleaved(config: InterleaveRecipe) -> BuildReport:
         UserError: a source or model is missing or cannot be read, the folder holds another build,
             or too little of it is what people made.
     """
+    config = config.model_copy(update={"precision": settle(config.precision, config.device)})
     human = any(getattr(source, "human", False) for source in config.sources)
     config.guard.check(Shares(0.0, float(human)), "the planned documents")
     load_text_to_token(config.model)  # A broken one shows here, before hours of work.

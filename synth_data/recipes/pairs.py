@@ -12,7 +12,6 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,7 @@ from pydantic import Field
 
 from audio_codec import checkpoint
 from audio_codec.audio import SAMPLE_RATE, resample
+from audio_codec.precision import Precision, lowered, settle
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from synth_data.build import BuildReport, Dropped, run_shards
 from synth_data.recipes.speech import (
@@ -44,8 +44,8 @@ class PairsConfig(SpeechConfig):
     """Utterances that are tokenized together."""
     device: str = "cpu"
     """Where the tokenizer runs."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the tokenizer's matrix products."""
+    precision: Precision = "fp32"
+    """Of the tokenizer's matrix products; `auto`: bf16 where `device` has units for it."""
     drop_above: float | None = Field(default=None, gt=0)
     """Pairs whose codes the tokenizer's own CTC head reads with a larger word error rate are
     dropped, recorded ones too; the others carry theirs. None asks nobody. (``verify`` has the sound
@@ -59,6 +59,7 @@ def build_pairs(config: PairsConfig) -> BuildReport:
         UserError: a source, voice, engine or tokenizer is missing, the folder holds another build,
             or too little of it is what people made.
     """
+    config = config.model_copy(update={"precision": settle(config.precision, config.device)})
     kept_tokenizer(
         config.tokenizer, config.device
     )  # A broken one shows here, before hours of work.
@@ -93,7 +94,7 @@ def tokenize(
     tokenizer: SpeechTokenizer,
     sounds: Sequence[npt.NDArray[np.float32]],
     batch: int = 16,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
 ) -> list[npt.NDArray[np.uint16]]:
     """Sounds [S] at 24 kHz, of any lengths → their codes [T], the last filled up with silence.
 
@@ -114,8 +115,7 @@ def tokenize(
         pcm = np.zeros((len(chosen), 1, (max(frames) + late) * size), np.float32)
         for row, at in zip(pcm, chosen, strict=True):
             row[0, : len(heard[at])] = heard[at]
-        lower = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        with torch.inference_mode(), lower:
+        with torch.inference_mode(), lowered(precision, device):
             codes = tokenizer.encode(torch.from_numpy(pcm).to(device)).cpu().numpy()
         for row, at, count in zip(codes, chosen, frames, strict=True):
             found[at] = row[late : late + count].astype(np.uint16)

@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from audio_codec import checkpoint
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, resample
 from audio_codec.errors import UserError
+from audio_codec.precision import Precision, settle
 from synth_data.build import BuildReport, Dropped, run_shards
 from synth_data.dialogue import ASSISTANT, USER
 from synth_data.mixture import GuardConfig, Shares
@@ -65,8 +66,8 @@ class StereoConfig(BaseModel):
     """The least that people must have made of it."""
     device: str = "cpu"
     """Where the codec runs."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the codec's matrix products."""
+    precision: Precision = "fp32"
+    """Of the codec's matrix products; `auto`: bf16 where `device` has units for it."""
     shard_size: int = Field(default=16, gt=0)
     """Recordings a shard."""
     workers: int = Field(default=1, gt=0)
@@ -169,6 +170,7 @@ def build_stereo(config: StereoConfig) -> BuildReport:
         UserError: the manifest or the codec is missing or broken, or the folder holds another
             build, or too little of it is what people made.
     """
+    config = config.model_copy(update={"precision": settle(config.precision, config.device)})
     planned = Shares(float(not config.synthetic), float(config.human))
     config.guard.check(planned, "the recordings")
     recordings = []

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kills import Killed
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from safetensors.torch import load_file, save_file
 from small import CODEC
@@ -338,10 +339,6 @@ def test_a_new_checkpoint_replaces_the_whole_old_one(tmp_path: Path) -> None:
     store(tmp_path / "a", card={"new": 1})
     assert set(contents(tmp_path / "a")) == {"config.json", "model.safetensors", "card.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-class Killed(BaseException):
-    """Stands for whatever ends a process in the middle."""
 
 
 @pytest.mark.parametrize(

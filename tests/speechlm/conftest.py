@@ -12,11 +12,16 @@ from accelerate.state import AcceleratorState
 
 from audio_codec.audio import FRAME_SIZE, Pcm
 from speechlm.duplex import DuplexOutput
+from speechlm.training import run
 
 
 @pytest.fixture(autouse=True)
-def _fresh_process() -> Iterator[None]:
-    """accelerate keeps one precision a process; each test stands for a process."""
+def _fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """accelerate keeps one precision a process; each test stands for a process.
+
+    How memory is kept would outlast the test.
+    """
+    monkeypatch.setattr(run, "tune_allocator", lambda: None)
     yield
     AcceleratorState._reset_state(True)
 

@@ -96,9 +96,12 @@ def test_all_the_numbers_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all((metric.value or 0) > 0 for name, metric in found.items() if name != "mfu")
     mfu = found["mfu"]
     assert torch.cuda.is_available() or (mfu.value is None and "no maker" in (mfu.reason or ""))
-    assert "train_speedup" not in bench.measure(CONFIG, rows=1, length=40, steps=1)
+    alone = bench.measure(CONFIG, rows=1, length=40, steps=1, precision="no")
+    assert "train_speedup" not in alone and alone["precision"].value == 32
     with pytest.raises(UserError, match="peer 'nanogpt' is unknown; choices: transformers"):
         bench.measure(CONFIG, ["nanogpt"])
+    with pytest.raises(UserError, match="precision 'fp8' is unknown; choices: auto, bf16, no"):
+        bench.measure(CONFIG, precision="fp8")
     with pytest.raises(UserError, match=r"length is 151, .* at most temporal\.window, 150"):
         bench.measure(CONFIG, ["transformers"], length=151)
 

@@ -11,18 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audio_codec.errors import UserError
-from speechlm import data
+from speechlm import data, documents, sources
 from speechlm.config import build
-from speechlm.data import (
-    DialogueSource,
-    Document,
-    InterleavedSource,
-    Mixture,
-    Packer,
-    QuizSource,
-    SentenceSource,
-    WeightConfig,
-)
+from speechlm.data import Mixture, Packer
+from speechlm.documents import Document, WeightConfig
+from speechlm.sources import DialogueSource, InterleavedSource, QuizSource, SentenceSource
 from speechlm.streams import ABSENT, BOS, EOS, EPAD, PAD, SPEECH, TEXT, Streams
 from speechlm.text_tokenizer import (
     SentencePieceTokenizer,
@@ -102,13 +95,15 @@ class TestPlace:
     def test_start_epad_and_lead(self, tokenizer: TextTokenizer) -> None:
         two, four = tokenizer.word("two"), tokenizer.word("four")
         words = [Word("two", 0.41, 0.6), Word("four", 1.6, 1.9)]  # frames 5 and 20
-        row = data.place(words, 30, tokenizer, at="start", offset=-1)
+        row = documents.place(words, 30, tokenizer, at="start", offset=-1)
         assert row[3] == EPAD and tuple(row[4 : 4 + len(two)]) == two
         assert row[18] == EPAD and tuple(row[19 : 19 + len(four)]) == four
         assert (row == PAD).sum() == 30 - 2 - len(two) - len(four)
 
     def test_end_without_epad(self, tokenizer: TextTokenizer) -> None:
-        row = data.place([Word("two", 0.4, 0.81)], 30, tokenizer, at="end", offset=2, epad=False)
+        row = documents.place(
+            [Word("two", 0.4, 0.81)], 30, tokenizer, at="end", offset=2, epad=False
+        )
         assert row.nonzero()[0][0] == 11 + 2 and EPAD not in row
 
     @given(
@@ -119,7 +114,7 @@ class TestPlace:
         self, tokenizer: TextTokenizer, starts: list[tuple[float, str]], offset: int
     ) -> None:
         words = [Word(text, start, start + 0.2) for start, text in sorted(starts)]
-        row = data.place(words, 400, tokenizer, at="start", offset=offset)
+        row = documents.place(words, 400, tokenizer, at="start", offset=offset)
         said = [int(i) for i in row if i not in (PAD, EPAD)]
         assert said == [p for word in words for p in tokenizer.word(word.text)]
         for at in np.flatnonzero(row == EPAD):
@@ -130,14 +125,14 @@ class TestPlace:
 
     def test_what_lies_beyond_the_end_is_dropped(self, tokenizer: TextTokenizer) -> None:
         words = [Word("unhappy", 0.7, 0.9), Word("two", 5.0, 6.0)]
-        assert len(data.place(words, 10, tokenizer, at="start")) == 10
+        assert len(documents.place(words, 10, tokenizer, at="start")) == 10
 
 
 class TestDocuments:
     def test_dialogue(self, streams: Streams, tokenizer: TextTokenizer) -> None:
         sample = dialogue("d", 60)
-        made = data.encode_dialogue(sample, streams, tokenizer, WEIGHTS)
-        document = data.dialogue_document(made, streams, WEIGHTS, np.random.default_rng(0))
+        made = documents.encode_dialogue(sample, streams, tokenizer, WEIGHTS)
+        document = documents.dialogue_document(made, streams, WEIGHTS, np.random.default_rng(0))
         columns, weights = document.columns, document.weights
         assert sample.codes is not None
         assert columns.shape == (streams.count, 61) and weights.shape == (streams.count, 60)
@@ -157,16 +152,16 @@ class TestDocuments:
     def test_unfit_codes_are_named(self, streams: Streams, tokenizer: TextTokenizer) -> None:
         bare = dialogue("d", 60).model_copy(update={"codes": None})
         with pytest.raises(UserError, match="has no codes"):
-            data.encode_dialogue(bare, streams, tokenizer, WEIGHTS)
+            documents.encode_dialogue(bare, streams, tokenizer, WEIGHTS)
         two = Streams(text_size=300, codebooks=((6,), (5,)))
         with pytest.raises(UserError, match="expected 2 × 2"):
-            data.encode_dialogue(dialogue("d", 60), two, tokenizer, WEIGHTS)
+            documents.encode_dialogue(dialogue("d", 60), two, tokenizer, WEIGHTS)
 
     def test_question_is_heard_and_answer_said(
         self, streams: Streams, tokenizer: TextTokenizer
     ) -> None:
         turns = [("What is two plus two?", "Four."), ("And one more?", "Five.")]
-        document = data.question_document(turns, streams, tokenizer, WEIGHTS)
+        document = documents.question_document(turns, streams, tokenizer, WEIGHTS)
         text, heard = document.columns[0, 1:], document.columns[streams.heard_index, 1:]
         assert tokenizer.decode(heard) == "what is two plus two and one more"
         assert tokenizer.decode(text) == "four five"
@@ -178,8 +173,8 @@ class TestDocuments:
 
     def test_pace_puts_pads_between(self, streams: Streams, tokenizer: TextTokenizer) -> None:
         turns = [("What is two plus two?", "Four.")]
-        dense = data.question_document(turns, streams, tokenizer, WEIGHTS)
-        paced = data.question_document(turns, streams, tokenizer, WEIGHTS, lambda n: n + 3)
+        dense = documents.question_document(turns, streams, tokenizer, WEIGHTS)
+        paced = documents.question_document(turns, streams, tokenizer, WEIGHTS, lambda n: n + 3)
         assert paced.columns.shape[1] == dense.columns.shape[1] + 3 * 6
         for row in (0, streams.heard_index):
             assert tokenizer.decode(paced.columns[row, 1:]) == tokenizer.decode(
@@ -188,19 +183,19 @@ class TestDocuments:
 
     def test_interleaved_spans(self, streams: Streams) -> None:
         codes = np.array([[1, 2, 3], [0, 1, 2], [4, 3, 2]])
-        document = data.interleaved_document([[9, 10], codes], streams, WEIGHTS)
+        document = documents.interleaved_document([[9, 10], codes], streams, WEIGHTS)
         text = document.columns[0, 1:].tolist()
         assert text == [BOS, 9, 10, SPEECH, PAD, PAD, PAD, PAD, TEXT, EOS]
         assert document.columns[1, 5:9].tolist() == [1, 2, 3, ABSENT]
         assert document.columns[2, 5:9].tolist() == [5, 0, 1, 2]
         assert (document.columns[4:, 1:] == ABSENT).all()
         assert document.weights[2, 4:8].tolist() == [0, 1, 1, 1]
-        heard = data.interleaved_document([codes], streams, WEIGHTS, role="user")
+        heard = documents.interleaved_document([codes], streams, WEIGHTS, role="user")
         assert (heard.weights[1:] == 0).all() and heard.columns[4, 3] == 1
 
     def test_speech_of_semantic_codes_alone(self, streams: Streams) -> None:
         codes = np.array([[1, 2, 3]])
-        document = data.interleaved_document(
+        document = documents.interleaved_document(
             [[9], codes, codes], streams, WEIGHTS, role=("own", "user", "own")
         )
         text = document.columns[0, 1:].tolist()
@@ -245,14 +240,14 @@ class TestLaidOut:
         self, streams: Streams, tokenizer: TextTokenizer
     ) -> None:
         sample = laid_out("question_speech_answer_speech", list(self.QUESTION), 9)
-        found = data.lay_out(sample, streams, tokenizer)
+        found = sources.lay_out(sample, streams, tokenizer)
         assert found.roles == ["user", "own"]
         assert [np.asarray(span).tolist() for span in found.spans] == [
             [[0, 1, 2, 3]],
             [[4, 5, 0, 1, 2]],
         ]
         for rule, roles in (("asr", ["user"] * 2), ("tts", ["own"] * 2), ("speech_first", None)):
-            made = data.lay_out(laid_out(rule, list(self.SPANS), 5), streams, tokenizer)
+            made = sources.lay_out(laid_out(rule, list(self.SPANS), 5), streams, tokenizer)
             assert made.roles == roles
             assert made.spans[0] == tokenizer.encode("what is")
 
@@ -265,7 +260,7 @@ class TestLaidOut:
         ]
         shards.write(tmp_path / "interleave-000000.tar", samples)
         source = InterleavedSource(kind="interleaved", path=tmp_path, rows=1)
-        documents = data.open_source(source, streams, tokenizer, WEIGHTS, 0)
+        documents = sources.open_source(source, streams, tokenizer, WEIGHTS, 0)
         found = [documents.document(lane, n) for lane in range(8) for n in range(2)]
         spoken = {tuple(int((d.columns[row, 1:] != ABSENT).sum()) for row in (1, 4)) for d in found}
         # The spans are the model's or the user's by chance; question and answer are one each.
@@ -280,10 +275,10 @@ class TestLaidOut:
         sample = laid_out("tts", list(self.SPANS), 5)
         beyond = sample.model_copy(update={"codes": np.full((1, 1, 5), 6, np.uint16)})
         with pytest.raises(UserError, match="code 6 in codebook 0"):
-            data.lay_out(beyond, streams, tokenizer)
+            sources.lay_out(beyond, streams, tokenizer)
         more = sample.model_copy(update={"codes": np.zeros((1, 4, 5), np.uint16)})
         with pytest.raises(UserError, match="4 codebooks, but the model has 3"):
-            data.lay_out(more, streams, tokenizer)
+            sources.lay_out(more, streams, tokenizer)
         with pytest.raises(ValueError, match="layout.unit"):
             InterleavedSource.model_validate(
                 {"kind": "interleaved", "path": ".", "rows": 1, "layout": {"unit": "sentence"}}
@@ -299,7 +294,7 @@ class TestJoin:
             )
 
         parts = [part(0, 0, 0.0), part(1, 0, 4.0), part(2, 1, 0.0), part(3, 1, 8.0)]
-        first, second, gap = list(data.join(parts))
+        first, second, gap = list(sources.join(parts))
         assert first.codes is not None and parts[1].codes is not None
         assert first.codes.shape == (2, 3, 100) and first.seconds == 8.0
         assert (first.codes[:, :, 50:] == parts[1].codes).all()
@@ -308,7 +303,7 @@ class TestJoin:
 
     def test_other_samples_are_left_alone(self) -> None:
         samples = [dialogue("a", 40), dialogue("b", 40)]
-        assert list(data.join(samples)) == samples
+        assert list(sources.join(samples)) == samples
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +335,7 @@ class TestMixtures:
         source = DialogueSource.model_validate(
             {"kind": "dialogues", "path": parts, "rows": 1, **changes}
         )
-        opened = data.open_source(source, streams, tokenizer, WEIGHTS, 0)
+        opened = sources.open_source(source, streams, tokenizer, WEIGHTS, 0)
         return [opened.document(lane, number).name for number in range(count)]
 
     def test_a_pass_holds_each_sample_as_often_as_its_folder_weighs(
@@ -360,9 +355,9 @@ class TestMixtures:
         self, folders: Path, streams: Streams, tokenizer: TextTokenizer
     ) -> None:
         source = DialogueSource(kind="dialogues", path=folders / "b", rows=1)
-        opened = data.open_source(source, streams, tokenizer, WEIGHTS, 7)
+        opened = sources.open_source(source, streams, tokenizer, WEIGHTS, 7)
         found = [opened.document(2, number).name for number in range(12)]
-        assert found == [f"b{data._shuffled(7, 2, number, 6)}" for number in range(12)]
+        assert found == [f"b{sources._shuffled(7, 2, number, 6)}" for number in range(12)]
 
     def test_quality_comes_last(
         self, folders: Path, streams: Streams, tokenizer: TextTokenizer
@@ -372,7 +367,7 @@ class TestMixtures:
         assert set(seen[-2:]) <= {"a1", "b1", "a2", "b2"} and "b5" in seen[2:5]
         assert set(seen[:10]) == set(seen[10:])
         many = [[(10, wer / 200) for wer in range(200)]]
-        pool = data._Pool([data.Part(path=folders)], many, "quality", 0)
+        pool = sources.Pool([sources.Part(path=folders)], many, "quality", 0)
         lanes = [[pool.index(lane, number) for number in range(200)] for lane in range(3)]
         assert lanes[0] != lanes[1] != lanes[2]
         for lane in lanes:  # from the last, understood worst, to the first, by a tenth at most
@@ -399,7 +394,10 @@ class TestMixtures:
     def test_the_epochs_of_a_run_are_stated(
         self, folders: Path, streams: Streams, tokenizer: TextTokenizer
     ) -> None:
-        parts = (data.Part(path=folders / "a", weight=2), data.Part(path=folders / "b", epochs=3))
+        parts = (
+            sources.Part(path=folders / "a", weight=2),
+            sources.Part(path=folders / "b", epochs=3),
+        )
         source = DialogueSource(kind="dialogues", path=parts, rows=2)
         mixture = Mixture([source], streams, tokenizer, WEIGHTS, length=70, seed=0)
         # A pass is (2·4 + 6)·20 columns; ten steps are 2·70·10.
@@ -410,7 +408,7 @@ class TestMixtures:
         assert [one.epochs for one in mixture.exposures(5)] == [5.0, 2.5]
 
 
-def sources(folder: Path) -> list[data.Source]:
+def feeds(folder: Path) -> list[sources.Source]:
     lines = folder / "lines.txt"
     lines.write_text("One line.\nAnother line here.\nThe third of them.\n")
     return [
@@ -458,7 +456,7 @@ class TestPacking:
         self, folder: Path, streams: Streams, tokenizer: TextTokenizer
     ) -> None:
         def make() -> Mixture:
-            return Mixture(sources(folder), streams, tokenizer, WEIGHTS, length=50, seed=3)
+            return Mixture(feeds(folder), streams, tokenizer, WEIGHTS, length=50, seed=3)
 
         straight = make()
         for _ in range(4):
@@ -480,7 +478,7 @@ class TestPacking:
     ) -> None:
         def make(rank: int, world: int) -> Mixture:
             return Mixture(
-                sources(folder)[1:2], streams, tokenizer, WEIGHTS,
+                feeds(folder)[1:2], streams, tokenizer, WEIGHTS,
                 length=50, seed=3, rank=rank, world=world,
             )  # fmt: skip
 
@@ -551,7 +549,7 @@ class TestPacking:
     def test_shares_and_shapes(
         self, folder: Path, streams: Streams, tokenizer: TextTokenizer
     ) -> None:
-        mixture = Mixture(sources(folder), streams, tokenizer, WEIGHTS, length=50, seed=0)
+        mixture = Mixture(feeds(folder), streams, tokenizer, WEIGHTS, length=50, seed=0)
         batches = mixture.next()
         assert [share for share, _ in batches] == [3 / 8, 2 / 8, 1 / 8, 2 / 8]
         for (_, batch), rows in zip(batches, (3, 2, 1, 2), strict=True):
@@ -564,7 +562,7 @@ class TestPacking:
         self, folder: Path, streams: Streams, tokenizer: TextTokenizer
     ) -> None:
         def first(seed: int, rank: int) -> list[int]:
-            quizzes = sources(folder)[1:2]
+            quizzes = feeds(folder)[1:2]
             mixture = Mixture(
                 quizzes, streams, tokenizer, WEIGHTS, length=50, seed=seed, rank=rank, world=2
             )

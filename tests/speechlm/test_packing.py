@@ -11,8 +11,9 @@ from torch import Tensor
 
 from audio_codec.attention import Documents, attend, attend_documents
 from audio_codec.transformer import Transformer, TransformerConfig
-from speechlm import data
-from speechlm.data import Document, Packer, WeightConfig
+from speechlm import documents
+from speechlm.data import Packer
+from speechlm.documents import Document, WeightConfig
 from speechlm.model import Batch, LMConfig, LossConfig, SpeechLM
 from speechlm.streams import ABSENT, Streams
 from speechlm.text_tokenizer import train_text_tokenizer
@@ -30,18 +31,18 @@ def codes(rng: np.random.Generator, frames: int) -> np.ndarray:
 
 def text(rng: np.random.Generator) -> Document:
     words = rng.choice(["four", "seven", "water", "is", "cold"], rng.integers(2, 9))
-    return data.sentence_document(" ".join(words), STREAMS, TOKENIZER)
+    return documents.sentence_document(" ".join(words), STREAMS, TOKENIZER)
 
 
 def question(rng: np.random.Generator) -> Document:
-    return data.question_document(
+    return documents.question_document(
         [("What is two plus two?", "Four.")], STREAMS, TOKENIZER, WEIGHTS, lambda n: n + 1
     )
 
 
 def interleaved(rng: np.random.Generator) -> Document:
     spans = [TOKENIZER.encode("water is"), codes(rng, int(rng.integers(3, 12))), [9, 10]]
-    return data.interleaved_document(
+    return documents.interleaved_document(
         spans, STREAMS, WEIGHTS, "own" if rng.random() < 0.7 else "user"
     )
 
@@ -52,8 +53,8 @@ def duplex(rng: np.random.Generator) -> Document:
     said = np.where(rng.random(frames) < 0.3, pieces[0], 0)
     heard = np.where(rng.random(frames) < 0.3, pieces[1], 0)
     both = np.stack([codes(rng, frames), codes(rng, frames)]).astype(np.uint16)
-    dialogue = data.Dialogue(both, said, heard, rng.random((2, frames)) < 0.5)
-    return data.dialogue_document(dialogue, STREAMS, WEIGHTS, rng)
+    dialogue = documents.Dialogue(both, said, heard, rng.random((2, frames)) < 0.5)
+    return documents.dialogue_document(dialogue, STREAMS, WEIGHTS, rng)
 
 
 FORMATS = {"text": text, "question": question, "interleaved": interleaved, "duplex": duplex}

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from audio_codec.errors import UserError
 from audio_codec.transformer import TransformerConfig
-from speechlm import data
-from speechlm.data import Document, Mixture, Spoken, WeightConfig
+from speechlm import documents, sources
+from speechlm.data import Mixture
+from speechlm.documents import Document, Spoken, WeightConfig
 from speechlm.model import Batch, LMConfig, LossConfig, SpeechLM
 from speechlm.streams import ABSENT, BOS, EOS, EPAD, PAD, SPEECH, TEXT, Streams
 from speechlm.text_tokenizer import TextTokenizer, train_text_tokenizer
@@ -125,13 +126,13 @@ class TestSpans:
         streams, one, other = streams_of(delay=delay), said(seed, 7, books), said(seed + 1, 5)
         text, codes = " ".join(one.text), one.codes.tolist()
         answer, spoken = " ".join(other.text), other.codes.tolist()
-        asr = data.asr_document(one, streams, TOKENIZER, PLAIN, "write down")
+        asr = documents.asr_document(one, streams, TOKENIZER, PLAIN, "write down")
         assert spans_in(asr, streams) == ["write down", {"user": codes}, text]
-        tts = data.tts_document(one, streams, TOKENIZER, PLAIN, "")
+        tts = documents.tts_document(one, streams, TOKENIZER, PLAIN, "")
         assert spans_in(tts, streams) == [text, {"own": codes}]
 
         def qa(*modalities: Any) -> list[Any]:
-            document = data.answer_document(
+            document = documents.answer_document(
                 one, other, modalities, streams, TOKENIZER, PLAIN, "answer"
             )
             return spans_in(document, streams)
@@ -143,11 +144,11 @@ class TestSpans:
 
     @given(seeds, st.lists(st.sampled_from(["own", "user"]), min_size=3, max_size=3), delays)
     def test_interleaved(
-        self, seed: int, roles: list[data.Role], delay: int | tuple[int, ...]
+        self, seed: int, roles: list[documents.Role], delay: int | tuple[int, ...]
     ) -> None:
         streams, one, two = streams_of(delay=delay), codes_of(4, seed), codes_of(6, seed, books=1)
         spans = [one, list(TOKENIZER.word("zebra")), two]
-        document = data.interleaved_document(spans, streams, PLAIN, roles)
+        document = documents.interleaved_document(spans, streams, PLAIN, roles)
         assert spans_in(document, streams) == [
             {roles[0]: one.tolist()},
             "zebra",
@@ -156,12 +157,12 @@ class TestSpans:
 
     def test_what_is_given_is_not_learned(self) -> None:
         streams, one = streams_of(), said(3, 7)
-        asr = data.asr_document(one, streams, TOKENIZER, PLAIN, "write down")
+        asr = documents.asr_document(one, streams, TOKENIZER, PLAIN, "write down")
         row, loss = asr.columns[0, 1:].tolist(), asr.weights[0]
         closed = row.index(TEXT)
         assert (loss[1 : closed + 1] == 0).all() and (loss[closed + 1 :] == 1).all()
         assert (asr.weights[1:] == 0).all()
-        tts = data.tts_document(one, streams, TOKENIZER, PLAIN, "read aloud")
+        tts = documents.tts_document(one, streams, TOKENIZER, PLAIN, "read aloud")
         row, loss = tts.columns[0, 1:].tolist(), tts.weights[0]
         prompt, opened = len(TOKENIZER.encode("read aloud")), row.index(SPEECH)
         assert (loss[1 : 1 + prompt] == 0).all()
@@ -174,9 +175,9 @@ class TestSpans:
         streams, codes = streams_of(), codes_of(6, seed)
         silent = WeightConfig(speech=False)
         for role in ("own", "user"):
-            off = data.interleaved_document([codes], streams, silent, role)  # type: ignore[arg-type]
+            off = documents.interleaved_document([codes], streams, silent, role)  # type: ignore[arg-type]
             assert (off.weights[1:] == 0).all() and (off.weights[0] > 0).all()
-        theirs = data.interleaved_document([codes], streams, WeightConfig(user=0.5), "user")
+        theirs = documents.interleaved_document([codes], streams, WeightConfig(user=0.5), "user")
         assert (theirs.weights[streams.own] == 0).all()
         assert (theirs.weights[streams.user.start, 2:8] == 0.5 * PLAIN.semantic).all()
         assert (theirs.weights[streams.user.start + 1, 3:9] == 0.5).all()
@@ -190,7 +191,7 @@ class TestMonologue:
         streams, one = streams_of(heard, delay), said(seed, books=books)
         rng = np.random.default_rng(seed)
         for role in ("own", "user"):
-            document = data.monologue_document(one, streams, TOKENIZER, PLAIN, rng, role)  # type: ignore[arg-type]
+            document = documents.monologue_document(one, streams, TOKENIZER, PLAIN, rng, role)  # type: ignore[arg-type]
             columns = document.columns[:, 1:]
             mine, other = streams.own, streams.user
             text, silent = columns[0], None
@@ -217,7 +218,7 @@ class TestMonologue:
         streams = streams_of()
         bare = Spoken(codes_of(20, 0), (), ("one",))
         rng = np.random.default_rng(0)
-        document = data.monologue_document(bare, streams, TOKENIZER, PLAIN, rng)
+        document = documents.monologue_document(bare, streams, TOKENIZER, PLAIN, rng)
         assert (document.columns[0, 1:] == ABSENT).all() and (document.weights[0] == 0).all()
         assert (document.weights[1] > 0).all()
 
@@ -228,7 +229,7 @@ class TestMonologue:
 
         def make(config: WeightConfig) -> Document:
             rng = np.random.default_rng(seed)
-            return data.monologue_document(one, streams, TOKENIZER, config, rng)
+            return documents.monologue_document(one, streams, TOKENIZER, config, rng)
 
         before, after = make(PLAIN), make(moved)
         assert (before.columns[1:] == after.columns[1:]).all()
@@ -243,7 +244,7 @@ class TestMonologue:
 class TestConversations:
     def test_questions_are_cut_out_with_their_answers(self) -> None:
         streams = streams_of()
-        ((question, answer),) = data.exchanges(sample_of(0), streams)
+        ((question, answer),) = documents.exchanges(sample_of(0), streams)
         assert question.text == ("two",) and answer.text == ("four", "zebra")
         whole = sample_of(0).codes
         assert whole is not None
@@ -254,9 +255,9 @@ class TestConversations:
     @given(seeds)
     def test_speakers_exchange_their_roles(self, seed: int) -> None:
         streams, sample = streams_of(), sample_of(seed)
-        turned = data.exchanged(sample)
-        assert data.exchanged(turned).words == sample.words
-        made = data.encode_dialogue(turned, streams, TOKENIZER, PLAIN)
+        turned = documents.exchanged(sample)
+        assert documents.exchanged(turned).words == sample.words
+        made = documents.encode_dialogue(turned, streams, TOKENIZER, PLAIN)
         assert words_in(made.text) == "two one" and words_in(made.heard) == "four zebra"
         assert sample.codes is not None and (made.codes[0] == sample.codes[1]).all()
 
@@ -264,15 +265,15 @@ class TestConversations:
     def test_the_users_codes_are_learned_where_they_speak(self, seed: int, weight: float) -> None:
         streams = streams_of()
         config = WeightConfig(user=weight, silence=0, margin=0)
-        made = data.encode_dialogue(sample_of(seed), streams, TOKENIZER, config)
+        made = documents.encode_dialogue(sample_of(seed), streams, TOKENIZER, config)
         rng = np.random.default_rng(seed)
-        document = data.dialogue_document(made, streams, config, rng)
+        document = documents.dialogue_document(made, streams, config, rng)
         learned = document.weights[streams.user.start]
         near = np.zeros(60, bool)
         near[[6, 7, 8, 9, 30, 31]] = True  # 0.5–0.8 s and 2.45–2.55 s
         assert (learned > 0).tolist() == near.tolist()
         assert np.allclose(learned[near], weight * config.semantic)
-        off = data.dialogue_document(made, streams, PLAIN, np.random.default_rng(seed))
+        off = documents.dialogue_document(made, streams, PLAIN, np.random.default_rng(seed))
         assert (off.weights[streams.user] == 0).all()
 
     def test_codes_of_another_codec_are_named(self) -> None:
@@ -281,10 +282,10 @@ class TestConversations:
         assert wrong.codes is not None
         wrong.codes[0, 1, 3] = 4
         with pytest.raises(UserError, match="the code 4 in codebook 1, which has but 4"):
-            data.encode_dialogue(wrong, streams, TOKENIZER, PLAIN)
+            documents.encode_dialogue(wrong, streams, TOKENIZER, PLAIN)
         narrow = Streams(text_size=TOKENIZER.size, codebooks=((6,), (5,)))
         with pytest.raises(UserError, match="3 codebooks, but the model has 2"):
-            data.spoken(wrong, narrow)
+            documents.spoken(wrong, narrow)
 
 
 # ------------------------------------------------------------------------------------ sources
@@ -328,17 +329,17 @@ def every_source(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def opened(source: dict[str, Any], streams: Streams) -> data.Documents:
+def opened(source: dict[str, Any], streams: Streams) -> sources.Documents:
     from pydantic import TypeAdapter
 
-    config: data.Source = TypeAdapter(data.Source).validate_python({**source, "rows": 1})
-    return data.open_source(config, streams, TOKENIZER, WeightConfig(user=0.5), seed=1)
+    config: sources.Source = TypeAdapter(sources.Source).validate_python({**source, "rows": 1})
+    return sources.open_source(config, streams, TOKENIZER, WeightConfig(user=0.5), seed=1)
 
 
 def test_every_kind_has_a_source(folder: Path) -> None:
     from typing import get_args
 
-    union, _ = get_args(data.Source)
+    union, _ = get_args(sources.Source)
     kinds = {
         kind
         for model in get_args(union)
@@ -364,9 +365,9 @@ def batch_of(rows: list[list[Document]], length: int, count: int) -> Batch:
     inputs = np.full((len(rows), count, length), ABSENT, np.int64)
     targets, weights = inputs.copy(), np.zeros(inputs.shape, np.float32)
     segments = np.zeros((len(rows), length), np.int64)
-    for row, documents in enumerate(rows):
+    for row, several in enumerate(rows):
         at = 0
-        for number, document in enumerate(documents):
+        for number, document in enumerate(several):
             end = at + document.weights.shape[1]
             inputs[row, :, at:end] = document.columns[:, :-1]
             targets[row, :, at:end] = document.columns[:, 1:]
@@ -398,10 +399,10 @@ def test_a_mixture_of_all_of_them_learns(folder: Path) -> None:
     from pydantic import TypeAdapter
 
     streams = streams_of()
-    read: Callable[[Any], data.Source] = TypeAdapter(data.Source).validate_python
-    sources = [read({**source, "rows": 1}) for source in every_source(folder)]
+    read: Callable[[Any], sources.Source] = TypeAdapter(sources.Source).validate_python
+    every = [read({**source, "rows": 1}) for source in every_source(folder)]
     weights = WeightConfig(user=0.5)
-    mixture = Mixture(sources, streams, TOKENIZER, weights, length=90, seed=0)
+    mixture = Mixture(every, streams, TOKENIZER, weights, length=90, seed=0)
     model = small(streams).train()
     batches = mixture.next()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)

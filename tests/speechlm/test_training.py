@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import yaml
 from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kills import Killed, rows, train_until
 from pydantic import BaseModel, ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
+from audio_codec import precision
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, LogMel
 from audio_codec.codec import load_codec
 from audio_codec.errors import UserError
@@ -32,21 +34,6 @@ from speechlm.training.run import OptimizerConfig, Run, RunConfig
 from synth_data import shards
 
 STEPS = 8
-
-
-class Killed(BaseException):
-    """Stands for whatever ends a process in the middle."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _keep_the_allocator() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "tune_allocator", lambda: None)
-        yield
-
-
-def rows(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -135,6 +122,38 @@ def test_no_precision_may_be_written_as_yaml_reads_it(tmp_path: Path) -> None:
     assert RunConfig.model_validate(read).precision == "no"
     with pytest.raises(ValidationError, match="precision"):
         RunConfig.model_validate({**read, "precision": True})
+
+
+@pytest.mark.parametrize(("units", "other"), [(True, False), (False, True)])
+def test_a_run_keeps_the_precision_that_it_was_begun_with(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    units: bool,
+    other: bool,
+) -> None:
+    def on_a_machine(has_units: bool) -> None:
+        AcceleratorState._reset_state(True)
+        precision._warn.cache_clear()
+        for room in (precision, runs):
+            monkeypatch.setattr(room, "has_bf16", lambda device: has_units)
+
+    def written() -> str:
+        return str(json.loads((tmp_path / "config.json").read_text())["run"]["precision"])
+
+    choice = "bf16" if units else "no"
+    on_a_machine(units)
+    with pytest.raises(Killed):
+        toy(tmp_path, precision="auto", die_in=5)
+    assert written() == choice and not caplog.messages
+    on_a_machine(other)
+    with pytest.raises(Killed):
+        toy(tmp_path, resume=True, precision="auto", die_in=7)
+    assert written() == choice
+    assert [("bf16" in said) for said in caplog.messages] == ([True] if units else [])
+    on_a_machine(other)
+    toy(tmp_path, resume=True, precision="no")  # said outright, it is another
+    assert written() == "no"
 
 
 def test_a_run_is_not_overwritten_without_resume(tmp_path: Path) -> None:
@@ -376,27 +395,6 @@ TRAINEES: dict[str, tuple[Any, Callable[..., Any]]] = {
 }
 
 
-def run_until(trainee: str, config: Any, *, resume: bool, updates: int | None) -> Path | None:
-    """Train; die in the middle of the step after `updates` updates of this process."""
-    module, _ = TRAINEES[trainee]
-    calls = itertools.count()
-    real = module.clip_gradients
-
-    def clip(model: nn.Module, limit: float) -> Tensor:
-        if next(calls) == updates:
-            raise Killed
-        return real(model, limit)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "clip_gradients", clip)
-        try:
-            return module.train(config, resume)
-        except Killed:
-            return None
-        finally:
-            AcceleratorState._reset_state(True)
-
-
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("trainee", list(TRAINEES))
 def test_a_trainee_killed_anywhere_ends_with_the_same_bits(
@@ -408,12 +406,12 @@ def test_a_trainee_killed_anywhere_ends_with_the_same_bits(
 ) -> None:
     # Codes die quickly, so that restarts at random vectors happen within these few steps.
     monkeypatch.setattr(ResidualVQ.__init__, "__defaults__", (0.3,))
-    _, make = TRAINEES[trainee]
+    module, make = TRAINEES[trainee]
 
     def config(name: str) -> Any:
         return make(made, tmp_path / name, run={"precision": precision})
 
-    whole = run_until(trainee, config("whole"), resume=False, updates=None)
+    whole = train_until(module, config("whole"))
     assert whole is not None
     expected = checkpoints.load(whole).tensors
     log = (tmp_path / "whole" / "metrics.jsonl").read_bytes()
@@ -421,9 +419,9 @@ def test_a_trainee_killed_anywhere_ends_with_the_same_bits(
     # Deaths before the first save (after step 2), right after it, in its first step again, and
     # one step after the saves of 4 and 6.
     for updates in (1, 2, 0, 3, 3):
-        assert run_until(trainee, config("parts"), resume=True, updates=updates) is None
+        assert train_until(module, config("parts"), resume=True, clips=updates) is None
     assert not (tmp_path / "parts" / trainee).exists()
-    parts = run_until(trainee, config("parts"), resume=True, updates=None)
+    parts = train_until(module, config("parts"), resume=True)
     assert parts is not None
     found = checkpoints.load(parts).tensors
     assert not [key for key in expected if not torch.equal(expected[key], found[key])]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from kills import rows, train_until
 from small import CODEC, TOKENIZER, small_codec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor, nn
+from torch import nn
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
@@ -26,7 +24,6 @@ from audio_codec.speech_tokenizer import SpeechTokenizer
 from speechlm.config import build
 from speechlm.convert import load_speech_tokenizer_of
 from speechlm.training import codec as training
-from speechlm.training import run as runs
 from speechlm.training.codec import CodeCounts, TrainConfig, draw_rows, picture, train
 from speechlm.training.run import Average
 from speechlm.training.teacher import load_teacher
@@ -41,17 +38,6 @@ ADVERSARIAL = {
     "optimizer": {"lr": 3e-3, "warmup": 1},
 }
 DISTILLED = {**SHAPE, "semantic": {"size": 16, "dim": 6}}
-
-
-class Killed(BaseException):
-    """Stands for whatever ends a process in the middle."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _keep_the_allocator() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "tune_allocator", lambda: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -114,29 +100,6 @@ def distilled(made: Path, run_dir: Path, teacher: str, **changes: Any) -> TrainC
     )
 
 
-def rows(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def run_until(config: TrainConfig, *, resume: bool, clips: int | None) -> Path | None:
-    """Train; die when a gradient is clipped for the time after `clips` times in this process."""
-    calls, real = itertools.count(), training.clip_gradients
-
-    def clip(model: nn.Module, limit: float) -> Tensor:
-        if next(calls) == clips:
-            raise Killed
-        return real(model, limit)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "clip_gradients", clip)
-        try:
-            return train(config, resume)
-        except Killed:
-            return None
-        finally:
-            AcceleratorState._reset_state(True)
-
-
 # --- Both phases ----------------------------------------------------------------------------------
 
 
@@ -150,14 +113,14 @@ def test_a_run_killed_in_either_phase_ends_with_the_same_bits(
         run = {"precision": "bf16", "log_every": 3}  # counts of codes reach over a save
         return config_of(made, tmp_path / name, run=run)
 
-    whole = run_until(config("whole"), resume=False, clips=None)
+    whole = train_until(training, config("whole"))
     assert whole is not None
     expected = checkpoints.load(whole).tensors
     # One clip a step for the codec, one more where the discriminators learn, from step 2 on: dead
     # in step 1, in the discriminators' step 2, in the codec's step 2, and one step further.
     for clips in (1, 2, 1, 3):
-        assert run_until(config("parts"), resume=True, clips=clips) is None
-    parts = run_until(config("parts"), resume=True, clips=None)
+        assert train_until(training, config("parts"), resume=True, clips=clips) is None
+    parts = train_until(training, config("parts"), resume=True)
     assert parts is not None
     found = checkpoints.load(parts).tensors
     assert not [key for key in expected if not torch.equal(expected[key], found[key])]
@@ -407,9 +370,9 @@ def test_distillation_resumes_too(made: Path, tmp_path: Path) -> None:
     def config(name: str) -> TrainConfig:
         return distilled(made, tmp_path / name, str(made / "tokenizer"), run={"steps": 4})
 
-    whole = run_until(config("whole"), resume=False, clips=None)
-    assert run_until(config("parts"), resume=True, clips=3) is None
-    parts = run_until(config("parts"), resume=True, clips=None)
+    whole = train_until(training, config("whole"))
+    assert train_until(training, config("parts"), resume=True, clips=3) is None
+    parts = train_until(training, config("parts"), resume=True)
     assert whole is not None and parts is not None
     one, other = checkpoints.load(whole).tensors, checkpoints.load(parts).tensors
     assert not [key for key in one if not torch.equal(one[key], other[key])]

@@ -8,73 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import CODEC, small_codec
+from kills import Killed
+from lm_runs import config_of, make_data, numbers
 
 from audio_codec import checkpoint
 from audio_codec.errors import UserError
 from audio_codec.spectral import SpectralCodec, SpectralConfig
 from speechlm import convert
 from speechlm.config import load_config
-from speechlm.data import shares_of
 from speechlm.model import Batch
+from speechlm.sources import shares_of
 from speechlm.streams import ABSENT, Streams
 from speechlm.training.lm import TrainConfig, mask_heard, mask_user, train
 from speechlm.training.run import Average
-from synth_data import shards
 from synth_data.mixture import Shares
-from synth_data.tts import Word
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a codec and shards of its codes."""
-    path = tmp_path_factory.mktemp("lm")
-    checkpoint.save(path / "codec", CODEC, small_codec().state_dict())
-    rng = np.random.default_rng(0)
-    samples = [
-        shards.Sample(
-            id=f"d{number}",
-            text="one two",
-            words=((Word("two", 1.0, 1.4),), (Word("one", 0.2, 0.5),)),
-            voices=("assistant", "user"),
-            source="test",
-            licence="Apache-2.0",
-            synthetic=True,
-            seconds=4.8,
-            codes=rng.integers(0, 9, (2, 3, 60)).astype(np.uint16),
-        )
-        for number in range(4)
-    ]
-    shards.write(path / "shards" / "dialogue-000000.tar", samples)
-    return path
-
-
-def config_of(made: Path, run_dir: Path, **changes: object) -> TrainConfig:
-    layout = {
-        "run": {"dir": run_dir, "steps": 12, "log_every": 1, "save_every": 6, "eval_every": 6},
-        "codec": str(made / "codec"),
-        "length": 40,
-        "model": {
-            "temporal": {"dim": 16, "layers": 1, "heads": 2, "window": 20},
-            "depth": {"dim": 16, "layers": 1, "heads": 2},
-        },
-        "text": {"vocab": 120, "quiz": 100},
-        "sources": [
-            {"kind": "dialogues", "path": made / "shards", "rows": 2},
-            {"kind": "quiz", "rows": 1, "turns": 1},
-        ],
-        "validation": [{"kind": "dialogues", "path": made / "shards", "rows": 1}],
-        "validation_batches": 1,
-        "optimizer": {"lr": 3e-3, "warmup": 2},
-        "ema": 0.9,
-    }
-    return TrainConfig.model_validate({**layout, **changes})
-
-
-def numbers(run_dir: Path) -> list[dict[str, float]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    clock = ("per_second", "mfu", "loader_busy")
-    return [{k: v for k, v in json.loads(line).items() if not k.endswith(clock)} for line in lines]
+    return make_data(tmp_path_factory.mktemp("lm"))
 
 
 def test_only_what_can_be_heard_is_hidden() -> None:
@@ -110,38 +63,34 @@ def test_a_mixture_of_too_little_that_people_made_is_refused(made: Path, tmp_pat
     sentences = {"kind": "sentences", "path": tmp_path / "none.txt", "rows": 1}
     mixture = [*config_of(made, tmp_path / "run").sources]
     mixture += config_of(made, tmp_path / "run", sources=[sentences]).sources
-    # By rows: two of dialogues and one of the quiz were made, one of sentences people wrote.
-    assert shares_of(mixture) == Shares(recorded_speech=0.0, human_text=0.25)
+    # By rows: four of dialogues and two of the quiz were made, one of sentences people wrote.
+    assert shares_of(mixture) == Shares(recorded_speech=0.0, human_text=1 / 7)
     mixture[-1] = mixture[-1].model_copy(update={"human": False})
     assert shares_of(mixture).human_text == 0
-
-
-class _StoppedError(Exception):
-    pass
 
 
 def test_it_learns_and_resumes_to_the_same_numbers(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(config_of(made, tmp_path / "whole"))
+    whole = train(config_of(made, tmp_path / "whole", ema=0.9))
     logged = numbers(tmp_path / "whole")
     losses = [line["dialogues/text"] for line in logged if "dialogues/text" in line]
     assert losses[-1] < losses[0]
     assert any("validation/dialogues/text_accuracy" in line for line in logged)
 
-    # The same run, killed in step 8: two steps after the checkpoint at 6.
+    # The same run, killed in step 7: two steps after the checkpoint at 4.
     update = Average.update
 
     def dies(self: Average, model: torch.nn.Module, step: int) -> None:
-        if step == 8:
-            raise _StoppedError
+        if step == 7:
+            raise Killed
         update(self, model, step)
 
     monkeypatch.setattr(Average, "update", dies)
-    with pytest.raises(_StoppedError):
-        train(config_of(made, tmp_path / "parts"))
+    with pytest.raises(Killed):
+        train(config_of(made, tmp_path / "parts", ema=0.9))
     monkeypatch.setattr(Average, "update", update)
-    parts = train(config_of(made, tmp_path / "parts"), resume=True)
+    parts = train(config_of(made, tmp_path / "parts", ema=0.9), resume=True)
     assert numbers(tmp_path / "parts") == logged
     one, other = checkpoint.load(whole), checkpoint.load(parts)
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)

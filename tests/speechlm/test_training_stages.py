@@ -19,7 +19,7 @@ from speechlm import convert
 from speechlm.cli import app
 from speechlm.config import build as build_config
 from speechlm.config import load_config
-from speechlm.data import WeightConfig
+from speechlm.documents import WeightConfig
 from speechlm.model import SpeechLM
 from speechlm.streams import ABSENT, Streams
 from speechlm.text_tokenizer import HFTokenizer

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from kills import Killed, rows
 from small import TOKENIZER, small_text_to_token
 
 from audio_codec import checkpoint
 from audio_codec.errors import UserError
 from audio_codec.sampling import Sampling
 from audio_codec.speech_tokenizer import SpeechTokenizer
-from speechlm.training import run as runs
 from speechlm.training import text_to_token as room
 from speechlm.training.text_to_token import (
     DataConfig,
@@ -35,19 +32,6 @@ from synth_data.text_to_token import GenerationConfig, Line, cells, generate, lo
 from synth_data.tts import Word
 
 TEXTS = ["The cat sat.", "A dog ran home", "one, two", "yes", "the dog sat", "a cat ran home"]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_process() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _keep_the_allocator() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "tune_allocator", lambda: None)
-        yield
 
 
 def pairs() -> list[Pair]:
@@ -112,10 +96,6 @@ def config_of(made: Path, run_dir: Path, **changes: object) -> TrainConfig:
     return TrainConfig.model_validate({**layout, **changes})
 
 
-def rows(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_it_says_what_it_was_taught(made: Path, tmp_path: Path) -> None:
     config = config_of(made, tmp_path)
     config = config.model_copy(
@@ -134,10 +114,6 @@ def test_it_says_what_it_was_taught(made: Path, tmp_path: Path) -> None:
     greedy = GenerationConfig(sampling=Sampling(temperature=0))
     spoken = generate(model, [Line(pair.text, 0) for pair in pairs()], greedy)
     assert [s.codes.tolist() for s in spoken] == [pair.codes.tolist() for pair in pairs()]
-
-
-class Killed(BaseException):
-    """Stands for whatever ends a process in the middle."""
 
 
 def test_it_resumes_to_the_same_numbers(

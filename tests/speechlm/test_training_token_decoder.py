@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from kills import rows, train_until
 from small import TOKENIZER
-from torch import Tensor, nn
+from torch import Tensor
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, Pcm
@@ -23,7 +21,6 @@ from audio_codec.speech_tokenizer import SpeechTokenizer, load_tokenizer
 from audio_codec.token_decoder import AHEAD, TokenDecoder, TokenDecoderConfig, load_token_decoder
 from speechlm.config import build
 from speechlm.evaluation import resynthesis
-from speechlm.training import run as runs
 from speechlm.training import token_decoder as training
 from speechlm.training.token_decoder import (
     Source,
@@ -56,17 +53,6 @@ ADVERSARIAL = {
     "discriminators": {"windows": [256, 64], "channels": 4},
     "optimizer": {"lr": 3e-3, "warmup": 1},
 }
-
-
-class Killed(BaseException):
-    """Stands for whatever ends a process in the middle."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _keep_the_allocator() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "tune_allocator", lambda: None)
-        yield
 
 
 def glide(seconds: float, rng: np.random.Generator, low: float) -> Pcm:
@@ -140,29 +126,6 @@ def config_of(made: Path, run_dir: Path, **changes: Any) -> TrainConfig:
     return TrainConfig.model_validate(layout(made, run_dir, **changes))
 
 
-def rows(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def run_until(config: TrainConfig, *, resume: bool, clips: int | None) -> Path | None:
-    """Train; die when a gradient is clipped for the time after `clips` times in this process."""
-    calls, real = itertools.count(), training.clip_gradients
-
-    def clip(model: nn.Module, limit: float) -> Tensor:
-        if next(calls) == clips:
-            raise Killed
-        return real(model, limit)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "clip_gradients", clip)
-        try:
-            return train(config, resume)
-        except Killed:
-            return None
-        finally:
-            AcceleratorState._reset_state(True)
-
-
 # --- Runs -----------------------------------------------------------------------------------------
 
 
@@ -206,10 +169,10 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(made: Path, tmp_path: Pat
         run = {"precision": "bf16", "steps": 5}
         return config_of(made, tmp_path / name, run=run, prompt_share=0.5)
 
-    whole = run_until(config("whole"), resume=False, clips=None)
-    assert run_until(config("parts"), resume=True, clips=1) is None
-    assert run_until(config("parts"), resume=True, clips=3) is None
-    parts = run_until(config("parts"), resume=True, clips=None)
+    whole = train_until(training, config("whole"))
+    assert train_until(training, config("parts"), resume=True, clips=1) is None
+    assert train_until(training, config("parts"), resume=True, clips=3) is None
+    parts = train_until(training, config("parts"), resume=True)
     assert whole is not None and parts is not None
     one, other = checkpoints.load(whole).tensors, checkpoints.load(parts).tensors
     assert not [key for key in one if not torch.equal(one[key], other[key])]

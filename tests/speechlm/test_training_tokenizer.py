@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from kills import rows, train_until
 from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperTokenizer
@@ -53,17 +52,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model": {**SMALL, **VQ, "whisper": {"positions": 20}, "mels": 128, "pooling": "avg"}
     },
 }
-
-
-class Killed(Exception):
-    """The machine went away."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    """Its precision is the process's, and other tests have another."""
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")
@@ -109,39 +97,16 @@ def config(made: Path, run_dir: Path, **changes: Any) -> training.TrainConfig:
     return training.TrainConfig.model_validate({**layout, **changes})
 
 
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def run_until(settings: training.TrainConfig, resume: bool, updates: int | None) -> Path | None:
-    """Train; die in the middle of the step after `updates` updates of this process."""
-    calls, real = count(), training.clip_gradients
-
-    def clip(model: nn.Module, limit: float) -> Tensor:
-        if next(calls) == updates:
-            raise Killed
-        return real(model, limit)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "clip_gradients", clip)
-        try:
-            return training.train(settings, resume)
-        except Killed:
-            return None
-        finally:
-            AcceleratorState._reset_state(True)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_run_that_was_killed_ends_with_the_same_bits(
     made: Path, tmp_path: Path, shape: str
 ) -> None:
-    whole = run_until(config(made, tmp_path / "whole", **SHAPES[shape]), False, None)
+    whole = train_until(training, config(made, tmp_path / "whole", **SHAPES[shape]))
     assert whole is not None
     for updates in (1, 2, 3):  # before the first save, right after it, within a step
         parts = config(made, tmp_path / "parts", **SHAPES[shape])
-        assert run_until(parts, True, updates) is None
-    ended = run_until(config(made, tmp_path / "parts", **SHAPES[shape]), True, None)
+        assert train_until(training, parts, resume=True, clips=updates) is None
+    ended = train_until(training, config(made, tmp_path / "parts", **SHAPES[shape]), resume=True)
     assert ended is not None
     expected, found = checkpoints.load(whole).tensors, checkpoints.load(ended).tensors
     assert expected.keys() == found.keys()

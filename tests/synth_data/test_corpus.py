@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kills import Killed
 
 from audio_codec.errors import UserError
 from synth_data import corpus, quiz
@@ -314,9 +315,6 @@ def test_a_killed_build_goes_on_behind_what_is_whole(
     """Stop at every file that a build writes, one after the other; the end is always the same."""
     build_text(config)
     broken = config.model_copy(update={"output": tmp_path / "broken"})
-
-    class Killed(BaseException):
-        pass
 
     whole = corpus.replacing
     written: list[str] = []

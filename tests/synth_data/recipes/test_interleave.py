@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kills import die_at_random_moments
+from kills import Killed, die_at_random_moments
 from small import TOKENIZER, small_text_to_token
 
 from audio_codec import checkpoint
@@ -149,10 +149,6 @@ def test_every_word_is_said_or_written_and_codes_are_where_they_belong(
     laid = {True: spans, False: None}
     for sample in samples:
         assert sample.meta.get("spans") == laid[sample.meta["rule"] in SPAN_RULES]
-
-
-class Killed(BaseException):
-    """Stands for whatever ends a process in the middle."""
 
 
 def test_a_build_killed_anywhere_goes_on_to_the_same_bytes(

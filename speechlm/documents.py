@@ -1,0 +1,545 @@
+"""From a sample to a document: columns of ids, with what is to be learned from each.
+
+A *document* is a matrix of columns with loss weights: a conversation, questions and answers in
+text, a sentence, a monologue, speech and text by turns, a task. Shards name no vocabulary: ids are
+given here, when they are loaded.
+
+Shapes: S streams, K codebooks, T frames or columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from audio_codec.audio import FRAME_RATE
+from audio_codec.errors import UserError
+from speechlm.streams import ABSENT, BOS, EOS, EPAD, PAD, SPEECH, TEXT, Streams
+from speechlm.text_tokenizer import TextTokenizer
+from synth_data import shards
+from synth_data.dialogue import ASSISTANT, USER
+from synth_data.interleave import Modality
+from synth_data.text import normalize, spell_out
+from synth_data.tts import Word
+
+Ids = npt.NDArray[np.int32]
+Weights = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.integer[Any]]
+
+
+def place(
+    words: Sequence[Word],
+    frames: int,
+    tokenizer: TextTokenizer,
+    *,
+    at: Literal["start", "end"],
+    offset: int = 0,
+    epad: bool = True,
+) -> Ids:
+    """Pieces of words on the frames: int32 [T].
+
+    The first piece of a word stands `offset` frames from the frame its start falls into, or from
+    the one after its end; the word's other pieces follow frame by frame, and a word whose place is
+    taken waits until it is free. All else is PAD, but EPAD in a free frame right before a word.
+    """
+    row = np.full(frames, PAD, np.int32)
+    free = 0
+    for word in words:
+        if at == "start":
+            anchor = math.floor(word.start * FRAME_RATE + 1e-6)
+        else:
+            anchor = math.ceil(word.end * FRAME_RATE - 1e-6)
+        first = max(anchor + offset, free)
+        if epad and free < first <= frames:
+            row[first - 1] = EPAD
+        pieces = tokenizer.word(word.text)[: max(0, frames - first)]
+        row[first : first + len(pieces)] = pieces
+        free = first + len(pieces)
+    return row
+
+
+class WeightConfig(BaseModel):
+    """What is learned how much, and where words stand."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pad: float = Field(0.5, ge=0)
+    """Weight of PAD on a text stream, beside 1 of a piece."""
+    semantic: float = Field(3.0, ge=0)
+    """Weight of a semantic code, beside 1 of an acoustic one."""
+    question: float = Field(0.2, ge=0)
+    """Weight of the pieces that are given: of a question without sound, since what a user asks is
+    free, and of what is to be read aloud."""
+    silence: float = Field(0.15, ge=0, le=1)
+    """Share of the assistant's silent frames whose codes are learned, far from its speech."""
+    margin: float = Field(1.0, ge=0)
+    """Seconds around its speech in which all are."""
+    lead: int = 0
+    """Frames that the assistant's text runs ahead of its voice."""
+    jitter: float = Field(0.0, ge=0)
+    """Seconds by which that text is moved at most, forth or back, another time in each document: so
+    that the model learns to take text that is not quite in time (Moshi pre-trains with 0.6)."""
+    heard_delay: int = Field(2, ge=0)
+    """Frames after the end of a user's word before it is written down."""
+    speech: bool = True
+    """Whether the codes inside interleaved documents are learned, or their text alone (as in
+    InSerter, arXiv 2503.02769)."""
+    user: float = Field(0.0, ge=0)
+    """Weight of the user's codes, beside the assistant's; only for a model that predicts them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Columns with what is to be learned from each."""
+
+    columns: Ids  # [S, T + 1]; the first is input only
+    weights: Weights  # [S, T], of the columns 1 … T as targets
+    whole: bool = False
+    """Never cut in two."""
+    name: str = ""
+    """Of the sample it was made of, or what it says."""
+
+
+def _assemble(streams: Streams, frames: Ids) -> Ids:
+    """Frames [S, T] → start column and T columns [S, T + 1]."""
+    time = frames.shape[1]
+    columns = streams.delay(torch.from_numpy(frames)).numpy()[:, :time]
+    return np.concatenate((np.array(streams.sizes, np.int32)[:, None], columns), axis=1)
+
+
+def _text_weights(row: Ids, piece: float, pad: float) -> Weights:
+    weights = np.where(row == PAD, np.float32(pad), np.float32(piece))
+    return np.where(row == ABSENT, np.float32(0), weights)
+
+
+def speaking_frames(words: Sequence[Word], frames: int, margin: float) -> npt.NDArray[np.bool_]:
+    """Frames within `margin` seconds of a word: bool [T]."""
+    near = np.zeros(frames, bool)
+    for word in words:
+        begin = max(0, math.floor((word.start - margin) * FRAME_RATE))
+        near[begin : max(begin, math.ceil((word.end + margin) * FRAME_RATE))] = True
+    return near
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A conversation in ids, as it is held in memory."""
+
+    codes: npt.NDArray[np.uint16]  # [2, K, T], assistant and user
+    text: Ids  # [T]
+    heard: Ids  # [T]
+    near: npt.NDArray[np.bool_]  # [2, T] at or around each speaker's speech
+    name: str = ""
+
+
+def encode_dialogue(
+    sample: shards.Sample, streams: Streams, tokenizer: TextTokenizer, config: WeightConfig
+) -> Dialogue:
+    """Give ids to a two-channel sample. Raises UserError when its codes are not for this model."""
+    if sample.codes is None:
+        raise UserError(f"sample '{sample.id}' has no codes; build its shards with a codec.")
+    channels, k, frames = sample.codes.shape
+    if channels != 2 or k != streams.k:
+        raise UserError(
+            f"sample '{sample.id}' has codes of {channels} channels × {k} codebooks; "
+            f"expected 2 × {streams.k}."
+        )
+    check_codes(sample, streams)
+    said, asked = sample.words[ASSISTANT], sample.words[USER]
+    delay = config.heard_delay
+    return Dialogue(
+        codes=sample.codes,
+        text=place(said, frames, tokenizer, at="start", offset=-config.lead),
+        heard=place(asked, frames, tokenizer, at="end", offset=delay, epad=False),
+        near=np.stack([speaking_frames(w, frames, config.margin) for w in (said, asked)]),
+        name=sample.id,
+    )
+
+
+def check_codes(sample: shards.Sample, streams: Streams) -> None:
+    """Raise UserError when a sample's codes are not of this model's codebooks."""
+    assert sample.codes is not None
+    k = sample.codes.shape[1]
+    if k > streams.k:
+        raise UserError(
+            f"sample '{sample.id}' has codes of {k} codebooks, but the model has {streams.k}."
+        )
+    for book, size in enumerate(streams.code_sizes[:k]):
+        if sample.codes[:, book].size and (largest := int(sample.codes[:, book].max())) >= size:
+            raise UserError(
+                f"sample '{sample.id}' has the code {largest} in codebook {book}, which has but "
+                f"{size}: its shards were made with another codec."
+            )
+
+
+def exchanged(sample: shards.Sample) -> shards.Sample:
+    """A two-channel sample in which the speakers have changed roles."""
+    codes = None if sample.codes is None else sample.codes[::-1]
+    voices, words = sample.voices[::-1], sample.words[::-1]
+    return sample.model_copy(update={"codes": codes, "words": words, "voices": voices})
+
+
+def dialogue_document(
+    dialogue: Dialogue, streams: Streams, config: WeightConfig, rng: np.random.Generator
+) -> Document:
+    """A duplex document; `rng` moves the text and picks the silent frames that are learned."""
+    text = _moved(dialogue.text, config, rng)
+    frames = np.empty((streams.count, len(text)), np.int32)
+    frames[streams.text_index] = text
+    frames[streams.own] = dialogue.codes[ASSISTANT]
+    frames[streams.user] = dialogue.codes[USER]
+    if streams.heard:
+        frames[streams.heard_index] = dialogue.heard
+    columns = _assemble(streams, frames)
+    targets = columns[:, 1:]
+    weights = np.zeros(targets.shape, np.float32)
+    weights[streams.text_index] = _text_weights(text, 1.0, config.pad)
+    if streams.heard:
+        weights[streams.heard_index] = _text_weights(dialogue.heard, 1.0, config.pad)
+    kept = dialogue.near[ASSISTANT] | (rng.random(len(text)) < config.silence)
+    weights[streams.own] = _code_weights(targets[streams.own], streams, config) * kept
+    if config.user > 0:
+        kept = dialogue.near[USER] | (rng.random(len(text)) < config.silence)
+        learned = _code_weights(targets[streams.user], streams, config) * kept
+        weights[streams.user] = config.user * learned
+    return Document(columns, weights, name=dialogue.name)
+
+
+def _moved(row: Ids, config: WeightConfig, rng: np.random.Generator) -> Ids:
+    """A row of text, earlier or later by chance; what leaves its frames is dropped."""
+    if config.jitter == 0:
+        return row
+    most = round(config.jitter * FRAME_RATE)
+    by = int(rng.integers(-most, most + 1))
+    moved = np.full_like(row, PAD)
+    if by < 0:
+        moved[:by] = row[-by:]
+    else:
+        moved[by:] = row[: len(row) - by]
+    return moved
+
+
+def _code_weights(codes: Ids, streams: Streams, config: WeightConfig) -> Weights:
+    """Weights of one speaker's codes [K, T]: none in the delay gap."""
+    sizes = np.array(streams.code_sizes)[:, None]
+    weights = np.ones(codes.shape, np.float32)
+    weights[0] = config.semantic
+    return np.where((codes >= 0) & (codes < sizes), weights, np.float32(0))
+
+
+def question_document(
+    turns: Sequence[tuple[str, str]],
+    streams: Streams,
+    tokenizer: TextTokenizer,
+    config: WeightConfig,
+    pace: Callable[[int], int] | None = None,
+) -> Document:
+    """Questions and answers without sound: the question is heard, the answer said.
+
+    Without a `pace` a piece takes a frame; with one, a word of n pieces takes `pace(n)` frames, so
+    that PADs stand between the words as in a real conversation. A model without a `heard` stream
+    reads the question on its text stream.
+    """
+    rows: dict[str, list[int]] = {"heard": [], "text": []}
+    weights: dict[str, list[float]] = {"heard": [], "text": []}
+
+    def say(name: str, text: str, weight: float) -> None:
+        other = "text" if name == "heard" else "heard"
+        for word in normalize(spell_out(text)).split():
+            pieces = tokenizer.word(word)
+            gap = max(0, pace(len(pieces)) - len(pieces)) if pace else 0
+            # In a conversation the piece comes once a word was heard, but as a word is begun.
+            run = [PAD] * gap + [*pieces] if name == "heard" else [*pieces] + [PAD] * gap
+            rows[name] += run
+            weights[name] += [weight if piece != PAD else weight * config.pad for piece in run]
+            rows[other] += [PAD] * len(run)
+            weights[other] += [config.pad] * len(run)
+
+    for question, answer in turns:
+        say("heard" if streams.heard else "text", question, config.question)
+        rows["text"].append(EPAD)
+        weights["text"].append(1.0)
+        rows["heard"].append(PAD)
+        weights["heard"].append(config.pad)
+        say("text", answer, 1.0)
+    rows["text"].append(PAD)
+    weights["text"].append(config.pad)
+    rows["heard"].append(PAD)
+    weights["heard"].append(config.pad)
+    frames = np.full((streams.count, len(rows["text"])), ABSENT, np.int32)
+    loss = np.zeros(frames.shape, np.float32)
+    frames[streams.text_index] = rows["text"]
+    loss[streams.text_index] = weights["text"]
+    if streams.heard:
+        frames[streams.heard_index] = rows["heard"]
+        loss[streams.heard_index] = weights["heard"]
+    return Document(_silent(streams, frames), loss, whole=True)
+
+
+def _silent(streams: Streams, columns: Ids) -> Ids:
+    """A start column in front of columns [S, T] that stand as they are."""
+    return np.concatenate((np.array(streams.sizes, np.int32)[:, None], columns), axis=1)
+
+
+def sentence_document(sentence: str, streams: Streams, tokenizer: TextTokenizer) -> Document:
+    """Plain text on the text stream, between BOS and EOS."""
+    row = np.array([BOS, *tokenizer.encode(sentence), EOS], np.int32)
+    frames = np.full((streams.count, len(row)), ABSENT, np.int32)
+    frames[streams.text_index] = row
+    weights = np.zeros(frames.shape, np.float32)
+    weights[streams.text_index] = 1.0
+    return Document(_silent(streams, frames), weights, whole=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """What one person says: codes, and the words in them."""
+
+    codes: Codes  # [K or fewer, T]; a text-to-token model writes the semantic ones alone
+    words: tuple[Word, ...]
+    """Empty where their times are unknown."""
+    text: tuple[str, ...]
+    """The words without times; empty where they are unknown too."""
+    name: str = ""
+    """Of the sample that it comes from."""
+
+
+def spoken(sample: shards.Sample, streams: Streams) -> list[Spoken]:
+    """The channels of a sample with codes. Raises UserError when they are not for this model."""
+    if sample.codes is None:
+        return []
+    check_codes(sample, streams)
+    found = []
+    for codes, words in zip(sample.codes, sample.words, strict=True):
+        text = tuple(word.text for word in words)
+        if not text and len(sample.words) == 1:
+            text = tuple(normalize(spell_out(sample.text)).split())
+        found.append(Spoken(codes, words, text, sample.id))
+    return found
+
+
+_BREATH = 0.1  # Seconds of sound kept around a turn.
+
+
+def exchanges(sample: shards.Sample, streams: Streams) -> list[tuple[Spoken, Spoken]]:
+    """The questions of a conversation with the answers that follow, each cut out of its channel.
+
+    Whoever speaks next has the turn; a backchannel takes none. Raises UserError when the codes are
+    not for this model.
+    """
+    if sample.codes is None or len(sample.codes) != 2:
+        return []
+    check_codes(sample, streams)
+    aside = [(e.start, e.end) for e in sample.events if e.kind == "backchannel"]
+    said = [
+        (word, channel)
+        for channel, words in enumerate(sample.words)
+        for word in words
+        if channel != USER or not any(a <= word.start + 1e-6 < b for a, b in aside)
+    ]
+    turns: list[tuple[int, list[Word]]] = []
+    for word, channel in sorted(said, key=lambda pair: pair[0].start):
+        if not turns or turns[-1][0] != channel:
+            turns.append((channel, []))
+        turns[-1][1].append(word)
+
+    def cut(channel: int, words: Sequence[Word]) -> Spoken:
+        assert sample.codes is not None
+        first = max(0, math.floor((words[0].start - _BREATH) * FRAME_RATE))
+        last = math.ceil((words[-1].end + _BREATH) * FRAME_RATE)
+        begin = first / FRAME_RATE
+        here = [replace(w, start=w.start - begin, end=w.end - begin) for w in words]
+        text = tuple(word.text for word in words)
+        return Spoken(sample.codes[channel, :, first:last], tuple(here), text, sample.id)
+
+    return [
+        (cut(*asked), cut(*answered)) for asked, answered in pairwise(turns) if asked[0] == USER
+    ]
+
+
+Role = Literal["own", "user"]
+"""Who speaks."""
+
+
+def monologue_document(
+    said: Spoken,
+    streams: Streams,
+    tokenizer: TextTokenizer,
+    config: WeightConfig,
+    rng: np.random.Generator,
+    role: Role = "own",
+) -> Document:
+    """One person's speech with its words in time: in the role `own` as the inner monologue of a
+    voice, in the role `user` as the transcript of what is heard. The other side is absent.
+
+    `rng` moves the monologue. Without word times, speech is learned alone.
+    """
+    time = said.codes.shape[1]
+    frames = np.full((streams.count, time), ABSENT, np.int32)
+    side = streams.own if role == "own" else streams.user
+    frames[side][: len(said.codes)] = said.codes
+    if role == "user":
+        frames[streams.text_index] = PAD  # who listens is silent
+        if streams.heard:
+            delay = config.heard_delay
+            frames[streams.heard_index] = place(
+                said.words, time, tokenizer, at="end", offset=delay, epad=False
+            )
+    elif said.words:
+        text = place(said.words, time, tokenizer, at="start", offset=-config.lead)
+        frames[streams.text_index] = _moved(text, config, rng)
+    columns = _assemble(streams, frames)
+    # Where nobody is there are no start ids either, but for the first column's.
+    columns[:, 1:][(frames == ABSENT).all(axis=1)] = ABSENT
+    targets = columns[:, 1:]
+    weights = np.zeros(targets.shape, np.float32)
+    if role == "own":
+        weights[streams.text_index] = _text_weights(targets[streams.text_index], 1.0, config.pad)
+        weights[streams.own] = _code_weights(targets[streams.own], streams, config)
+    else:
+        if streams.heard:
+            heard = targets[streams.heard_index]
+            weights[streams.heard_index] = _text_weights(heard, 1.0, config.pad)
+        learned = _code_weights(targets[streams.user], streams, config)
+        weights[streams.user] = config.user * learned
+    return Document(columns, weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A part of a document in one modality."""
+
+    content: Sequence[int] | Codes  # pieces, or codes [K or fewer, T]
+    role: Role = "own"
+    """Whose codes they are."""
+    text: float = 1.0
+    """Weight of its pieces; of speech, of the switch tokens around it and the PADs inside."""
+    codes: bool = True
+    """Whether its codes are learned: the assistant's wholly, the user's as `weights.user` says."""
+
+
+def span_document(spans: Sequence[Span], streams: Streams, config: WeightConfig) -> Document:
+    """Text and speech in turn, between BOS and EOS.
+
+    `<speech>` opens a span of frames whose text is PAD; delays apply within it and its trailing
+    columns come before the `<text>` that closes it:
+
+        text     <s>  the  quick  <speech>  ·  ·  ·  ·  <text>  jumped  </s>
+        own 0                               s0 s1 s2
+        own 1                               ▷  a0 a1 a2                        · is PAD
+    """
+    parts: list[Ids] = []
+    losses: list[Weights] = []
+
+    def text(pieces: Sequence[int], weight: float) -> None:
+        part = np.full((streams.count, len(pieces)), ABSENT, np.int32)
+        part[streams.text_index] = pieces
+        loss = np.zeros(part.shape, np.float32)
+        loss[streams.text_index] = weight
+        parts.append(part)
+        losses.append(loss)
+
+    def speech(span: Span, codes: Codes) -> None:
+        side = streams.own if span.role == "own" else streams.user
+        frames = np.full((streams.count, codes.shape[1]), ABSENT, np.int32)
+        frames[side][: len(codes)] = codes
+        part = streams.delay(torch.from_numpy(frames)).numpy()
+        # Codes that are not there take no column to come late in.
+        part = part[:, : codes.shape[1] + max(streams.code_delays[: len(codes)])]
+        absent = np.ones(streams.count, bool)
+        absent[side.start : side.start + len(codes)] = False
+        part[absent] = ABSENT  # no start ids there either
+        part[streams.text_index] = PAD
+        loss = np.zeros(part.shape, np.float32)
+        loss[streams.text_index] = config.pad * span.text
+        if span.codes:
+            weight = 1.0 if span.role == "own" else config.user
+            loss[side] = weight * _code_weights(part[side], streams, config)
+        parts.append(part)
+        losses.append(loss)
+
+    text([BOS], 1.0)
+    for span in spans:
+        if isinstance(span.content, np.ndarray):
+            text([SPEECH], span.text)
+            speech(span, span.content)
+            text([TEXT], span.text)
+        else:
+            text(span.content, span.text)
+    text([EOS], 1.0)
+    columns, weights = np.concatenate(parts, axis=1), np.concatenate(losses, axis=1)
+    return Document(_silent(streams, columns), weights, whole=True)
+
+
+def interleaved_document(
+    spans: Sequence[Sequence[int] | Codes],
+    streams: Streams,
+    config: WeightConfig,
+    role: Role | Sequence[Role] = "own",
+) -> Document:
+    """Spans of pieces and of codes [K or fewer, T] in turn; see `span_document`.
+
+    `role` is one for all, or one a span.
+    """
+    roles = [role] * len(spans) if isinstance(role, str) else role
+    made = [Span(span, who, codes=config.speech) for span, who in zip(spans, roles, strict=True)]
+    return span_document(made, streams, config)
+
+
+def _pieces(text: Sequence[str], tokenizer: TextTokenizer) -> list[int]:
+    return [piece for word in text for piece in tokenizer.word(word)]
+
+
+def asr_document(
+    said: Spoken, streams: Streams, tokenizer: TextTokenizer, config: WeightConfig, prompt: str
+) -> Document:
+    """A prompt, speech, and its words: these alone are learned."""
+    spans = [
+        Span(tokenizer.encode(prompt), text=0.0),
+        Span(said.codes, "user", text=0.0),
+        Span(_pieces(said.text, tokenizer)),
+    ]
+    return span_document(spans, streams, config)
+
+
+def tts_document(
+    said: Spoken, streams: Streams, tokenizer: TextTokenizer, config: WeightConfig, prompt: str
+) -> Document:
+    """A prompt, words, and their speech: this is learned, and the words as `question` weighs."""
+    spans = [
+        Span(tokenizer.encode(prompt), text=0.0),
+        Span(_pieces(said.text, tokenizer), text=config.question),
+        Span(said.codes),
+    ]
+    return span_document(spans, streams, config)
+
+
+def answer_document(
+    question: Spoken,
+    answer: Spoken,
+    modalities: tuple[Modality, Modality],
+    streams: Streams,
+    tokenizer: TextTokenizer,
+    config: WeightConfig,
+    prompt: str,
+) -> Document:
+    """A prompt, a question and its answer, each in its modality; the answer is learned."""
+    asked, answered = modalities
+    spans = [Span(tokenizer.encode(prompt), text=0.0)]
+    if asked == "speech":
+        spans.append(Span(question.codes, "user", text=0.0))
+    else:
+        spans.append(Span(_pieces(question.text, tokenizer), text=config.question))
+    if answered == "speech":
+        spans.append(Span(answer.codes))
+    else:
+        spans.append(Span(_pieces(answer.text, tokenizer)))
+    return span_document(spans, streams, config)
