@@ -10,6 +10,7 @@ R ring entries, N positions of the memory, E its width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_va
 from torch import Tensor, nn
 
 from audio_codec.attention import Documents, attend, attend_documents
+from audio_codec.layers import Linear
 from audio_codec.state import State, all_active
 
 
@@ -221,13 +223,21 @@ def rotary(
     The angle is taken in float64: after an hour at 100 positions a second a float32 angle would be
     wrong in its third digit, and tokens would drift with the length of a conversation.
     """
-    if frequencies is None:
-        half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
-        turns = theta ** (-half / head_dim)
-    else:
-        turns = torch.tensor(frequencies, device=positions.device, dtype=torch.float64)
-    angle = positions.to(torch.float64).unsqueeze(-1) * turns
+    chosen = None if frequencies is None else tuple(frequencies)
+    angle = positions.unsqueeze(-1) * _turns(head_dim, theta, chosen, positions.device)
     return torch.polar(torch.ones_like(angle), angle)
+
+
+@functools.lru_cache(maxsize=64)
+def _turns(
+    head_dim: int, theta: float, frequencies: tuple[float, ...] | None, device: torch.device
+) -> Tensor:
+    """Radians a position of each pair: float64 [D/2]."""
+    with torch.inference_mode(False):  # whoever asks first, all may use it
+        if frequencies is not None:
+            return torch.tensor(frequencies, device=device, dtype=torch.float64)
+        half = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64)
+        return theta ** (-half / head_dim)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -236,7 +246,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     As one complex product, which on a CPU trains three times faster than products of halves.
     """
     wide = x if x.dtype == torch.float64 else x.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rotation.to(pairs.dtype)).flatten(-2).to(x.dtype)
 
 
@@ -266,7 +276,7 @@ class _Positions:
     rotation: Tensor | None
     mask: Tensor | None  # True may be seen
     causal: bool
-    slots: Tensor | None  # [B, T] ring entry each new key goes to
+    slots: tuple[Tensor, Tensor] | None  # row [B, 1] and ring entry [B, T] each new key goes to
     documents: Documents | None = None  # instead of a mask, for a kernel that knows documents
     window: int | None = None  # of that kernel
     memory: Tensor | None = None  # [B, N, E]
@@ -281,12 +291,12 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
         self.head_dim = config.head_size
-        self.qkv = nn.Linear(
+        self.qkv = Linear(
             config.dim,
             (self.heads + 2 * self.kv_heads) * self.head_dim,
             bias=config.bias or config.qkv_bias,
         )
-        self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=config.bias)
+        self.out = Linear(self.heads * self.head_dim, config.dim, bias=config.bias)
         self.query_norm: nn.RMSNorm | None = None
         self.key_norm: nn.RMSNorm | None = None
         if config.qk_norm:
@@ -305,9 +315,8 @@ class Attention(nn.Module):
             assert where.slots is not None
             # A frozen row writes too, but into entries that its unmoved offset keeps out of sight.
             # By index: a scatter of whole heads takes a CPU fifty times as long.
-            rows = torch.arange(batch, device=x.device)[:, None]
-            state.key.transpose(1, 2)[rows, where.slots] = k.transpose(1, 2).to(state.key.dtype)
-            state.value.transpose(1, 2)[rows, where.slots] = v.transpose(1, 2).to(state.value.dtype)
+            for ring, new in ((state.key, k), (state.value, v)):
+                ring.transpose(1, 2)[where.slots] = new.transpose(1, 2).to(ring.dtype)
             k, v = state.key.to(q.dtype), state.value.to(q.dtype)
         if where.documents is not None:
             y = attend_documents(q, k, v, where.documents, where.window)
@@ -363,8 +372,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = config.gated
         up = config.mlp_hidden * (2 if config.gated else 1)
-        self.up = nn.Linear(config.dim, up, bias=config.bias)
-        self.down = nn.Linear(config.mlp_hidden, config.dim, bias=config.bias)
+        self.up = Linear(config.dim, up, bias=config.bias)
+        self.down = Linear(config.mlp_hidden, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] → [..., C]."""
@@ -453,6 +462,8 @@ class Transformer(nn.Module):
         where = self._offline(x, segments) if state is None else self._streaming(x, state)
         if clock is not None:
             where.rotation = self._rotation(clock)
+        if where.rotation is not None and x.dtype != torch.float64:
+            where.rotation = where.rotation.to(torch.complex64)
         where.memory = memory
         where.memory_mask = None if memory_mask is None else memory_mask[:, None, None]
         for index, block in enumerate(self.blocks):
@@ -533,10 +544,11 @@ class Transformer(nn.Module):
         assert time <= limit, f"a chunk of {time} positions, but the state was made for {limit}"
         now = state.offset[:, None] + torch.arange(time, device=x.device)  # [B, T] query positions
         last = now[:, -1:]
-        entry = torch.arange(ring, device=x.device)[None]  # [1, R]
+        entry = torch.arange(ring, device=x.device)  # [R]
         # Entry r holds the newest position p ≤ last with p ≡ r (mod R); negative: nothing yet.
         held = last - (last - entry) % ring  # [B, R]
-        back = now[:, :, None] - held[:, None, :]  # [B, T, R]
-        near = (back >= -self._ahead(now)[:, :, None]) & (back < self.config.window)
-        seen = near & (held >= 0)[:, None, :]
-        return _Positions(self._rotation(now), seen.unsqueeze(1), False, now % ring)
+        near = held[:, None, :] > (now - self.config.window).clamp(min=-1)[:, :, None]  # [B, T, R]
+        if time > 1:  # the last position of a chunk has nothing ahead of it
+            near &= held[:, None, :] <= (now + self._ahead(now))[:, :, None]
+        rows = torch.arange(len(now), device=x.device)[:, None]
+        return _Positions(self._rotation(now), near.unsqueeze(1), False, (rows, now % ring))
