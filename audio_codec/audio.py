@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from audio_codec import files
 from audio_codec.errors import UserError
-from audio_codec.state import State, all_active, keep
+from audio_codec.state import State, advance, all_active
 
 SAMPLE_RATE: Final = 24_000  # Hz
 FRAME_SIZE: Final = 1_920  # samples
@@ -359,7 +359,7 @@ class LogMel(nn.Module):
         with torch.autocast(pcm.device.type, enabled=False):
             heard = torch.cat([state.tail, pcm[:, 0].float()], dim=1)
             tail = heard[:, heard.shape[1] - state.tail.shape[1] :]
-            state.tail.copy_(keep(state.active, tail, state.tail))
+            advance(state.tail, tail, state.active)
             frames = heard.unfold(1, self._window_size, self.stride)  # [B, T, window]
             spectrum = torch.fft.rfft(frames * self.window, n=self.n_fft)
             power = torch.view_as_real(spectrum).square().sum(-1)

@@ -36,6 +36,7 @@ from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
 from audio_codec.codec import Codec
 from audio_codec.encodec import random_encodec
 from audio_codec.errors import UserError
+from audio_codec.layers import lay_out
 from audio_codec.mimi import MimiCodec, MimiConfig
 from audio_codec.state import State, all_active
 
@@ -169,7 +170,9 @@ class PublicMimi:
 
 def _random_mimi() -> MimiCodec:
     """Ours of the same architecture and bitrate."""
-    return MimiCodec(MimiConfig(num_quantizers=8)).eval().requires_grad_(False)
+    codec = MimiCodec(MimiConfig(num_quantizers=8)).eval().requires_grad_(False)
+    lay_out(codec)  # as `load_codec` does
+    return codec
 
 
 PEERS: Final[Mapping[str, Mapping[str, Callable[[], Codec]]]] = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from audio_codec import checkpoint as checkpoints
 from audio_codec.encodec import EncodecCodec, load_encodec, names_encodec
 from audio_codec.errors import UserError
+from audio_codec.layers import lay_out
 from audio_codec.mimi import MimiCodec, read_hf, read_kyutai
 from audio_codec.spectral import SpectralCodec, SpectralConfig
 from audio_codec.speech_tokenizer import SpeechTokenizer, load_tokenizer
@@ -123,6 +124,7 @@ def load_codec(name_or_path: str | Path, codebooks: int | None = None) -> AnyCod
                 f"choices: 1 … {len(codec.codebooks)}."
             )
         codec.keep_codebooks(codebooks)
+    lay_out(codec)
     return codec.eval().requires_grad_(False)
 
 

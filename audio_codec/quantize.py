@@ -146,11 +146,15 @@ class EMAVQ(nn.Module):
 
     def nearest(self, x: Tensor) -> Tensor:
         """Code of least Euclidean distance: [..., D] → int64 [...]."""
-        flat = x.reshape(-1, self.dim).to(self.codebook.dtype)
-        with torch.autocast(flat.device.type, enabled=False):
-            # |x − c|² without |x|², which is the same for every code.
-            distance = torch.addmm(_squared_norms(self.codebook), flat, self.codebook.T, alpha=-2)
-        return distance.argmin(1).view(x.shape[:-1])
+        with torch.autocast(x.device.type, enabled=False):
+            return self.search(x.reshape(-1, self.dim)).view(x.shape[:-1])
+
+    def search(self, x: Tensor) -> Tensor:
+        """`nearest` without what it takes to be called from anywhere: [N, D] → int64 [N]."""
+        codebook = self.codebook
+        # |x − c|² without |x|², which is the same for every code.
+        flat = x.to(codebook.dtype)
+        return torch.addmm(_squared_norms(codebook), flat, codebook.T, alpha=-2).argmin(1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """int [...] → [..., D]."""
@@ -244,11 +248,14 @@ class ResidualVQ(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, T, D] → int64 [B, K, T]."""
-        codes = x.new_zeros(x.shape[0], len(self.levels), x.shape[1], dtype=torch.int64)
-        for index, level in enumerate(self._typed_levels()):
-            codes[:, index] = level.nearest(x)
-            x = x - level.decode(codes[:, index])
-        return codes
+        batch, time, dim = x.shape
+        codes = x.new_empty(len(self.levels), batch * time, dtype=torch.int64)
+        rest = x.reshape(-1, dim)
+        with torch.autocast(x.device.type, enabled=False):
+            for level, found in zip(self._typed_levels(), codes, strict=True):
+                found.copy_(level.search(rest))
+                rest = rest - level.decode(found)
+        return codes.view(-1, batch, time).transpose(0, 1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """int [B, K' ≤ K, T] → [B, T, D]; fewer levels give a coarser vector."""

@@ -39,7 +39,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
-from audio_codec.layers import ConvNeXtStack, StackState, TailState, with_past
+from audio_codec.layers import ConvNeXtStack, Linear, StackState, TailState, with_past
 from audio_codec.quantize import EMAVQ, ResidualVQ
 from audio_codec.speech_tokenizer import EncoderState as TokenizerState
 from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig
@@ -169,11 +169,10 @@ class Synthesis(nn.Module):
             padded = with_past(frames, self.overlap - 1, state)
             hops = frames.shape[1]
             # Piece r of a window falls on the hop r places later.
-            pieces = padded.unflatten(-1, (self.overlap, HOP)).unbind(2)
+            pieces = padded.unflatten(-1, (self.overlap, HOP))
             last = self.overlap - 1
-            late = [piece[:, last - r : last - r + hops] for r, piece in enumerate(pieces)]
-            pcm = torch.stack(late).sum(0)
-            return pcm.flatten(1)
+            late = [pieces[:, last - r : last - r + hops, r] for r in range(self.overlap)]
+            return sum(late[1:], late[0]).flatten(1)
 
     def new_state(self, batch: int) -> TailState:
         """State of a stream that begins in silence."""
@@ -183,7 +182,7 @@ class Synthesis(nn.Module):
 
 def spectrum_head(dim: int, window: int) -> nn.Sequential:
     """What makes of a hop [..., dim] the log-magnitudes and phases that `Synthesis` takes."""
-    spectrum = nn.Linear(dim, window + 2)
+    spectrum = Linear(dim, window + 2)
     # Start near silence: the log-magnitudes of speech lie well below 0.
     bins = window // 2 + 1
     nn.init.normal_(spectrum.weight, std=0.02)
@@ -241,9 +240,9 @@ class SpectralCodec(nn.Module):
         self.codes_frozen = False
         self.tokenizer = SpeechTokenizer(config.tokenizer) if config.semantic is None else None
         self.analysis = Analysis(config.window)
-        self.front_in = nn.Linear(self.analysis.features, config.encoder_dim)
+        self.front_in = Linear(self.analysis.features, config.encoder_dim)
         self.front = ConvNeXtStack(config.encoder_dim, config.encoder_blocks)
-        self.down = nn.Linear(HOPS * config.encoder_dim, config.encoder_latent_dim)
+        self.down = Linear(HOPS * config.encoder_dim, config.encoder_latent_dim)
         self.latent = ConvNeXtStack(
             config.encoder_latent_dim, config.encoder_latent_blocks, kernel=5
         )
@@ -264,7 +263,7 @@ class SpectralCodec(nn.Module):
         self.decoder_latent = ConvNeXtStack(
             config.decoder_latent_dim, config.decoder_latent_blocks, kernel=5
         )
-        self.up = nn.Linear(config.decoder_latent_dim, HOPS * config.decoder_dim)
+        self.up = Linear(config.decoder_latent_dim, HOPS * config.decoder_dim)
         self.back = ConvNeXtStack(config.decoder_dim, config.decoder_blocks)
         self.head = spectrum_head(config.decoder_dim, config.window)
         self.synthesis = Synthesis(config.window)

@@ -115,3 +115,9 @@ def all_active(batch: int, device: torch.device | str | None = None) -> Tensor:
 def keep(active: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """Rows of `new` where the slot is active, rows of `old` elsewhere; shapes [B, ...]."""
     return torch.where(active.view(-1, *([1] * (new.dim() - 1))), new, old)
+
+
+def advance(state: Tensor, new: Tensor, active: Tensor) -> None:
+    """Write `new` into a tensor of a state, in the rows whose slot is active; shapes [B, ...]."""
+    rows = active.view(-1, *([1] * (new.dim() - 1)))
+    torch.where(rows, new.detach(), state, out=state)

@@ -10,9 +10,10 @@ R ring entries, N positions of the memory, E its width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_va
 from torch import Tensor, nn
 
 from audio_codec.attention import Documents, attend, attend_documents
+from audio_codec.layers import Linear
 from audio_codec.state import State, all_active
 
 
@@ -97,7 +99,119 @@ class TransformerConfig(BaseModel):
 
 def make_norm(kind: Literal["rms", "layer"], dim: int, eps: float | None = None) -> nn.Module:
     """RMSNorm (arXiv 1910.07467) or LayerNorm over the last axis."""
-    return nn.RMSNorm(dim, eps=eps or 1e-6) if kind == "rms" else nn.LayerNorm(dim, eps=eps or 1e-5)
+    return RMSNorm(dim, eps=eps or 1e-6) if kind == "rms" else nn.LayerNorm(dim, eps=eps or 1e-5)
+
+
+# --- What a CPU trains faster by hand -------------------------------------------------------------
+#
+# Left to autograd, each product of slices leaves a gradient of full size to be filled and added up.
+# These give the same numbers in fewer passes over memory. A compiler makes its own of plain ones.
+
+
+def _by_hand(x: Tensor) -> bool:
+    return x.requires_grad and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class _Norm(torch.autograd.Function):
+    """w · x / √(mean x² + ε) over the last axis."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = (size.square_().div_(x.shape[-1]) + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        unit, width = x * inverse, x.shape[-1]
+        weight_grad = x_grad = None
+        if ctx.needs_input_grad[1]:
+            weight_grad = (grad * unit).view(-1, width).sum(0)
+        if ctx.needs_input_grad[0]:
+            slope = grad * weight
+            along = torch.linalg.vecdot(slope, unit).unsqueeze(-1).div_(-width)
+            x_grad = slope.addcmul_(unit, along).mul_(inverse)
+        return x_grad, weight_grad, None
+
+
+class RMSNorm(nn.RMSNorm):
+    """Torch's, in fewer passes where a CPU trains it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] → [..., C]."""
+        if _by_hand(x) and x.dtype == self.weight.dtype and self.eps is not None:
+            return _Norm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return super().forward(x)
+
+
+class _Gate(torch.autograd.Function):
+    """silu(gate) · up of both side by side, [..., 2·hidden] → [..., hidden]."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        opened = F.silu(gate)
+        ctx.save_for_backward(both, opened)
+        return opened * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        both, opened = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        found = torch.empty_like(both)
+        gate_grad, up_grad = found.chunk(2, dim=-1)
+        torch.mul(grad, opened, out=up_grad)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
+        return found
+
+
+class _Heads(torch.autograd.Function):
+    """Queries, keys and values of [B, T, H + 2G, D], the first two turned, each [B, ·, T, D] and in
+    one piece, as products of matrices want them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, heads: Tensor, rotation: Tensor | None, count: int, groups: int
+    ) -> tuple[Tensor, ...]:
+        if rotation is not None:
+            wide = heads.dtype if heads.dtype == torch.float64 else torch.float32
+            rotation = rotation.to(wide.to_complex())
+        ctx.rotation = rotation
+        ctx.parts = (count, groups, groups)
+        found = []
+        for number, part in enumerate(heads.split(ctx.parts, dim=2)):
+            piece = torch.empty_like(part.transpose(1, 2), memory_format=torch.contiguous_format)
+            _turn(part, rotation if number < 2 else None, piece.transpose(1, 2))
+            found.append(piece)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        batch, _, time, size = grads[0].shape
+        found = grads[0].new_empty(batch, time, sum(ctx.parts), size)
+        back = None if ctx.rotation is None else ctx.rotation.conj().resolve_conj()
+        for number, (grad, part) in enumerate(
+            zip(grads, found.split(ctx.parts, dim=2), strict=True)
+        ):
+            _turn(grad.transpose(1, 2), back if number < 2 else None, part)
+        return found, None, None, None
+
+
+def _turn(x: Tensor, rotation: Tensor | None, out: Tensor) -> None:
+    """`rotate` into a given place, or a copy."""
+    if rotation is None:
+        out.copy_(x)
+    elif x.dtype.itemsize < 4:
+        out.copy_(rotate(x, rotation))
+    else:
+        pairs, place = (torch.view_as_complex(y.unflatten(-1, (-1, 2))) for y in (x, out))
+        torch.mul(pairs, rotation, out=place)
+
+
+# --- Rotary positions -----------------------------------------------------------------------------
 
 
 def rotary(
@@ -109,13 +223,21 @@ def rotary(
     The angle is taken in float64: after an hour at 100 positions a second a float32 angle would be
     wrong in its third digit, and tokens would drift with the length of a conversation.
     """
-    if frequencies is None:
-        half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
-        turns = theta ** (-half / head_dim)
-    else:
-        turns = torch.tensor(frequencies, device=positions.device, dtype=torch.float64)
-    angle = positions.to(torch.float64).unsqueeze(-1) * turns
+    chosen = None if frequencies is None else tuple(frequencies)
+    angle = positions.unsqueeze(-1) * _turns(head_dim, theta, chosen, positions.device)
     return torch.polar(torch.ones_like(angle), angle)
+
+
+@functools.lru_cache(maxsize=64)
+def _turns(
+    head_dim: int, theta: float, frequencies: tuple[float, ...] | None, device: torch.device
+) -> Tensor:
+    """Radians a position of each pair: float64 [D/2]."""
+    with torch.inference_mode(False):  # whoever asks first, all may use it
+        if frequencies is not None:
+            return torch.tensor(frequencies, device=device, dtype=torch.float64)
+        half = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64)
+        return theta ** (-half / head_dim)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -124,8 +246,11 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     As one complex product, which on a CPU trains three times faster than products of halves.
     """
     wide = x if x.dtype == torch.float64 else x.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rotation.to(pairs.dtype)).flatten(-2).to(x.dtype)
+
+
+# --- The stack ------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -151,7 +276,7 @@ class _Positions:
     rotation: Tensor | None
     mask: Tensor | None  # True may be seen
     causal: bool
-    slots: Tensor | None  # [B, T] ring entry each new key goes to
+    slots: tuple[Tensor, Tensor] | None  # row [B, 1] and ring entry [B, T] each new key goes to
     documents: Documents | None = None  # instead of a mask, for a kernel that knows documents
     window: int | None = None  # of that kernel
     memory: Tensor | None = None  # [B, N, E]
@@ -166,12 +291,12 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
         self.head_dim = config.head_size
-        self.qkv = nn.Linear(
+        self.qkv = Linear(
             config.dim,
             (self.heads + 2 * self.kv_heads) * self.head_dim,
             bias=config.bias or config.qkv_bias,
         )
-        self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=config.bias)
+        self.out = Linear(self.heads * self.head_dim, config.dim, bias=config.bias)
         self.query_norm: nn.RMSNorm | None = None
         self.key_norm: nn.RMSNorm | None = None
         if config.qk_norm:
@@ -181,31 +306,36 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, where: _Positions, state: AttentionState | None) -> Tensor:
         """[B, T, C] → [B, T, C]."""
         batch, time, _ = x.shape
-        qk, v = (
-            self.qkv(x)
-            .view(batch, time, -1, self.head_dim)
-            .split((self.heads + self.kv_heads, self.kv_heads), dim=2)
-        )
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = qk.to(self.query_norm.weight.dtype).split((self.heads, self.kv_heads), dim=2)
-            qk = torch.cat((self.query_norm(q), self.key_norm(k)), dim=2).to(v.dtype)
-        if where.rotation is not None:
-            qk = rotate(qk, where.rotation)
-        q, k = qk.transpose(1, 2).split((self.heads, self.kv_heads), dim=1)
-        v = v.transpose(1, 2)
+        heads = self.qkv(x).view(batch, time, -1, self.head_dim)
+        if _by_hand(heads) and self.query_norm is None:
+            q, k, v = _Heads.apply(heads, where.rotation, self.heads, self.kv_heads)  # type: ignore[no-untyped-call]
+        else:
+            q, k, v = self._apart(heads, where.rotation)
         if state is not None:
             assert where.slots is not None
             # A frozen row writes too, but into entries that its unmoved offset keeps out of sight.
             # By index: a scatter of whole heads takes a CPU fifty times as long.
-            rows = torch.arange(batch, device=x.device)[:, None]
-            state.key.transpose(1, 2)[rows, where.slots] = k.transpose(1, 2).to(state.key.dtype)
-            state.value.transpose(1, 2)[rows, where.slots] = v.transpose(1, 2).to(state.value.dtype)
+            for ring, new in ((state.key, k), (state.value, v)):
+                ring.transpose(1, 2)[where.slots] = new.transpose(1, 2).to(ring.dtype)
             k, v = state.key.to(q.dtype), state.value.to(q.dtype)
         if where.documents is not None:
             y = attend_documents(q, k, v, where.documents, where.window)
         else:
             y = attend(q, k, v, where.mask, where.causal)
         return self.out(y.transpose(1, 2).reshape(batch, time, -1))
+
+    def _apart(self, heads: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (normalized and turned) and values of [B, T, H + 2G, D], T and heads
+        swapped.
+        """
+        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = qk.to(self.query_norm.weight.dtype).split((self.heads, self.kv_heads), dim=2)
+            qk = torch.cat((self.query_norm(q), self.key_norm(k)), dim=2).to(v.dtype)
+        if rotation is not None:
+            qk = rotate(qk, rotation)
+        q, k = qk.transpose(1, 2).split((self.heads, self.kv_heads), dim=1)
+        return q, k, v.transpose(1, 2)
 
     def new_state(self, batch: int, ring: int, like: Tensor) -> AttentionState:
         """An empty ring for `batch` slots."""
@@ -242,14 +372,17 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = config.gated
         up = config.mlp_hidden * (2 if config.gated else 1)
-        self.up = nn.Linear(config.dim, up, bias=config.bias)
-        self.down = nn.Linear(config.mlp_hidden, config.dim, bias=config.bias)
+        self.up = Linear(config.dim, up, bias=config.bias)
+        self.down = Linear(config.mlp_hidden, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] → [..., C]."""
         if not self.gated:
             return self.down(F.gelu(self.up(x)))
-        gate, up = self.up(x).chunk(2, dim=-1)
+        both = self.up(x)
+        if _by_hand(both):
+            return self.down(_Gate.apply(both))  # type: ignore[no-untyped-call]
+        gate, up = both.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
@@ -329,6 +462,8 @@ class Transformer(nn.Module):
         where = self._offline(x, segments) if state is None else self._streaming(x, state)
         if clock is not None:
             where.rotation = self._rotation(clock)
+        if where.rotation is not None and x.dtype != torch.float64:
+            where.rotation = where.rotation.to(torch.complex64)
         where.memory = memory
         where.memory_mask = None if memory_mask is None else memory_mask[:, None, None]
         for index, block in enumerate(self.blocks):
@@ -398,7 +533,7 @@ class Transformer(nn.Module):
             documents = Documents.of(fresh) if by_documents else None
             starts = torch.where(fresh, positions, torch.zeros_like(positions))
             positions = positions - starts.cummax(dim=1).values
-        causal = self.config.causal and not within
+        causal = self.config.causal and not blocks
         return _Positions(self._rotation(positions), mask, causal, None, documents, window)
 
     def _streaming(self, x: Tensor, state: TransformerState) -> _Positions:
@@ -409,10 +544,11 @@ class Transformer(nn.Module):
         assert time <= limit, f"a chunk of {time} positions, but the state was made for {limit}"
         now = state.offset[:, None] + torch.arange(time, device=x.device)  # [B, T] query positions
         last = now[:, -1:]
-        entry = torch.arange(ring, device=x.device)[None]  # [1, R]
+        entry = torch.arange(ring, device=x.device)  # [R]
         # Entry r holds the newest position p ≤ last with p ≡ r (mod R); negative: nothing yet.
         held = last - (last - entry) % ring  # [B, R]
-        back = now[:, :, None] - held[:, None, :]  # [B, T, R]
-        near = (back >= -self._ahead(now)[:, :, None]) & (back < self.config.window)
-        seen = near & (held >= 0)[:, None, :]
-        return _Positions(self._rotation(now), seen.unsqueeze(1), False, now % ring)
+        near = held[:, None, :] > (now - self.config.window).clamp(min=-1)[:, :, None]  # [B, T, R]
+        if time > 1:  # the last position of a chunk has nothing ahead of it
+            near &= held[:, None, :] <= (now + self._ahead(now))[:, :, None]
+        rows = torch.arange(len(now), device=x.device)[:, None]
+        return _Positions(self._rotation(now), near.unsqueeze(1), False, (rows, now % ring))

@@ -29,6 +29,7 @@ from torch import Tensor
 from audio_codec import checkpoint as checkpoints
 from audio_codec.codec import AnyCodec, kind_of, load_codec, load_tokenizer_of
 from audio_codec.errors import UserError
+from audio_codec.layers import lay_out
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from audio_codec.speech_tokenizer import kind_of as kind_of_tokenizer
 from audio_codec.transformer import TransformerConfig
@@ -108,6 +109,7 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Duplex
     Raises UserError when there is no such model or it is broken.
     """
     model, tokenizer = load_lm(name_or_path)
+    lay_out(model)
     codec = load_codec(find_codec(name_or_path))
     return Duplex(codec.to(device), model.to(device).requires_grad_(False), tokenizer)
 

@@ -175,7 +175,8 @@ class TrainConfig(BaseModel):
     listen_every: NonNegativeInt = 0
     """Steps between sounds in TensorBoard, an answer to a held-out user; 0 makes none."""
     compile: bool = False
-    """Compile the transformer blocks: minutes at the start, about a quarter faster after it."""
+    """Compile the transformer blocks: minutes at the start, then about a quarter faster with bf16
+    units, where passes over memory count; nothing in float32, which is bound by its products."""
     init_from: str | None = None
     """A checkpoint to start from, with its shape and text pieces: one of ours, or a causal language
     model of Hugging Face, which becomes the temporal transformer. `model` may change the window and

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from streams import Streaming, Tick, assert_streams, chunkings, scripts, streaming_settings
 from torch import Tensor, nn
 
-from audio_codec.layers import ConvNeXtBlock, ConvNeXtStack, DepthwiseConv, TailState
+from audio_codec import layers
+from audio_codec.layers import (
+    ConvNeXtBlock,
+    ConvNeXtStack,
+    DepthwiseConv,
+    Linear,
+    TailState,
+    lay_out,
+)
 
 DIM = 6
 
@@ -95,3 +103,47 @@ def test_an_empty_stack_is_the_identity() -> None:
     stack = ConvNeXtStack(DIM, 0)
     x = torch.randn(2, 3, DIM)
     assert torch.equal(stack(x, stack.new_state(2)), x)
+
+
+def test_a_short_convolution_equals_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = DepthwiseConv(DIM, kernel=7).double()
+    x = torch.randn(2, 9, DIM, dtype=torch.float64)
+    with torch.no_grad():
+        short = module(x)
+        monkeypatch.setattr(layers, "_SHORT", 0)
+        torch.testing.assert_close(short, module(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("laid_out", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 8), (3, 7)])
+@pytest.mark.parametrize("sides", [(160, 480), (480, 160)])
+def test_a_map_shared_by_cores_is_the_same_map(
+    laid_out: bool,
+    bias: bool,
+    shape: tuple[int, int],
+    sides: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = Linear(*sides, bias=bias)
+    x = torch.randn(*shape, sides[0])
+    expected = F.linear(x, module.weight, module.bias)
+    if laid_out:
+        lay_out(module)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with torch.no_grad():
+        found = module(x)
+    assert found.shape == expected.shape and found.is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_laying_out_changes_neither_values_nor_shapes() -> None:
+    module = nn.Sequential(
+        nn.Linear(3, 5), nn.Linear(5, 3), nn.ParameterList([torch.randn(4, 2), torch.randn(4)])
+    )
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    lay_out(module)
+    after = module.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    long_lines = [after[name].stride() for name in ("0.weight", "1.weight", "2.0")]
+    assert long_lines == [(1, 5), (5, 1), (1, 4)]

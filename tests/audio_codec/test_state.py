@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from audio_codec.state import State, all_active, keep
+from audio_codec.state import State, advance, all_active, keep
 
 
 @dataclass(slots=True)
@@ -133,6 +133,16 @@ def test_take_copies_rows_in_the_order_asked_for() -> None:
     kept = rows(taken, 0)
     state.reset()
     assert same(rows(taken, 0), kept)
+
+
+def test_advance_writes_the_active_rows_in_place_and_lets_no_garbage_through() -> None:
+    state = torch.zeros(3, 2)
+    address = state.data_ptr()
+    new = torch.full((3, 2), torch.nan, requires_grad=True)
+    new.data[1] = 5.0
+    advance(state, new, torch.tensor([False, True, False]))
+    assert state.tolist() == [[0, 0], [5, 5], [0, 0]] and state.data_ptr() == address
+    assert not state.requires_grad
 
 
 def test_keep_picks_rows_and_lets_no_garbage_through() -> None:

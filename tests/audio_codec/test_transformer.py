@@ -21,7 +21,8 @@ from streams import (
 )
 from torch import Tensor
 
-from audio_codec.attention import attend, by_products
+from audio_codec import attention, transformer
+from audio_codec.attention import _BLOCK, attend, by_products
 from audio_codec.transformer import Transformer, TransformerConfig, rotary, rotate
 
 DIM = 16
@@ -211,6 +212,65 @@ def test_both_kernels_agree(kv_heads: int, masking: str, dtype: torch.dtype) -> 
     for mine in results[1:]:
         for a, b in zip(mine, results[0], strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_of_queries_ask_all_that_came_before(kv_heads: int, masked: bool) -> None:
+    time = 2 * _BLOCK + 3  # two whole blocks and a short one
+    query, key, value = (
+        noise(2, heads, time, 4, seed=seed).double().requires_grad_()
+        for seed, heads in enumerate((4, kv_heads, kv_heads))
+    )
+    seen = torch.ones(time, time, dtype=torch.bool).tril()
+    if masked:  # of two documents, the second begins inside a block
+        late = torch.arange(time) >= _BLOCK + 5
+        seen = (seen & (late[:, None] == late)).expand(2, 1, time, time)
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, enable_gqa=kv_heads != 4
+    )
+    mine = by_products(query, key, value, seen if masked else None, causal=True)
+    out = noise(*plain.shape, seed=9).double()
+    for y, expected in zip(
+        (mine, *torch.autograd.grad((mine * out).sum(), (query, key, value))),
+        (plain, *torch.autograd.grad((plain * out).sum(), (query, key, value))),
+        strict=True,
+    ):
+        torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("rope", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "lower", "tolerance"),
+    [
+        (torch.float64, False, 1e-11),
+        (torch.float32, False, 1e-4),
+        (torch.float32, True, 0.2),
+    ],
+)
+def test_what_is_done_by_hand_is_what_autograd_does(
+    monkeypatch: pytest.MonkeyPatch,
+    norm: str,
+    rope: bool,
+    dtype: torch.dtype,
+    lower: bool,
+    tolerance: float,
+) -> None:
+    module = build(window=50, kv_heads=2, norm=norm, rope=rope).to(dtype)
+    x = noise(2, 11, DIM).to(dtype).requires_grad_()
+    segments = torch.tensor([[0] * 4 + [1] * 7, [0] * 11])
+    found = []
+    for by_hand in (True, False):
+        if not by_hand:
+            monkeypatch.setattr(transformer, "_by_hand", lambda x: False)
+            monkeypatch.setattr(attention, "_KEPT", 0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            y = module(x, segments=segments)
+        loss = (y * noise(*y.shape, seed=3).to(dtype)).sum()
+        found.append((y, *torch.autograd.grad(loss, (x, *module.parameters()))))
+    for mine, plain in zip(*found, strict=True):
+        assert (mine - plain).norm() <= tolerance * plain.norm()
 
 
 @torch.no_grad()
