@@ -119,5 +119,8 @@ def keep(active: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 def advance(state: Tensor, new: Tensor, active: Tensor) -> None:
     """Write `new` into a tensor of a state, in the rows whose slot is active; shapes [B, ...]."""
-    rows = active.view(-1, *([1] * (new.dim() - 1)))
-    torch.where(rows, new.detach(), state, out=state)
+    if state.requires_grad:  # a state in training, as of padding that is learned through
+        state.copy_(keep(active, new, state))
+    else:
+        rows = active.view(-1, *([1] * (new.dim() - 1)))
+        torch.where(rows, new.detach(), state, out=state)
