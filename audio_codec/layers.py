@@ -16,40 +16,6 @@ from torch import Tensor, nn
 
 from audio_codec.state import State, advance, all_active
 
-_FEW = 16
-"""Rows up to which a matrix product costs the reading of its matrix."""
-_LARGE = 2**16
-"""Numbers of a matrix from which on more cores read it faster than one."""
-
-
-class Linear(nn.Linear):
-    """A linear map whose matrix all cores read together, where a live stream has but a few rows.
-
-    A CPU's library leaves so small a product to one core. As a batch of products with a part of
-    the matrix each, it is shared.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out]."""
-        weight = self.weight
-        if (
-            torch.is_grad_enabled()
-            or weight.device.type != "cpu"
-            or weight.dtype != torch.float32
-            or weight.numel() < _LARGE
-            or (rows := x.numel() // self.in_features) > _FEW
-            or (cores := torch.get_num_threads()) == 1
-            or self.out_features % cores
-        ):
-            return F.linear(x, weight, self.bias)
-        parts = weight.view(cores, -1, self.in_features).transpose(1, 2)
-        shared = x.reshape(1, rows, -1).expand(cores, -1, -1)
-        if self.bias is None:
-            y = torch.bmm(shared, parts)
-        else:
-            y = torch.baddbmm(self.bias.view(cores, 1, -1), shared, parts)
-        return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
-
 
 def lay_out(module: nn.Module) -> None:
     """Lay the matrices of linear maps out in memory as products of few rows read them fastest.
@@ -154,8 +120,8 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.depthwise = DepthwiseConv(dim, kernel)
         self.norm = nn.LayerNorm(dim)
-        self.up = Linear(dim, expansion * dim)
-        self.down = Linear(expansion * dim, dim)
+        self.up = nn.Linear(dim, expansion * dim)
+        self.down = nn.Linear(expansion * dim, dim)
         self.scale = nn.Parameter(torch.full((dim,), scale))
 
     def forward(self, x: Tensor, state: TailState | None = None) -> Tensor:

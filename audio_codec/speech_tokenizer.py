@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, LogMel, LogMelState
 from audio_codec.errors import UserError
-from audio_codec.layers import ConvNeXtStack, Linear, StackState
+from audio_codec.layers import ConvNeXtStack, StackState
 from audio_codec.quantize import EMAVQ, FSQ
 from audio_codec.state import State, all_active
 from audio_codec.transformer import Transformer, TransformerConfig, TransformerState
@@ -237,7 +237,7 @@ class SpeechTokenizer(nn.Module):
             self.front_in = nn.Linear(config.mels, config.front_dim)
             self.front = ConvNeXtStack(config.front_dim, config.front_blocks)
             self._stacked = MEL_RATE // config.encoder_rate
-            self.stack = Linear(self._stacked * config.front_dim, config.dim)
+            self.stack = nn.Linear(self._stacked * config.front_dim, config.dim)
         else:
             public = config.whisper.public_features
             self.mel = PublicMel(config.mels) if public else LogMel(n_mels=config.mels)

@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_va
 from torch import Tensor, nn
 
 from audio_codec.attention import Documents, attend, attend_documents
-from audio_codec.layers import Linear
 from audio_codec.state import State, all_active
 
 
@@ -176,12 +175,12 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
         self.head_dim = config.head_size
-        self.qkv = Linear(
+        self.qkv = nn.Linear(
             config.dim,
             (self.heads + 2 * self.kv_heads) * self.head_dim,
             bias=config.bias or config.qkv_bias,
         )
-        self.out = Linear(self.heads * self.head_dim, config.dim, bias=config.bias)
+        self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=config.bias)
         self.query_norm: nn.RMSNorm | None = None
         self.key_norm: nn.RMSNorm | None = None
         if config.qk_norm:
@@ -251,8 +250,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = config.gated
         up = config.mlp_hidden * (2 if config.gated else 1)
-        self.up = Linear(config.dim, up, bias=config.bias)
-        self.down = Linear(config.mlp_hidden, config.dim, bias=config.bias)
+        self.up = nn.Linear(config.dim, up, bias=config.bias)
+        self.down = nn.Linear(config.mlp_hidden, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] → [..., C]."""

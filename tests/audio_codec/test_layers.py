@@ -15,7 +15,6 @@ from audio_codec.layers import (
     ConvNeXtBlock,
     ConvNeXtStack,
     DepthwiseConv,
-    Linear,
     TailState,
     lay_out,
 )
@@ -112,29 +111,6 @@ def test_a_short_convolution_equals_a_long_one(monkeypatch: pytest.MonkeyPatch) 
         short = module(x)
         monkeypatch.setattr(layers, "_SHORT", 0)
         torch.testing.assert_close(short, module(x), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("laid_out", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 8), (3, 7)])
-@pytest.mark.parametrize("sides", [(160, 480), (480, 160)])
-def test_a_map_shared_by_cores_is_the_same_map(
-    laid_out: bool,
-    bias: bool,
-    shape: tuple[int, int],
-    sides: tuple[int, int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    module = Linear(*sides, bias=bias)
-    x = torch.randn(*shape, sides[0])
-    expected = F.linear(x, module.weight, module.bias)
-    if laid_out:
-        lay_out(module)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with torch.no_grad():
-        found = module(x)
-    assert found.shape == expected.shape and found.is_contiguous()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_laying_out_changes_neither_values_nor_shapes() -> None:

@@ -286,7 +286,7 @@ def test_the_first_codebook_stands_for_what_it_decodes_to(codec: MimiCodec) -> N
 
 
 def test_any_number_of_codebooks(small: Path) -> None:
-    whole = read_hf(small)
+    whole = load_codec(small)
     pcm = noise(1, 1, 9 * SMALL_FRAME, dtype=torch.float32)
     codes = whole.encode(pcm)
     for count in range(1, 6):
