@@ -23,6 +23,7 @@ from audio_codec.bench import Figure
 from audio_codec.errors import UserError
 from speechlm import cli
 from speechlm.evaluation.report import Metric, Paragraph
+from synth_data.build import BuildReport, Dropped
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -138,10 +139,11 @@ def test_synth_hands_over_the_validated_recipe(
 ) -> None:
     calls: list[tuple[str, int, str | None]] = []
 
-    def built(what: str) -> Callable[[SynthConfig], SimpleNamespace]:
-        def build(config: SynthConfig) -> SimpleNamespace:
+    def built(what: str) -> Callable[[SynthConfig], BuildReport]:
+        def build(config: SynthConfig) -> BuildReport:
             calls.append((what, config.steps, config.ray))
-            return SimpleNamespace(samples=7, seconds=1800.0, written=2, kept=1, dropped=["x"])
+            dropped = [Dropped("talk/3", "too long: 41 s"), Dropped("talk/5", "too long: 52 s")]
+            return BuildReport(samples=7, seconds=1800.0, written=2, kept=1, dropped=dropped)
 
         return build
 
@@ -160,6 +162,7 @@ def test_synth_hands_over_the_validated_recipe(
     (tmp_path / "c.yaml").write_text("steps: 3\n")
     status, out, _ = run("synth", "speech", tmp_path / "c.yaml")
     assert status == 0 and out.startswith("shards: 7 samples, 0.50 h in 2 new shards; 1 stood")
+    assert out.endswith("2 samples dropped (2 × too long).\n")
     ray = "ray://head:10001"
     assert run("synth", "dialogues", tmp_path / "c.yaml", "steps=4", "--ray", ray)[0] == 0
     assert calls == [("speech", 3, None), ("dialogues", 4, ray)]
