@@ -691,7 +691,7 @@ def eval_tokenizer(
 
 
 Engines = Annotated[
-    list[str] | None, typer.Option("--engine", help="Whose held-out voices ask; twice for two.")
+    list[str] | None, typer.Option("--engine", help="Whose voices ask; twice for two.")
 ]
 
 
@@ -703,6 +703,9 @@ def eval_spoken_qa(
     questions: Annotated[int, typer.Option(min=1, help="Held-out questions.")] = 300,
     unknown: Annotated[int, typer.Option(min=1, help="Questions outside the quiz world.")] = 100,
     long: Annotated[bool, typer.Option(help="Also hold ten-minute conversations.")] = True,
+    voices: Annotated[
+        str, typer.Option(help="Who asks: panel (ten known, two new) or heldout (all new).")
+    ] = "panel",
     engine: Engines = None,
     assistant: Annotated[str, typer.Option(help="The voice it was trained to have.")] = "flite:rms",
     recorded: Annotated[
@@ -718,6 +721,7 @@ def eval_spoken_qa(
         questions=questions,
         unknown=unknown,
         conversations=8 if long else 0,
+        voices=voices,
         engines=tuple(engine or ("espeak", "flite")),
         assistant=assistant,
         recorded=recorded,

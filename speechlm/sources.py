@@ -17,7 +17,15 @@ from typing import Annotated, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 from audio_codec.audio import FRAME_RATE
 from audio_codec.errors import UserError
@@ -113,6 +121,19 @@ class QuizSource(BaseModel):
     """Share of the documents with the pace of speech, PADs and all."""
     unknown: float = Field(0.1, ge=0, le=1)
     """Share of the questions that lie outside the world."""
+    emphasis: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Categories that are asked so many times as often as the others."""
+    beyond: float = Field(0.0, ge=0, le=1)
+    """Share of plus and minus with numbers above those of the world (`quiz.draw_beyond`), too many
+    to be remembered."""
+
+    @field_validator("emphasis")
+    @classmethod
+    def _known(cls, emphasis: dict[str, float]) -> dict[str, float]:
+        for category in emphasis:
+            if category not in quiz.CATEGORIES:
+                raise ValueError(f"emphasis on {category!r}; choices: {', '.join(quiz.CATEGORIES)}")
+        return emphasis
 
 
 class SentenceSource(BaseModel):
@@ -444,14 +465,14 @@ class _Quiz:
     ) -> None:
         self.config, self.streams, self.tokenizer = config, streams, tokenizer
         self.weights, self.seed = weights, seed
+        shares = np.cumsum([config.emphasis.get(category, 1.0) for category in quiz.CATEGORIES])
+        self.shares = shares / shares[-1]
 
     def document(self, lane: int, number: int) -> Document:
         rng = np.random.default_rng((self.seed, lane, number))
         turns = []
         for _ in range(int(rng.integers(1, self.config.turns + 1))):
-            strange = rng.random() < self.config.unknown
-            category = quiz.CATEGORIES[int(rng.integers(len(quiz.CATEGORIES)))]
-            question = quiz.draw(rng, "train", quiz.UNKNOWN if strange else category)
+            question = self._draw(rng)
             turns.append((question.text, question.answer))
         paced = rng.random() < self.config.paced
 
@@ -462,6 +483,14 @@ class _Quiz:
             turns, self.streams, self.tokenizer, self.weights, pace if paced else None
         )
         return replace(made, name=" ".join(question for question, _ in turns))
+
+    def _draw(self, rng: np.random.Generator) -> quiz.Question:
+        if rng.random() < self.config.unknown:
+            return quiz.draw(rng, "train", quiz.UNKNOWN)
+        category = quiz.CATEGORIES[int(np.searchsorted(self.shares, rng.random(), side="right"))]
+        if category in quiz.BEYOND and rng.random() < self.config.beyond:
+            return quiz.draw_beyond(rng, category)
+        return quiz.draw(rng, "train", category)
 
 
 class _Sentences:

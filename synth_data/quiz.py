@@ -23,7 +23,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -347,7 +347,6 @@ class _Fact:
 
 
 def _arithmetic(category: str) -> Iterator[_Fact]:
-    sign = {"plus": "+", "minus": "-", "times": "*"}[category]
     span = range(MAX_OPERAND + 1)
     for a, b in itertools.product(span, span):
         if category == "minus" and b > a:
@@ -360,17 +359,17 @@ def _arithmetic(category: str) -> Iterator[_Fact]:
         weight = (
             1.0 if category != "times" else 6.0 if largest <= 10 else 3.0 if largest <= 12 else 1.0
         )
-        wa, wb, wc = number_words(a), number_words(b), number_words(value)
-        yield _Fact(
-            {"a": wa, "b": wb},
-            f"{wa} {category} {wb} is {wc}.",
-            (wc,),
-            "number",
-            (wa, wb),
-            f"{category}:{a}{sign}{b}",
-            weight,
-            held,
-        )
+        fact = _arithmetic_fact(category, a, b, value)
+        yield replace(fact, weight=weight, heldout=held)
+
+
+def _arithmetic_fact(category: str, a: int, b: int, value: int) -> _Fact:
+    sign = {"plus": "+", "minus": "-", "times": "*"}[category]
+    wa, wb, wc = number_words(a), number_words(b), number_words(value)
+    name = f"{category}:{a}{sign}{b}"
+    return _Fact(
+        {"a": wa, "b": wb}, f"{wa} {category} {wb} is {wc}.", (wc,), "number", (wa, wb), name
+    )
 
 
 def _sequence(
@@ -543,6 +542,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 CATEGORIES: tuple[str, ...] = tuple(GROUPS)
 """The categories of the world, in the order in which they are reported."""
 
+BEYOND = ("plus", "minus")
+"""Categories that :func:`draw_beyond` knows."""
+
 
 def _pick(rng: np.random.Generator, items: Sequence[_T]) -> _T:
     return items[int(rng.integers(len(items)))]
@@ -669,6 +671,36 @@ def draw(
         fact.name,
         new_fact,
         _pause(phrasing, fact.fill, len(opened.split()) - len(text.split())),
+    )
+
+
+def draw_beyond(rng: np.random.Generator, category: str) -> Question:
+    """Draw a sum or difference of which some number is beyond the world's operands, none above 99.
+
+    For training in text alone: the world's few hundred sums can be remembered one by one, and
+    then no held-out one is known; these are too many. No difference undoes a held-out sum.
+
+    Args:
+        rng: the source of every choice.
+        category: one of :data:`BEYOND`.
+    """
+    while True:
+        a, b = int(rng.integers(100)), int(rng.integers(100))
+        value = a + b if category == "plus" else a - b
+        pair = sorted((a, b) if category == "plus" else (value, b))
+        if max(a, b) > MAX_OPERAND and 0 <= value < 100 and (*pair,) not in heldout_pairs():
+            break
+    fact = _arithmetic_fact(category, a, b, value)
+    phrasing = _pick(rng, _phrasings(category, "train"))
+    return Question(
+        _sentence(phrasing.format(**fact.fill)),
+        _sentence(fact.answer),
+        fact.keys,
+        category,
+        "train",
+        fact.kind,
+        fact.given,
+        fact.name,
     )
 
 

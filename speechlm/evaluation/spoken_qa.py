@@ -1,13 +1,14 @@
 """Held-out spoken questions: is the answer right, as text and as sound?
 
-Questions that training never saw (see `synth_data.quiz`), in voices that it never heard (see
-`synth_data.tts.user_voices`), are put to the model frame by frame, as in life: a little silence,
+Questions that training never saw (see `synth_data.quiz`), from a panel of twelve (`panel`: ten
+voices of training and two engine voices that it never heard; or `--voices heldout`: all that it
+never heard), are put to the model frame by frame, as in life: a little silence,
 the question, silence until the answer is over. An answer is right when it names the key and no
 other candidate of its kind (`quiz.score`). Judged are
 
     s2t_accuracy              what the model wrote that it says (inner monologue); also for each
-                              category, for sums of held-out operands and for voices of engines
-                              that were never trained on
+                              category, for sums of held-out operands and for voices that are no
+                              variant of a trained one
     s2s_accuracy              what pocketsphinx hears it say, with the language model `answers.arpa`
                               over all possible answers
     s2s_open_accuracy         the same with its own language model of general English
@@ -34,7 +35,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -70,6 +71,7 @@ LONG_MINUTES: Final = 10
 DIGITS: Final = 200
 """Recorded digits that are put to a model."""
 
+_KNOWN_VOICES = 10
 _LEVEL_DBFS = (-30.0, -20.0)  # Of the user's voice.
 _WAIT_SECONDS = (0.3, 1.5)  # Before a question.
 _MARGIN_SECONDS = 0.2  # Kept around the speech that the recognizer is given.
@@ -159,6 +161,17 @@ def new_speakers(voices: Sequence[Voice]) -> list[Voice]:
     """Those of `voices` that are no variant, accent, pitch or rate of a trained voice."""
     trained = {_speaker(voice) for voice in user_voices("train")} | {_speaker(ASSISTANT)}
     return [voice for voice in voices if _speaker(voice) not in trained]
+
+
+def panel(engines: tuple[str, ...] = ("espeak", "flite")) -> list[Voice]:
+    """Who asks: ten voices of training, spread over its list, and a new speaker of each engine.
+
+    Raises UserError as `user_voices` does.
+    """
+    trained = user_voices("train", engines)
+    known = [trained[i * (len(trained) - 1) // (_KNOWN_VOICES - 1)] for i in range(_KNOWN_VOICES)]
+    new = {voice.engine: voice for voice in reversed(new_speakers(user_voices("heldout", engines)))}
+    return [*dict.fromkeys(known), *(new[engine] for engine in sorted(new))]
 
 
 # --- Asking ---------------------------------------------------------------------------------------
@@ -363,6 +376,7 @@ def evaluate(
     unknown: int = 100,
     conversations: int = 8,
     slots: int = 16,
+    voices: Literal["panel", "heldout"] | str = "panel",
     engines: tuple[str, ...] = ("espeak", "flite"),
     assistant: str = str(ASSISTANT),
     recorded: Path | None = None,
@@ -378,6 +392,7 @@ def evaluate(
         conversations: of ten minutes each, two or more; 0 leaves them out. They take about twice
             as long as all else.
         slots: conversations at a time.
+        voices: who asks, `panel` or all of `user_voices("heldout")`.
         engines: speech engines of the users' voices.
         assistant: the voice of the reference answers.
         recorded: a data folder with recorded digits, of which 200 are put to the model.
@@ -386,10 +401,13 @@ def evaluate(
     Raises:
         UserError: there is no such model, voice or recording, or a speech engine is not installed.
     """
+    if voices not in ("panel", "heldout"):
+        raise UserError(f"voices '{voices}' are unknown; choices: panel, heldout.")
     digits = None
     if recorded is not None:
         digits = recorded_digits(recorded, DIGITS, np.random.default_rng([seed, 2]))
-    users, reference = user_voices("heldout", engines), Voice.parse(assistant)
+    users = panel(engines) if voices == "panel" else user_voices("heldout", engines)
+    reference = Voice.parse(assistant)
     for voice in (*users, reference):
         speak("one", voice)  # An engine that is not installed shows here, not after an hour.
     duplex = load(model)

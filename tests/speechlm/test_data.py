@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -417,6 +418,33 @@ def feeds(folder: Path) -> list[sources.Source]:
         SentenceSource(kind="sentences", path=lines, rows=1),
         InterleavedSource(kind="interleaved", path=folder, rows=2),
     ]
+
+
+class TestQuiz:
+    def asked(self, tokenizer: TextTokenizer, streams: Streams, **options: Any) -> list[str]:
+        config = QuizSource(kind="quiz", rows=1, turns=1, unknown=0, **options)
+        opened = sources.open_source(config, streams, tokenizer, WEIGHTS, 0)
+        return [opened.document(0, number).name for number in range(300)]
+
+    def test_emphasis_makes_a_category_more_frequent(
+        self, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        many = self.asked(tokenizer, streams, emphasis={"counting": 40})
+        few = self.asked(tokenizer, streams)
+        assert sum("ount" in text for text in many) > 180 > 40 > sum("ount" in t for t in few)
+
+    def test_numbers_beyond_the_world_come_from_a_share(
+        self, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        sums = {"plus": 1e6, "minus": 1e6}
+        large = ("fifty", "sixty", "seventy", "eighty", "ninety")
+        for share, least, most in ((0.0, 0, 0), (1.0, 150, 300)):
+            asked = self.asked(tokenizer, streams, emphasis=sums, beyond=share)
+            assert least <= sum(any(n in text.lower() for n in large) for text in asked) <= most
+
+    def test_emphasis_on_no_category_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="emphasis on 'sums'; choices: plus, minus"):
+            QuizSource(kind="quiz", rows=1, emphasis={"sums": 2})
 
 
 class TestPacking:

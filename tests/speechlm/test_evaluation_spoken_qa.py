@@ -23,6 +23,7 @@ from speechlm.evaluation.spoken_qa import (
     chance_scores,
     draw_questions,
     new_speakers,
+    panel,
     speech_of,
 )
 from synth_data import quiz
@@ -69,6 +70,23 @@ def test_ten_voices_and_two_engine_voices_that_were_never_trained():
     assert new_speakers(user_voices("train")) == []
     trained_elsewhere = Voice.parse("espeak:en-us+m5@rate=165,pitch=33")
     assert new_speakers([trained_elsewhere, ASSISTANT]) == []
+
+
+def test_the_panel_is_ten_known_voices_and_two_new_ones():
+    asking = panel()
+    assert len(asking) == len(set(asking)) == 12
+    assert {(voice.engine, voice.name) for voice in new_speakers(asking)} == {
+        ("flite", "kal16"),
+        ("espeak", "en-gb-scotland+steph"),
+    }
+    known = [voice for voice in asking if voice in user_voices("train")]
+    assert len(known) == 10 and {voice.engine for voice in known} == {"espeak", "flite"}
+    assert {voice.engine for voice in panel(("espeak",))} == {"espeak"}
+
+
+def test_who_asks_is_checked_before_anything_is_loaded():
+    with pytest.raises(UserError, match="voices 'all' are unknown; choices: panel, heldout"):
+        spoken_qa.evaluate("none", voices="all")
 
 
 # --- How it is judged -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,6 +94,21 @@ def test_heldout_operands_never_occur_in_training(train: list[Question]) -> None
     pairs = (quiz.MAX_OPERAND + 1) * (quiz.MAX_OPERAND + 2) // 2
     assert len(seen) == pairs - len(quiz.heldout_pairs())
     assert len(quiz.heldout_pairs()) == pytest.approx(0.1 * pairs, abs=1)
+
+
+@pytest.mark.parametrize("category", quiz.BEYOND)
+def test_sums_beyond_the_world_are_right_and_undo_no_heldout_one(category: str) -> None:
+    rng = np.random.default_rng(0)
+    drawn = [quiz.draw_beyond(rng, category) for _ in range(2000)]
+    for q in drawn:
+        a, b = (int(x) for x in re.findall(r"\d+", q.fact))
+        value = a + b if category == "plus" else a - b
+        assert max(a, b) > quiz.MAX_OPERAND and 0 <= value < 100
+        pair = (min(a, b), max(a, b)) if category == "plus" else (min(value, b), max(value, b))
+        assert pair not in quiz.heldout_pairs(), q.fact
+        assert q.answer.lower().endswith(f" is {number_words(value)}.") and score(q.answer, q)
+        assert q.split == "train" and q.category == category
+    assert len({q.fact for q in drawn}) > 1000
 
 
 def test_half_of_heldout_arithmetic_has_heldout_operands(heldout: list[Question]) -> None:
