@@ -72,6 +72,8 @@ class Packing(nn.Module):
         held = (*self.parameters(), *self.buffers())
         self.packed = self.weights() if all(map(_loaded, held)) else None
         self._packed_of = tuple((tensor, _version(tensor)) for tensor in held)
+        if self.packed is not None:
+            import audio_codec.kernels  # noqa: F401  compiled now, not in a conversation's first frame
 
     def weights(self) -> tuple[Any, ...] | None:
         """What a kernel takes of them; None where one is not what it computes with."""
