@@ -18,10 +18,11 @@ from audio_codec.state import State, advance, all_active
 
 
 def lay_out(module: nn.Module) -> None:
-    """Lay the matrices of linear maps out in memory as products of few rows read them fastest.
+    """Make a loaded model ready for products of few rows, as a live stream has them.
 
-    That is with long lines, whichever side of a matrix they are; what it holds and what shape it
-    says it has stay the same.
+    Matrices lie in memory with long lines, whichever side of them that is; what they hold and what
+    shape they say they have stay the same. A `Linear` whose matrix was stored in int8 keeps those
+    numbers beside it, for `kernels`.
     """
     for part in module.modules():
         matrices: list[Tensor] = []
@@ -32,6 +33,104 @@ def lay_out(module: nn.Module) -> None:
         for matrix in matrices:
             if matrix.shape[0] > matrix.shape[1]:
                 matrix.data = matrix.data.T.contiguous().T
+    for part in module.modules():
+        if isinstance(part, Packing):
+            part.pack()
+
+
+_FEW = 16
+"""Rows [B, T] up to which the loops of `kernels` are faster than torch."""
+
+
+def live(x: Tensor) -> bool:
+    """Whether `x` [B, T, C] is what `kernels` are for: few rows of float32 on a CPU, untrained."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() <= _FEW * x.shape[-1]
+        and not torch.is_grad_enabled()
+    )
+
+
+def array(tensor: Tensor) -> Any:
+    """A tensor as `kernels` take it."""
+    return tensor.detach().contiguous().numpy()
+
+
+class Packing(nn.Module):
+    """A layer that `kernels` know of.
+
+    Once packed it holds its weights as they take them, for as long as they stay what they were:
+    a training that goes on from a loaded model takes torch's way.
+    """
+
+    packed: tuple[Any, ...] | None = None
+    _packed_of: tuple[tuple[Tensor, int], ...] = ()
+
+    def pack(self) -> None:
+        """Pack the weights where that is possible."""
+        held = (*self.parameters(), *self.buffers())
+        self.packed = self.weights() if all(map(_loaded, held)) else None
+        self._packed_of = tuple((tensor, _version(tensor)) for tensor in held)
+        if self.packed is not None:
+            import audio_codec.kernels  # noqa: F401  compiled now, not in a conversation's first frame
+
+    def weights(self) -> tuple[Any, ...] | None:
+        """What a kernel takes of them; None where one is not what it computes with."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's weights count their changes anew, so it is packed anew too."""
+        kept = dict(self.__dict__)
+        kept.pop("packed", None)
+        kept.pop("_packed_of", None)
+        return kept
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether a kernel may be given `x` [B, T, C]."""
+        if self.packed is None or not live(x):
+            return False
+        return all(_version(weight) == version for weight, version in self._packed_of)
+
+
+def _loaded(weight: Tensor) -> bool:
+    single = weight.dtype == torch.float32 or not weight.is_floating_point()
+    return single and weight.device.type == "cpu"
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
+def rows_of(linear: nn.Linear) -> tuple[Any, Any, Any] | None:
+    """A matrix as it was stored: rows int8 [N, K], scale [N], bias [N]; None if not in int8."""
+    weight = linear.weight.detach()
+    scale = weight.abs().amax(1) / 127
+    rows = (weight / scale.clamp(min=1e-30)[:, None]).round()
+    if not torch.allclose(rows * scale[:, None], weight, rtol=1e-6, atol=0):
+        return None
+    bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias
+    return array(rows.to(torch.int8)), array(scale), array(bias)
+
+
+class Linear(nn.Linear, Packing):
+    """Torch's linear map; see `lay_out` for what it does with few rows."""
+
+    def weights(self) -> tuple[Any, ...] | None:
+        """The matrix."""
+        return rows_of(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N]."""
+        if not self.takes(x):
+            return super().forward(x)
+        from audio_codec import kernels
+
+        assert self.packed is not None
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        flat = y.numpy().reshape(-1, self.out_features)
+        kernels.dense(array(x).reshape(-1, self.in_features), *self.packed, flat)
+        return y
 
 
 @dataclass(slots=True)
@@ -113,22 +212,42 @@ class DepthwiseConv(nn.Module):
         return TailState(all_active(batch, tail.device), tail)
 
 
-class ConvNeXtBlock(nn.Module):
+class ConvNeXtBlock(Packing):
     """Causal ConvNeXt block (arXiv 2201.03545) with a learned scale on its residual branch."""
 
     def __init__(self, dim: int, kernel: int = 7, expansion: int = 3, scale: float = 0.1) -> None:
         super().__init__()
         self.depthwise = DepthwiseConv(dim, kernel)
         self.norm = nn.LayerNorm(dim)
-        self.up = nn.Linear(dim, expansion * dim)
-        self.down = nn.Linear(expansion * dim, dim)
+        self.up = Linear(dim, expansion * dim)
+        self.down = Linear(expansion * dim, dim)
         self.scale = nn.Parameter(torch.full((dim,), scale))
 
     def forward(self, x: Tensor, state: TailState | None = None) -> Tensor:
         """[B, T, C] → [B, T, C]."""
+        if state is not None and self.takes(x):
+            return self._live(x, state)
         y = self.norm(self.depthwise(x, state))
         y = self.down(F.gelu(self.up(y)))
         return torch.addcmul(x, self.scale.to(x.dtype), y.to(x.dtype))
+
+    def weights(self) -> tuple[Any, ...] | None:
+        """All of the block."""
+        up, down = rows_of(self.up), rows_of(self.down)
+        if up is None or down is None:
+            return None
+        taps, norm = self.depthwise, self.norm
+        vectors = (taps.weight, taps.bias, norm.weight, norm.bias)
+        return (*map(array, vectors), norm.eps, *up, *down, array(self.scale))
+
+    def _live(self, x: Tensor, state: TailState) -> Tensor:
+        from audio_codec import kernels
+
+        assert self.packed is not None
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        tail, active = state.tail.numpy(), state.active.numpy()
+        kernels.convnext(array(x), tail, active, *self.packed, y.numpy())
+        return y
 
     def new_state(self, batch: int) -> TailState:
         """State of a stream that begins in silence."""

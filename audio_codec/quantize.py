@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from audio_codec.layers import Packing, array
 
 
 def entropy_bits(counts: Tensor) -> float:
@@ -231,7 +233,7 @@ class EMAVQ(nn.Module):
         return vectors, codes, loss
 
 
-class ResidualVQ(nn.Module):
+class ResidualVQ(Packing):
     """Quantizers in a row, each coding what those before it left over (arXiv 2107.03312)."""
 
     def __init__(self, dim: int, sizes: Sequence[int], decay: float = 0.99) -> None:
@@ -245,12 +247,27 @@ class ResidualVQ(nn.Module):
         """Forget all but the first `count` levels, 0 … K."""
         assert 0 <= count <= len(self.levels), f"cannot keep {count} of {len(self.levels)} levels"
         self.levels = self.levels[:count]
+        self.packed = None
+
+    def weights(self) -> tuple[Any, ...] | None:
+        """The codebooks, where all are of one size, and the squared norms of their codes."""
+        codebooks = [level.codebook for level in self._typed_levels()]
+        if len({len(codebook) for codebook in codebooks}) != 1:
+            return None
+        stacked = torch.stack(codebooks)
+        return array(stacked), array(stacked.square().sum(-1))
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, T, D] → int64 [B, K, T]."""
         batch, time, dim = x.shape
         codes = x.new_empty(len(self.levels), batch * time, dtype=torch.int64)
         rest = x.reshape(-1, dim)
+        if self.takes(x):
+            from audio_codec import kernels
+
+            assert self.packed is not None
+            kernels.residual_codes(rest.numpy().copy(), *self.packed, codes.numpy())
+            return codes.view(-1, batch, time).transpose(0, 1)
         with torch.autocast(x.device.type, enabled=False):
             for level, found in zip(self._typed_levels(), codes, strict=True):
                 found.copy_(level.search(rest))

@@ -39,7 +39,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
-from audio_codec.layers import ConvNeXtStack, StackState, TailState, with_past
+from audio_codec.layers import ConvNeXtStack, Linear, StackState, TailState, with_past
 from audio_codec.quantize import EMAVQ, ResidualVQ
 from audio_codec.speech_tokenizer import EncoderState as TokenizerState
 from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig
@@ -182,7 +182,7 @@ class Synthesis(nn.Module):
 
 def spectrum_head(dim: int, window: int) -> nn.Sequential:
     """What makes of a hop [..., dim] the log-magnitudes and phases that `Synthesis` takes."""
-    spectrum = nn.Linear(dim, window + 2)
+    spectrum = Linear(dim, window + 2)
     # Start near silence: the log-magnitudes of speech lie well below 0.
     bins = window // 2 + 1
     nn.init.normal_(spectrum.weight, std=0.02)
@@ -206,7 +206,7 @@ class SemanticVQ(nn.Module):
 
     def __init__(self, width: int, config: SemanticConfig) -> None:
         super().__init__()
-        self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.dim))
+        self.project = nn.Sequential(nn.LayerNorm(width), Linear(width, config.dim))
         self.vq = EMAVQ(config.dim, config.size)
 
     def encode(self, hidden: Tensor) -> Tensor:
@@ -240,30 +240,28 @@ class SpectralCodec(nn.Module):
         self.codes_frozen = False
         self.tokenizer = SpeechTokenizer(config.tokenizer) if config.semantic is None else None
         self.analysis = Analysis(config.window)
-        self.front_in = nn.Linear(self.analysis.features, config.encoder_dim)
+        self.front_in = Linear(self.analysis.features, config.encoder_dim)
         self.front = ConvNeXtStack(config.encoder_dim, config.encoder_blocks)
-        self.down = nn.Linear(HOPS * config.encoder_dim, config.encoder_latent_dim)
+        self.down = Linear(HOPS * config.encoder_dim, config.encoder_latent_dim)
         self.latent = ConvNeXtStack(
             config.encoder_latent_dim, config.encoder_latent_blocks, kernel=5
         )
         self.to_latent = nn.Sequential(
             nn.LayerNorm(config.encoder_latent_dim),
-            nn.Linear(config.encoder_latent_dim, config.latent),
+            Linear(config.encoder_latent_dim, config.latent),
         )
         if config.semantic is not None:
             self.semantic_vq = SemanticVQ(config.encoder_latent_dim, config.semantic)
             numbers = config.semantic.dim
         else:
             numbers = config.tokenizer.numbers
-        self.semantic = nn.Sequential(
-            nn.Linear(numbers, 256), nn.GELU(), nn.Linear(256, config.latent)
-        )
+        self.semantic = nn.Sequential(Linear(numbers, 256), nn.GELU(), Linear(256, config.latent))
         self.quantizer = ResidualVQ(config.latent, config.codebooks)
-        self.from_latent = nn.Linear(config.latent, config.decoder_latent_dim)
+        self.from_latent = Linear(config.latent, config.decoder_latent_dim)
         self.decoder_latent = ConvNeXtStack(
             config.decoder_latent_dim, config.decoder_latent_blocks, kernel=5
         )
-        self.up = nn.Linear(config.decoder_latent_dim, HOPS * config.decoder_dim)
+        self.up = Linear(config.decoder_latent_dim, HOPS * config.decoder_dim)
         self.back = ConvNeXtStack(config.decoder_dim, config.decoder_blocks)
         self.head = spectrum_head(config.decoder_dim, config.window)
         self.synthesis = Synthesis(config.window)

@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, LogMel, LogMelState
 from audio_codec.errors import UserError
-from audio_codec.layers import ConvNeXtStack, StackState
+from audio_codec.layers import ConvNeXtStack, Linear, StackState
 from audio_codec.quantize import EMAVQ, FSQ
 from audio_codec.state import State, all_active
 from audio_codec.transformer import Transformer, TransformerConfig, TransformerState
@@ -234,10 +234,10 @@ class SpeechTokenizer(nn.Module):
         self.mel: LogMel | PublicMel
         if config.whisper is None:
             self.mel = LogMel(n_mels=config.mels)
-            self.front_in = nn.Linear(config.mels, config.front_dim)
+            self.front_in = Linear(config.mels, config.front_dim)
             self.front = ConvNeXtStack(config.front_dim, config.front_blocks)
             self._stacked = MEL_RATE // config.encoder_rate
-            self.stack = nn.Linear(self._stacked * config.front_dim, config.dim)
+            self.stack = Linear(self._stacked * config.front_dim, config.dim)
         else:
             public = config.whisper.public_features
             self.mel = PublicMel(config.mels) if public else LogMel(n_mels=config.mels)
@@ -247,10 +247,10 @@ class SpeechTokenizer(nn.Module):
         self.pooled: Transformer | None = None
         if config.layers_pooled:
             if config.pooling == "linear":
-                self.pool, width = nn.Linear(width, config.dim), config.dim
+                self.pool, width = Linear(width, config.dim), config.dim
             self.pooled = Transformer(self._transformer(config.layers_pooled, config.rate))
         projected = config.bottleneck == "fsq" or config.code_dim is not None
-        self.to_bottleneck = nn.Linear(width, config.numbers) if projected else nn.Identity()
+        self.to_bottleneck = Linear(width, config.numbers) if projected else nn.Identity()
         self.quantizer: FSQ | EMAVQ
         if config.bottleneck == "fsq":
             self.quantizer = FSQ(config.levels)
@@ -267,7 +267,7 @@ class SpeechTokenizer(nn.Module):
             self.after = Transformer(self._transformer(config.layers_after, config.rate, last=True))
         self.head: nn.Linear | None = None
         if config.ctc:
-            self.head = nn.Linear(config.dim, self.per_code * (len(ALPHABET) + 1))
+            self.head = Linear(config.dim, self.per_code * (len(ALPHABET) + 1))
         self.decoder: TextDecoder | None = None
         if config.decoder is not None:
             pieces = config.decoder.vocabulary or len(ALPHABET) + 1

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_va
 from torch import Tensor, nn
 
 from audio_codec.attention import Documents, attend, attend_documents
+from audio_codec.layers import Linear, Packing, array, rows_of
 from audio_codec.state import State, all_active
 
 
@@ -268,7 +269,7 @@ class TransformerState(State):
     offset: Tensor  # [B] int64
 
 
-@dataclass(slots=True)
+@dataclass
 class _Positions:
     """What every layer of one forward shares, computed once."""
 
@@ -281,6 +282,15 @@ class _Positions:
     memory: Tensor | None = None  # [B, N, E]
     memory_mask: Tensor | None = None  # [B, 1, 1, N] True may be seen
 
+    @functools.cached_property
+    def live(self) -> tuple[Any, Any, Any]:
+        """For `kernels.block`: turns [B, T, D/2], what is seen [B, T, R], ring entries [B, T]."""
+        assert self.mask is not None and self.slots is not None, "a live stream has a state"
+        turns = self.rotation
+        if turns is None:
+            turns = torch.empty(0, 0, 1, 0, dtype=torch.complex64)
+        return array(turns.squeeze(2)), array(self.mask.squeeze(1)), array(self.slots[1])
+
 
 class Attention(nn.Module):
     """Multi-head self-attention with an optional ring cache."""
@@ -290,12 +300,12 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
         self.head_dim = config.head_size
-        self.qkv = nn.Linear(
+        self.qkv = Linear(
             config.dim,
             (self.heads + 2 * self.kv_heads) * self.head_dim,
             bias=config.bias or config.qkv_bias,
         )
-        self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=config.bias)
+        self.out = Linear(self.heads * self.head_dim, config.dim, bias=config.bias)
         self.query_norm: nn.RMSNorm | None = None
         self.key_norm: nn.RMSNorm | None = None
         if config.qk_norm:
@@ -351,9 +361,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         assert config.memory is not None, "there is no memory to attend to"
         self.heads = config.heads
-        self.query = nn.Linear(config.dim, config.dim, bias=config.bias)
-        self.kv = nn.Linear(config.memory, 2 * config.dim, bias=config.bias)
-        self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
+        self.query = Linear(config.dim, config.dim, bias=config.bias)
+        self.kv = Linear(config.memory, 2 * config.dim, bias=config.bias)
+        self.out = Linear(config.dim, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         """[B, T, C], [B, N, E], bool [B, 1, 1, N] → [B, T, C]."""
@@ -371,8 +381,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = config.gated
         up = config.mlp_hidden * (2 if config.gated else 1)
-        self.up = nn.Linear(config.dim, up, bias=config.bias)
-        self.down = nn.Linear(config.mlp_hidden, config.dim, bias=config.bias)
+        self.up = Linear(config.dim, up, bias=config.bias)
+        self.down = Linear(config.mlp_hidden, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] → [..., C]."""
@@ -385,7 +395,7 @@ class MLP(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
-class Block(nn.Module):
+class Block(Packing):
     """One pre-norm transformer block."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -407,6 +417,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, where: _Positions, state: AttentionState | None) -> Tensor:
         """[B, T, C] → [B, T, C]."""
+        if state is not None and self.takes(x) and not self.training:
+            return self._live(x, where, state)
         y = self.attention(self.attention_norm(x), where, state)
         x = x + self.dropout(y if self.scales is None else y * self.scales[0])
         if self.cross is not None:
@@ -414,6 +426,35 @@ class Block(nn.Module):
             x = x + self.dropout(self.cross(self.cross_norm(x), where.memory, where.memory_mask))
         y = self.mlp(self.mlp_norm(x))
         return x + self.dropout(y if self.scales is None else y * self.scales[1])
+
+    def weights(self) -> tuple[Any, ...] | None:
+        """All of the block, where it has no more than `kernels.block` knows of."""
+        special = (self.cross, self.scales, self.attention.query_norm)
+        matrices = (self.attention.qkv, self.attention.out, self.mlp.up, self.mlp.down)
+        rows = [found for matrix in matrices if (found := rows_of(matrix)) is not None]
+        if any(part is not None for part in special) or len(rows) < len(matrices):
+            return None
+        vectors = []
+        for norm in (self.attention_norm, self.mlp_norm):
+            assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
+            centered = isinstance(norm, nn.LayerNorm)
+            bias = norm.bias if isinstance(norm, nn.LayerNorm) else torch.zeros_like(norm.weight)
+            vectors.append((array(norm.weight), array(bias)))
+        heads, gated, eps = self.attention.heads, self.mlp.gated, norm.eps
+        return (
+            *(heads, gated, centered, eps),
+            *(*vectors[0], *rows[0], *rows[1]),
+            *(*vectors[1], *rows[2], *rows[3]),
+        )
+
+    def _live(self, x: Tensor, where: _Positions, state: AttentionState) -> Tensor:
+        from audio_codec import kernels
+
+        assert self.packed is not None
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        rings = state.key.numpy(), state.value.numpy()
+        kernels.block(array(x), *where.live, *rings, *self.packed, y.numpy())
+        return y
 
 
 class Transformer(nn.Module):

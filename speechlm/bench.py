@@ -150,7 +150,9 @@ class MoshiPeer(SpeechLM):
         assert batch.segments is None, "the peer knows no documents"
         streams, depth = self.streams, self.depth
         hidden = self.body(inputs_embeds=self.embed(batch.inputs)).last_hidden_state
-        heads = [(self.text_head, streams.text_index, losses.text)]
+        heads: list[tuple[nn.Linear, int, float]] = [
+            (self.text_head, streams.text_index, losses.text)
+        ]
         if self.heard_head is not None:
             heads.append((self.heard_head, streams.heard_index, losses.heard))
         total = hidden.new_zeros(())

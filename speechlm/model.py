@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from audio_codec.layers import Linear
 from audio_codec.sampling import Sampling
 from audio_codec.transformer import Transformer, TransformerConfig, TransformerState
 from speechlm.streams import ABSENT, EPAD, PAD, Streams
@@ -273,7 +274,7 @@ class DepthModel(nn.Module):
         super().__init__()
         streams, dim = config.streams, config.depth.dim
         self.k = streams.k
-        self.inputs = nn.Linear(config.temporal.dim, self.k * dim, bias=False)
+        self.inputs = Linear(config.temporal.dim, self.k * dim, bias=False)
         self.text = TokenEmbedding(((streams.text_size,),), dim, std=0.3)
         # The last codebook is fed to no step.
         self.codes = TokenEmbedding(streams.codebooks[:-1], dim, std=0.3) if self.k > 1 else None
@@ -338,12 +339,12 @@ class SpeechLM(nn.Module):
         # Random signs: the two roles start orthogonal and of equal size.
         self.user_role = nn.Parameter(torch.randint(0, 2, (dim,)) * 2.0 - 1)
         self.temporal = Transformer(config.temporal)
-        self.text_head = nn.Linear(dim, streams.text_size, bias=False)
+        self.text_head = Linear(dim, streams.text_size, bias=False)
         self.heard_role: nn.Parameter | None = None
-        self.heard_head: nn.Linear | None = None
+        self.heard_head: Linear | None = None
         if streams.heard:
             self.heard_role = nn.Parameter(torch.randint(0, 2, (dim,)) * 2.0 - 1)
-            self.heard_head = nn.Linear(dim, streams.text_size, bias=False)
+            self.heard_head = Linear(dim, streams.text_size, bias=False)
         self.depth = DepthModel(config)
 
     def embed(self, columns: Tensor) -> Tensor:
