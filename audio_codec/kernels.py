@@ -188,6 +188,45 @@ def convnext(
 
 @_compiled(
     numba.void(
+        *(numba.int64[::1], numba.boolean[::1], _i, _i, numba.float64[::1]),
+        *(numba.complex64[:, :, ::1], numba.boolean[:, :, ::1], numba.int64[:, ::1]),
+    )
+)
+def positions(
+    offset: Any,
+    active: Any,
+    window: Any,
+    ahead: Any,
+    frequencies: Any,
+    turns: Any,
+    seen: Any,
+    entries: Any,
+) -> None:
+    """Where the next T positions of each slot stand; offset [B] moves on where active.
+
+    `ahead` is the size of a block that sees its own end, `frequencies` [D / 2] radians a position
+    → turns [B, T, D / 2], seen [B, T, R], entries [B, T].
+    """
+    batch, time, ring = seen.shape
+    for b in range(batch):
+        last = offset[b] + time - 1
+        for t in range(time):
+            now = offset[b] + t
+            entries[b, t] = now % ring
+            for d in range(len(frequencies)):
+                angle = now * frequencies[d]  # in float64, as in `rotary`
+                turns[b, t, d] = complex(math.cos(angle), math.sin(angle))
+            end = now + ahead - 1 - now % ahead
+            for r in range(ring):
+                # Entry r holds the newest position ≤ last that is r modulo R; negative: nothing.
+                held = last - (last - r) % ring
+                seen[b, t, r] = held >= 0 and now - window < held and held <= end
+        if active[b]:
+            offset[b] += time
+
+
+@_compiled(
+    numba.void(
         *(_m, numba.complex64[:, :, ::1], numba.boolean[:, :, ::1], numba.int64[:, ::1]),
         *(_f[:, :, :, ::1], _f[:, :, :, ::1], _i, _m),
     )

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
@@ -269,7 +270,7 @@ class TransformerState(State):
     offset: Tensor  # [B] int64
 
 
-@dataclass
+@dataclass(slots=True)
 class _Positions:
     """What every layer of one forward shares, computed once."""
 
@@ -281,15 +282,6 @@ class _Positions:
     window: int | None = None  # of that kernel
     memory: Tensor | None = None  # [B, N, E]
     memory_mask: Tensor | None = None  # [B, 1, 1, N] True may be seen
-
-    @functools.cached_property
-    def live(self) -> tuple[Any, Any, Any]:
-        """For `kernels.block`: turns [B, T, D/2], what is seen [B, T, R], ring entries [B, T]."""
-        assert self.mask is not None and self.slots is not None, "a live stream has a state"
-        turns = self.rotation
-        if turns is None:
-            turns = torch.empty(0, 0, 1, 0, dtype=torch.complex64)
-        return array(turns.squeeze(2)), array(self.mask.squeeze(1)), array(self.slots[1])
 
 
 class Attention(nn.Module):
@@ -417,8 +409,6 @@ class Block(Packing):
 
     def forward(self, x: Tensor, where: _Positions, state: AttentionState | None) -> Tensor:
         """[B, T, C] → [B, T, C]."""
-        if state is not None and self.takes(x) and not self.training:
-            return self._live(x, where, state)
         y = self.attention(self.attention_norm(x), where, state)
         x = x + self.dropout(y if self.scales is None else y * self.scales[0])
         if self.cross is not None:
@@ -447,13 +437,15 @@ class Block(Packing):
             *(*vectors[1], *rows[2], *rows[3]),
         )
 
-    def _live(self, x: Tensor, where: _Positions, state: AttentionState) -> Tensor:
+    def live(self, x: Tensor, where: tuple[Any, Any, Any], state: AttentionState) -> Tensor:
+        """`forward` where `takes` holds; `where` as `kernels.positions` fills it in."""
         from audio_codec import kernels
 
         assert self.packed is not None
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        rings = state.key.numpy(), state.value.numpy()
-        kernels.block(array(x), *where.live, *rings, *self.packed, y.numpy())
+        kernels.block(
+            array(x), *where, state.key.numpy(), state.value.numpy(), *self.packed, y.numpy()
+        )
         return y
 
 
@@ -499,6 +491,8 @@ class Transformer(nn.Module):
             # A frozen row's input is whatever lies in the buffer. A NaN of it would enter the ring,
             # and a mask keeps no NaN out (0 · NaN is NaN).
             x = x.masked_fill(~state.active.view(-1, 1, 1), 0)
+            if clock is None and self._takes(x, state):
+                return self._live(x, state)
         where = self._offline(x, segments) if state is None else self._streaming(x, state)
         if clock is not None:
             where.rotation = self._rotation(clock)
@@ -510,6 +504,36 @@ class Transformer(nn.Module):
             x = block(x, where, None if state is None else state.layers[index])
         if state is not None:
             state.offset.add_(state.active * x.shape[1])
+        return self.norm(x)
+
+    def _takes(self, x: Tensor, state: TransformerState) -> bool:
+        blocks = cast("Sequence[Block]", self.blocks)
+        exact = state.layers[0].key.dtype == torch.float32
+        return exact and not self.training and all(block.takes(x) for block in blocks)
+
+    def _live(self, x: Tensor, state: TransformerState) -> Tensor:
+        from audio_codec import kernels
+
+        config, (batch, time, _) = self.config, x.shape
+        ring = state.layers[0].key.shape[2]
+        self._check(time, ring)
+        assert config.window is not None
+        turning = np.empty(0)
+        if config.rope:
+            chosen = (config.head_size, config.rope_theta, config.rope_frequencies)
+            turning = _turns(*chosen, x.device).numpy()
+        where = (
+            np.empty((batch, time, len(turning)), np.complex64),
+            np.empty((batch, time, ring), np.bool_),
+            np.empty((batch, time), np.int64),
+        )
+        kernels.positions(
+            *(state.offset.numpy(), state.active.numpy()),
+            *(config.window, config.block, turning),
+            *where,
+        )
+        for block, layer in zip(cast("Sequence[Block]", self.blocks), state.layers, strict=True):
+            x = block.live(x, where, layer)
         return self.norm(x)
 
     def new_state(
@@ -576,12 +600,16 @@ class Transformer(nn.Module):
         causal = self.config.causal and not blocks
         return _Positions(self._rotation(positions), mask, causal, None, documents, window)
 
-    def _streaming(self, x: Tensor, state: TransformerState) -> _Positions:
-        time, ring = x.shape[1], state.layers[0].key.shape[2]
+    def _check(self, time: int, ring: int) -> None:
         assert self.config.window is not None
         # A ring smaller than the window holds its whole stream.
         limit = ring if ring < self.config.window else ring - self.config.window + 1
         assert time <= limit, f"a chunk of {time} positions, but the state was made for {limit}"
+
+    def _streaming(self, x: Tensor, state: TransformerState) -> _Positions:
+        time, ring = x.shape[1], state.layers[0].key.shape[2]
+        self._check(time, ring)
+        assert self.config.window is not None
         now = state.offset[:, None] + torch.arange(time, device=x.device)  # [B, T] query positions
         last = now[:, -1:]
         entry = torch.arange(ring, device=x.device)  # [R]
