@@ -6,7 +6,7 @@ than a small `Conv1d`; a depthwise convolution becomes one multiply-add a tap.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,7 +38,7 @@ def lay_out(module: nn.Module) -> None:
             part.pack()
 
 
-_FEW = 16
+_FEW = 64
 """Rows [B, T] up to which the loops of `kernels` are faster than torch."""
 
 
@@ -65,13 +65,16 @@ class Packing(nn.Module):
     """
 
     packed: tuple[Any, ...] | None = None
-    _packed_of: tuple[tuple[Tensor, int], ...] = ()
+    _packed_of: Sequence[Tensor] = ()
+    _versions: Sequence[int] = ()
 
     def pack(self) -> None:
         """Pack the weights where that is possible."""
         held = (*self.parameters(), *self.buffers())
         self.packed = self.weights() if all(map(_loaded, held)) else None
-        self._packed_of = tuple((tensor, _version(tensor)) for tensor in held)
+        # Tensors of inference mode count no versions: nothing changes them any more.
+        self._packed_of = [tensor for tensor in held if not tensor.is_inference()]
+        self._versions = [tensor._version for tensor in self._packed_of]
         if self.packed is not None:
             import audio_codec.kernels  # noqa: F401  compiled now, not in a conversation's first frame
 
@@ -82,24 +85,20 @@ class Packing(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy's weights count their changes anew, so it is packed anew too."""
         kept = dict(self.__dict__)
-        kept.pop("packed", None)
-        kept.pop("_packed_of", None)
+        for name in ("packed", "_packed_of", "_versions"):
+            kept.pop(name, None)
         return kept
 
     def takes(self, x: Tensor) -> bool:
         """Whether a kernel may be given `x` [B, T, C]."""
         if self.packed is None or not live(x):
             return False
-        return all(_version(weight) == version for weight, version in self._packed_of)
+        return [tensor._version for tensor in self._packed_of] == self._versions
 
 
 def _loaded(weight: Tensor) -> bool:
     single = weight.dtype == torch.float32 or not weight.is_floating_point()
     return single and weight.device.type == "cpu"
-
-
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
 
 
 def rows_of(linear: nn.Linear) -> tuple[Any, Any, Any] | None:
