@@ -72,7 +72,7 @@ class Packing(nn.Module):
         """Pack the weights where that is possible."""
         held = (*self.parameters(), *self.buffers())
         self.packed = self.weights() if all(map(_loaded, held)) else None
-        # Tensors of inference mode count no versions: nothing changes them any more.
+        # Tensors of inference mode count no versions, and no training can change them.
         self._packed_of = [tensor for tensor in held if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._packed_of]
         if self.packed is not None:
