@@ -37,7 +37,7 @@ def _compiled(signature: Any) -> Callable[[Any], Any]:
         options: dict[str, Any] = {"fastmath": _MATH, "nogil": True, "error_model": "numpy"}
         try:
             return numba.njit(signature, cache=True, **options)(function)
-        except RuntimeError:  # there is no folder that it may write to
+        except (RuntimeError, OSError):  # no folder that it may write to, or it is full
             return numba.njit(signature, **options)(function)
 
     return compile_

@@ -6,9 +6,9 @@ than a small `Conv1d`; a depthwise convolution becomes one multiply-add a tap.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ def lay_out(module: nn.Module) -> None:
         for matrix in matrices:
             if matrix.shape[0] > matrix.shape[1]:
                 matrix.data = matrix.data.T.contiguous().T
-    for part in module.modules():
+    for part in reversed(list(module.modules())):  # a block packs what its matrices have packed
         if isinstance(part, Packing):
             part.pack()
 
@@ -60,8 +60,9 @@ def array(tensor: Tensor) -> Any:
 class Packing(nn.Module):
     """A layer that `kernels` know of.
 
-    Once packed it holds its weights as they take them, for as long as they stay what they were:
-    a training that goes on from a loaded model takes torch's way.
+    Once packed it holds its weights as they take them, until they change or are about to: who
+    trains a loaded model, moves it, or puts an adapter on it, gets torch's way until it is laid out
+    anew. So does a copy.
     """
 
     packed: tuple[Any, ...] | None = None
@@ -70,9 +71,10 @@ class Packing(nn.Module):
 
     def pack(self) -> None:
         """Pack the weights where that is possible."""
-        held = (*self.parameters(), *self.buffers())
+        held = self._held()
+        self.packed = None
         self.packed = self.weights() if all(map(_loaded, held)) else None
-        # Tensors of inference mode count no versions, and no training can change them.
+        # Tensors of inference mode count no versions.
         self._packed_of = [tensor for tensor in held if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._packed_of]
         if self.packed is not None:
@@ -82,18 +84,42 @@ class Packing(nn.Module):
         """What a kernel takes of them; None where one is not what it computes with."""
         raise NotImplementedError
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy's weights count their changes anew, so it is packed anew too."""
-        kept = dict(self.__dict__)
-        for name in ("packed", "_packed_of", "_versions"):
-            kept.pop(name, None)
-        return kept
-
     def takes(self, x: Tensor) -> bool:
         """Whether a kernel may be given `x` [B, T, C]."""
         if self.packed is None or not live(x):
             return False
         return [tensor._version for tensor in self._packed_of] == self._versions
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; a fused optimizer changes weights without counting versions."""
+        if mode:
+            self.packed = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `to`, `double` and their like come through here, also where there is nothing to do.
+        before = [(id(tensor), tensor.data_ptr()) for tensor in self._held()]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if before != [(id(tensor), tensor.data_ptr()) for tensor in self._held()]:
+            self.packed = None
+        return self
+
+    def _held(self) -> list[Tensor]:
+        return [*self.parameters(), *self.buffers()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not packed: its weights count their changes anew."""
+        kept = dict(self.__dict__)
+        for name in ("packed", "_packed_of", "_versions"):
+            kept.pop(name, None)
+        return kept
+
+
+def unpack(module: nn.Module) -> None:
+    """Undo the packing of `lay_out`, before something that no version tells of."""
+    for part in module.modules():
+        if isinstance(part, Packing):
+            part.packed = None
 
 
 def _loaded(weight: Tensor) -> bool:
@@ -101,8 +127,15 @@ def _loaded(weight: Tensor) -> bool:
     return single and weight.device.type == "cpu"
 
 
-def rows_of(linear: nn.Linear) -> tuple[Any, Any, Any] | None:
-    """A matrix as it was stored: rows int8 [N, K], scale [N], bias [N]; None if not in int8."""
+def rows_of(linear: nn.Module) -> tuple[Any, ...] | None:
+    """A matrix as it was stored: rows int8 [N, K], scale [N], bias [N].
+
+    None if that was not in int8, or it is more than a matrix (one with an adapter).
+    """
+    if type(linear) is not Linear:
+        return None
+    if linear.packed is not None:
+        return linear.packed
     weight = linear.weight.detach()
     scale = weight.abs().amax(1) / 127
     rows = (weight / scale.clamp(min=1e-30)[:, None]).round()
@@ -125,7 +158,7 @@ class Linear(nn.Linear, Packing):
             return super().forward(x)
         from audio_codec import kernels
 
-        assert self.packed is not None
+        assert self.packed is not None and x.shape[-1] == self.in_features, x.shape
         y = x.new_empty(*x.shape[:-1], self.out_features)
         flat = y.numpy().reshape(-1, self.out_features)
         kernels.dense(array(x).reshape(-1, self.in_features), *self.packed, flat)
@@ -243,6 +276,7 @@ class ConvNeXtBlock(Packing):
         from audio_codec import kernels
 
         assert self.packed is not None
+        assert (x.shape[0], x.shape[2]) == (state.batch, len(self.scale)), x.shape
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         tail, active = state.tail.numpy(), state.active.numpy()
         kernels.convnext(array(x), tail, active, *self.packed, y.numpy())

@@ -514,7 +514,8 @@ class Transformer(nn.Module):
     def _live(self, x: Tensor, state: TransformerState) -> Tensor:
         from audio_codec import kernels
 
-        config, (batch, time, _) = self.config, x.shape
+        config, (batch, time, width) = self.config, x.shape
+        assert (batch, width) == (state.batch, config.dim), x.shape
         ring = state.layers[0].key.shape[2]
         self._check(time, ring)
         assert config.window is not None

@@ -109,9 +109,9 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> Duplex
     Raises UserError when there is no such model or it is broken.
     """
     model, tokenizer = load_lm(name_or_path)
-    lay_out(model)
+    lay_out(model.to(device))
     codec = load_codec(find_codec(name_or_path))
-    return Duplex(codec.to(device), model.to(device).requires_grad_(False), tokenizer)
+    return Duplex(codec.to(device), model.requires_grad_(False), tokenizer)
 
 
 def save(

@@ -26,6 +26,7 @@ from torch import nn
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.errors import UserError
+from audio_codec.layers import unpack
 from speechlm.model import SpeechLM
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def attach(model: SpeechLM, config: LoraConfig, base: str) -> PeftModel:
     `base`: the checkpoint that the model was loaded from. Raises UserError without `peft`.
     """
     peft = _peft()
+    unpack(model)
     wanted = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha * config.rank,
@@ -100,6 +102,7 @@ def load(model: SpeechLM, path: Path) -> PeftModel:
     Raises UserError without `peft`, and when the adapter is broken or for another model.
     """
     peft = _peft()
+    unpack(model)
     wanted = set(checkpoints.read_weights(path / _WEIGHTS))
     try:
         adapted = peft.PeftModel.from_pretrained(_held(model), str(path))
@@ -120,6 +123,7 @@ def merge(adapted: PeftModel) -> SpeechLM:
     merged: Any = adapted.merge_and_unload()
     model = merged["lm"]
     assert isinstance(model, SpeechLM)
+    unpack(model)
     return model
 
 

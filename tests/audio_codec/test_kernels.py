@@ -212,3 +212,50 @@ class TestPacking:
                 atol=0.02,
             )
         assert len(calls) == 2
+
+    @pytest.mark.parametrize("how", ["a step of training", "another type and back", "train"])
+    def test_what_no_version_tells_of_unpacks(self, how: str) -> None:
+        stack = as_stored(ConvNeXtStack(8, 1))
+        lay_out(stack)
+        block = stack.blocks[0]  # type: ignore[union-attr, index]
+        assert block.packed is not None
+        stack.to("cpu")  # where it is already
+        assert block.packed is not None
+        if how == "a step of training":
+            stack.requires_grad_(True).train()
+            x = torch.randn(1, 4, 8)
+            stack(x).square().sum().backward()
+            torch.optim.AdamW(stack.parameters(), lr=0.1, fused=True).step()
+            stack.eval()
+        elif how == "train":
+            stack.train().eval()
+        else:
+            stack.double().float()
+        assert not any(m.packed for m in stack.modules() if isinstance(m, Packing))
+
+    def test_a_matrix_with_more_to_it_is_not_packed(self) -> None:
+        class Adapted(Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) + 1
+
+        block = as_stored(ConvNeXtBlock(8))
+        block.up = Adapted(8, 24)
+        lay_out(as_stored(block))
+        assert block.packed is None
+        x = torch.randn(1, 1, 8)
+        with torch.inference_mode():
+            live = block(x, block.new_state(1))  # type: ignore[operator]
+            torch.testing.assert_close(live, block(x))
+
+    def test_wrong_shapes_are_refused_before_a_loop_runs_past_them(self) -> None:
+        linear, stack = as_stored(Linear(6, 4)), as_stored(ConvNeXtStack(8, 1))
+        config = TransformerConfig(dim=8, layers=1, heads=2, window=4)
+        transformer = as_stored(Transformer(config))
+        for module in (linear, stack, transformer):
+            lay_out(module)
+        with torch.inference_mode():
+            with pytest.raises(AssertionError, match="12"):
+                linear(torch.randn(1, 12))
+            for module in (stack, transformer):
+                with pytest.raises(AssertionError, match="2, 1, 8"):
+                    module(torch.randn(2, 1, 8), module.new_state(1))  # type: ignore[operator]

@@ -13,9 +13,9 @@ from hf import write as write_hf
 from small import CODEC, small_codec
 from typer.testing import CliRunner
 
-from audio_codec import checkpoint
+from audio_codec import checkpoint, layers
 from audio_codec.errors import UserError
-from speechlm import convert
+from speechlm import convert, lora
 from speechlm.cli import app
 from speechlm.config import build as build_config
 from speechlm.config import load_config
@@ -167,6 +167,36 @@ def test_an_adapter_is_saved_served_and_merged(runs: Path, made: Path, tmp_path:
         pcm = torch.linspace(-0.1, 0.1, 1920).view(1, 1, -1)
         sounds.append(torch.cat([duplex.step(pcm, state).pcm for _ in range(6)]))
     assert torch.allclose(*sounds, atol=1e-4)
+
+
+def test_an_adapter_of_a_base_in_int8_is_heard_in_live_frames(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    base = tmp_path / "base"
+    whole, tokenizer = convert.load_lm(runs / "duplex" / "lm")
+    codec = str(convert.codec_folder(runs / "duplex" / "lm"))
+    whole.config = whole.config.model_copy(update={"codec": codec})
+    convert.save(base, whole, tokenizer, dtype="int8")
+    model = convert.load_lm(base)[0]
+    adapted = lora.attach(model, lora.LoraConfig(), str(base))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    lora.save(tmp_path / "adapter", adapted, {})
+
+    def streamed(folder: Path) -> torch.Tensor:
+        duplex = convert.load(folder)
+        state = duplex.model.new_state(1)
+        columns = torch.zeros(1, duplex.model.streams.count, 1, dtype=torch.long)
+        with torch.inference_mode():
+            return torch.cat([duplex.model(columns, state) for _ in range(4)], dim=1)
+
+    live, plain = streamed(tmp_path / "adapter"), streamed(base)
+    monkeypatch.setattr(layers, "_FEW", 0)
+    torch.testing.assert_close(live, streamed(tmp_path / "adapter"), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(live, plain, atol=0.01)
 
 
 def test_an_adapter_resumes_to_the_same_numbers(runs: Path, made: Path, tmp_path: Path) -> None:
