@@ -6,6 +6,7 @@ than a small `Conv1d`; a depthwise convolution becomes one multiply-add a tap.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -57,7 +58,7 @@ def array(tensor: Tensor) -> Any:
     return tensor.detach().contiguous().numpy()
 
 
-class Packing(nn.Module):
+class Packing(nn.Module, ABC):
     """A layer that `kernels` know of.
 
     Once packed it holds its weights as they take them, until they change or are about to: who
@@ -80,9 +81,9 @@ class Packing(nn.Module):
         if self.packed is not None:
             import audio_codec.kernels  # noqa: F401  compiled now, not in a conversation's first frame
 
+    @abstractmethod
     def weights(self) -> tuple[Any, ...] | None:
         """What a kernel takes of them; None where one is not what it computes with."""
-        raise NotImplementedError
 
     def takes(self, x: Tensor) -> bool:
         """Whether a kernel may be given `x` [B, T, C]."""

@@ -27,7 +27,9 @@ def as_stored(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def both_ways(module: nn.Module, chunks: list[Tensor], active: list[Tensor] | None = None) -> None:
+def assert_same_both_ways(
+    module: nn.Module, chunks: list[Tensor], active: list[Tensor] | None = None
+) -> None:
     """A stream of chunks, compiled and by torch: the same numbers, and the same state after it."""
     lay_out(module)
     ways = []
@@ -97,7 +99,7 @@ def test_convnext_is_torchs_for_any_chunks_and_frozen_rows(data: st.DataObject) 
     sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=6))
     chunks = [torch.randn(batch, size, dim) for size in sizes]
     active = [torch.rand(batch) < 0.7 for _ in sizes]
-    both_ways(as_stored(ConvNeXtStack(dim, 2, kernel)), chunks, active)
+    assert_same_both_ways(as_stored(ConvNeXtStack(dim, 2, kernel)), chunks, active)
 
 
 @given(st.data())
@@ -123,7 +125,7 @@ def test_a_block_is_torchs_past_every_wrap_of_its_ring(data: st.DataObject) -> N
         sizes = [config.block] * len(sizes)
     chunks = [torch.randn(batch, size, 16) for size in sizes]
     active = [torch.rand(batch) < 0.7 for _ in sizes]
-    both_ways(as_stored(Transformer(config)), chunks, active)
+    assert_same_both_ways(as_stored(Transformer(config)), chunks, active)
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 99))
