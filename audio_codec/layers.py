@@ -22,8 +22,8 @@ def lay_out(module: nn.Module) -> None:
     """Make a loaded model ready for products of few rows, as a live stream has them.
 
     Matrices lie in memory with long lines, whichever side of them that is; what they hold and what
-    shape they say they have stay the same. A `Linear` whose matrix was stored in int8 keeps those
-    numbers beside it, for `kernels`.
+    shape they say they have stay the same. Layers that `kernels` know of pack their weights for
+    them, where matrices were stored in int8.
     """
     for part in module.modules():
         matrices: list[Tensor] = []
@@ -43,7 +43,7 @@ _FEW = 64
 """Rows [B, T] up to which the loops of `kernels` are faster than torch."""
 
 
-def live(x: Tensor) -> bool:
+def _few_rows(x: Tensor) -> bool:
     """Whether `x` [B, T, C] is what `kernels` are for: few rows of float32 on a CPU, untrained."""
     return (
         x.dtype == torch.float32
@@ -87,7 +87,7 @@ class Packing(nn.Module, ABC):
 
     def takes(self, x: Tensor) -> bool:
         """Whether a kernel may be given `x` [B, T, C]."""
-        if self.packed is None or not live(x):
+        if self.packed is None or not _few_rows(x):
             return False
         return [tensor._version for tensor in self._packed_of] == self._versions
 
