@@ -8,6 +8,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed$(if $(TORCH_BACKEND),-$(TORCH_BACKEND))
 CODE := audio_codec synth_data speechlm streaming demo tests
+# A file of tests stays in one process, for it shares what it has loaded.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
 .DEFAULT_GOAL := help
@@ -41,7 +43,7 @@ fix: setup  ## what of `check` can be mended by a program
 	$(BIN)/ruff format $(CODE)
 
 test: setup  ## all but the slow tests and those that need a GPU
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PARALLEL)
 
 test-all: setup  ## every test that this machine can run
 	$(BIN)/python -m pytest -q
