@@ -25,7 +25,7 @@ from audio_codec.errors import UserError
 from speechlm.streams import ABSENT, BOS, EOS, EPAD, PAD, SPEECH, TEXT, Streams
 from speechlm.text_tokenizer import TextTokenizer
 from synth_data import shards
-from synth_data.dialogue import ASSISTANT, USER
+from synth_data.dialogue import ASSISTANT, UNTRANSCRIBED, USER
 from synth_data.interleave import Modality
 from synth_data.text import normalize, spell_out
 from synth_data.tts import Word
@@ -154,11 +154,15 @@ def encode_dialogue(
         )
     check_codes(sample, streams)
     said, asked = sample.words[ASSISTANT], sample.words[USER]
-    delay = config.heard_delay
+    text = place(said, frames, tokenizer, at="start", offset=-config.lead)
+    heard = place(asked, frames, tokenizer, at="end", offset=config.heard_delay, epad=False)
+    for channel, row in ((ASSISTANT, text), (USER, heard)):
+        if channel in sample.meta.get(UNTRANSCRIBED, ()):
+            row[:] = ABSENT  # PAD would teach that nothing was said
     return Dialogue(
         codes=sample.codes,
-        text=place(said, frames, tokenizer, at="start", offset=-config.lead),
-        heard=place(asked, frames, tokenizer, at="end", offset=delay, epad=False),
+        text=text,
+        heard=heard,
         near=np.stack([speaking_frames(w, frames, config.margin) for w in (said, asked)]),
         name=sample.id,
     )
@@ -184,7 +188,10 @@ def exchanged(sample: shards.Sample) -> shards.Sample:
     """A two-channel sample in which the speakers have changed roles."""
     codes = None if sample.codes is None else sample.codes[::-1]
     voices, words = sample.voices[::-1], sample.words[::-1]
-    return sample.model_copy(update={"codes": codes, "words": words, "voices": voices})
+    missing = [USER if c == ASSISTANT else ASSISTANT for c in sample.meta.get(UNTRANSCRIBED, ())]
+    meta = {**sample.meta, UNTRANSCRIBED: missing}
+    update = {"codes": codes, "words": words, "voices": voices, "meta": meta}
+    return sample.model_copy(update=update)
 
 
 def dialogue_document(
@@ -223,7 +230,7 @@ def _moved(row: Ids, config: WeightConfig, rng: np.random.Generator) -> Ids:
     if by < 0:
         moved[:by] = row[-by:]
     else:
-        moved[by:] = row[: len(row) - by]
+        moved[by:] = row[: max(0, len(row) - by)]
     return moved
 
 

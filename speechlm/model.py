@@ -324,6 +324,8 @@ class Losses:
     """Scalar; carries the gradient."""
     parts: dict[str, Tensor]
     """Detached means: nats a token for each kind of prediction, accuracies."""
+    counts: dict[str, Tensor]
+    """What each of these is the mean of, so that those of several batches can be put together."""
 
 
 class SpeechLM(nn.Module):
@@ -385,6 +387,7 @@ class SpeechLM(nn.Module):
         streams = self.streams
         hidden = self(batch.inputs, segments=batch.segments)  # [B, T, C]
         parts: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
         total = hidden.new_zeros((), dtype=torch.float32)
         heads = [("text", streams.text_index, self.text_head, config.text)]
         if self.heard_head is not None:
@@ -395,7 +398,8 @@ class SpeechLM(nn.Module):
             if share == 0 or picked.count == 0:
                 continue
             scale = picked.masked(weight)
-            scale = scale / scale.sum()
+            counts[name] = scale.sum()
+            scale = scale / counts[name]
             target = batch.targets[:, stream].flatten()[picked.index]
             loss, nll, hit = linear_cross_entropy(
                 hidden.flatten(0, 1)[picked.index], head.weight, target, scale, config.z
@@ -404,21 +408,24 @@ class SpeechLM(nn.Module):
             parts[name] = (nll * scale).sum()
             target, nll, hit = (x[: picked.count] for x in (target, nll, hit))
             said = (target != PAD) & (target != EPAD)
-            if bool(said.any()):
-                parts[f"{name}_piece"] = nll[said].mean()
-                parts[f"{name}_accuracy"] = hit[said].float().mean()
-            if not bool(said.all()):
-                parts[f"{name}_pad"] = nll[~said].mean()
+            for part, of, mask in (
+                ("piece", nll, said),
+                ("accuracy", hit, said),
+                ("pad", nll, ~said),
+            ):
+                if bool(mask.any()):
+                    parts[f"{name}_{part}"] = of[mask].float().mean()
+                    counts[f"{name}_{part}"] = mask.sum()
 
         voices = {"": self._voice(batch, hidden, streams.own, streams.text_index)}
         if self.depth.user_role is not None:
             before = streams.heard_index if streams.heard else None
             theirs = hidden * self.depth.user_role
             voices["user_"] = self._voice(batch, theirs, streams.user, before)
-        found = {name: voice for name, voice in voices.items() if voice is not None}
-        if config.audio > 0 and found:
-            total = total + config.audio * self._audio_loss(found, config.z, parts)
-        return Losses(total, parts)
+        there = {name: voice for name, voice in voices.items() if voice is not None}
+        if config.audio > 0 and there:
+            total = total + config.audio * self._audio_loss(there, config.z, parts, counts)
+        return Losses(total, parts, counts)
 
     def _voice(
         self, batch: Batch, hidden: Tensor, side: slice, before: int | None
@@ -438,7 +445,13 @@ class SpeechLM(nn.Module):
             text = batch.targets[:, before].flatten()[picked.index]
         return _Voice(hidden.flatten(0, 1)[picked.index], text, codes, picked.masked(own))
 
-    def _audio_loss(self, voices: dict[str, _Voice], z: float, parts: dict[str, Tensor]) -> Tensor:
+    def _audio_loss(
+        self,
+        voices: dict[str, _Voice],
+        z: float,
+        parts: dict[str, Tensor],
+        counts: dict[str, Tensor],
+    ) -> Tensor:
         """Weighted mean over all codes of all voices; puts the means of each into `parts`."""
         sizes = [len(voice.codes) for voice in voices.values()]
         if len(voices) == 1:
@@ -465,14 +478,16 @@ class SpeechLM(nn.Module):
             ):
                 if not bool(mask.any()):
                     continue
-                mean = one_nll[mask].mean()
                 if codebook == 0:
-                    parts[f"{name}semantic"] = mean
-                    parts[f"{name}semantic_accuracy"] = one_hit[mask].float().mean()
+                    found = {"semantic": one_nll, "semantic_accuracy": one_hit.float()}
                 else:
-                    detail[name].append(mean)
-                    parts[f"{name}acoustic/{codebook}"] = mean
-        for name, means in detail.items():
-            if means:
-                parts[f"{name}acoustic"] = torch.stack(means).mean()
+                    found = {f"acoustic/{codebook}": one_nll}
+                    detail[name].append(one_nll[mask])
+                for part, of in found.items():
+                    parts[name + part], counts[name + part] = of[mask].mean(), mask.sum()
+        for name, each in detail.items():
+            if each:
+                every = torch.cat(each)
+                parts[f"{name}acoustic"] = every.mean()
+                counts[f"{name}acoustic"] = mask.new_tensor(len(every), dtype=torch.int64)
         return total

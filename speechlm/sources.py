@@ -256,14 +256,14 @@ class Documents(Protocol):
 
 
 @lru_cache(maxsize=64)
-def _order(seed: int, lane: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng((seed, lane, epoch)).permutation(count)
+def _order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def _shuffled(seed: int, lane: int, number: int, count: int) -> int:
-    """Which of `count` items is number `number` of a lane: each once an epoch."""
-    epoch, index = divmod(number, count)
-    return int(_order(seed, lane, epoch, count)[index])
+def _shuffled(seed: int, place: int, count: int) -> int:
+    """Which of `count` items is the one in this place: each once an epoch."""
+    epoch, index = divmod(place, count)
+    return int(_order(seed, epoch, count)[index])
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,11 +276,12 @@ class Exposure:
     limit: float | None
 
 
-_JITTER = 0.1  # of a pass; lanes that went by quality alone would all read the same at a time
-
-
 class Pool:
-    """Which sample of a mixture of shards a lane sees when."""
+    """Which sample of a mixture of shards a lane sees when.
+
+    All lanes go through one order together, each taking its turn, so that a pass of the run is a
+    pass over the data: each sample is seen once before any is seen again.
+    """
 
     def __init__(
         self,
@@ -288,21 +289,21 @@ class Pool:
         found: Sequence[Sequence[tuple[int, float | None]]],
         order: Order,
         seed: int,
+        lanes: int,
     ) -> None:
         """`found` has, for each part and sample, its columns and its word error rate."""
-        self.parts, self.seed = parts, seed
+        self.parts, self.seed, self.lanes = parts, seed, lanes
         self.counts = [len(samples) for samples in found]
         self.columns = sum(
             part.weight * sum(columns for columns, _ in samples)
             for part, samples in zip(parts, found, strict=True)
         )
-        worst_first = [-math.inf if wer is None else -wer for part in found for _, wer in part]
-        ranks = np.argsort(np.argsort(worst_first, kind="stable"), kind="stable")
-        self.ranks = ranks / max(1, len(ranks)) if order == "quality" else None
-        self.order = lru_cache(maxsize=256)(self._order)
+        quality = [-math.inf if wer is None else -wer for part in found for _, wer in part]
+        self.quality = np.array(quality) if order == "quality" else None
+        self.order = lru_cache(maxsize=4)(self._order)
 
-    def _order(self, lane: int, epoch: int) -> npt.NDArray[np.int64]:
-        rng = np.random.default_rng((self.seed, lane, epoch))
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        rng = np.random.default_rng((self.seed, epoch))
         items, first = [], 0
         for part, count in zip(self.parts, self.counts, strict=True):
             here = np.arange(first, first + count)
@@ -310,14 +311,15 @@ class Pool:
             if extra := self._extra(part, count):
                 items.append(rng.permutation(here)[:extra])
             first += count
-        chosen = np.concatenate(items)
-        if self.ranks is None:
-            return rng.permutation(chosen)
-        return chosen[np.argsort(self.ranks[chosen] + rng.uniform(0, _JITTER, len(chosen)))]
+        chosen = rng.permutation(np.concatenate(items))  # equals in quality come by chance
+        if self.quality is None:
+            return chosen
+        return chosen[np.argsort(self.quality[chosen], kind="stable")]
 
     @staticmethod
     def _extra(part: Part, count: int) -> int:
-        return round(part.weight % 1 * count)
+        share = part.weight % 1 * count
+        return max(1, round(share)) if share else 0  # however small, not nothing
 
     def __len__(self) -> int:
         """Samples in one pass."""
@@ -328,8 +330,8 @@ class Pool:
 
     def index(self, lane: int, number: int) -> int:
         """Which sample, counted over all parts, is number `number` of a lane."""
-        epoch, place = divmod(number, len(self))
-        return int(self.order(lane, epoch)[place])
+        epoch, place = divmod(number * self.lanes + lane, len(self))
+        return int(self.order(epoch)[place])
 
     def exposures(self, columns: float) -> list[Exposure]:
         """How often each part is seen in so many columns, over all lanes."""
@@ -368,7 +370,7 @@ def _gather(
             raise UserError(f"data: {lack.format(part.path)}.")
         items += [item for item, _, _ in here]
         found.append([(columns, wer) for _, columns, wer in here])
-    return items, Pool(parts, found, config.order, seed)
+    return items, Pool(parts, found, config.order, seed, config.rows)
 
 
 def join(samples: Iterable[shards.Sample]) -> Iterator[shards.Sample]:
@@ -497,7 +499,7 @@ class _Sentences:
     def __init__(
         self, config: SentenceSource, streams: Streams, tokenizer: TextTokenizer, seed: int
     ) -> None:
-        self.streams, self.tokenizer, self.seed = streams, tokenizer, seed
+        self.config, self.streams, self.tokenizer, self.seed = config, streams, tokenizer, seed
         self.sentences = [
             sentence
             for sentence in sentences_from(config.path)
@@ -509,7 +511,8 @@ class _Sentences:
             )
 
     def document(self, lane: int, number: int) -> Document:
-        index = _shuffled(self.seed, lane, number, len(self.sentences))
+        place = number * self.config.rows + lane
+        index = _shuffled(self.seed, place, len(self.sentences))
         sentence = self.sentences[index]
         return replace(sentence_document(sentence, self.streams, self.tokenizer), name=sentence)
 

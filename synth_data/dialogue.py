@@ -40,6 +40,9 @@ from synth_data.tts import Utterance, Word
 ASSISTANT, USER = 0, 1
 """Channel numbers."""
 
+UNTRANSCRIBED = "untranscribed"
+"""In a sample's `meta`: the channels of which nobody has written down the words."""
+
 BACKCHANNELS = ("Um hum.", "Uh huh.", "Yeah.", "Okay.", "Right.")
 """What a listener says without taking the turn. "Mm-hm" is written "um hum", because the engines
 spell the former letter by letter."""

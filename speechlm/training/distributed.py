@@ -164,12 +164,19 @@ def touch(module: nn.Module) -> Tensor:
 
 
 def drop_untouched(module: nn.Module) -> None:
-    """Take away the gradients that `touch` alone has made: what nothing used is not to decay."""
-    found = [p for p in module.parameters() if isinstance(p.grad, DTensor)]
-    used = [(cast(DTensor, p.grad).to_local() != 0).any() for p in found]
-    marks = torch.stack(used).to(torch.int32)
-    dist.all_reduce(marks, dist.ReduceOp.MAX)
-    for parameter, mark in zip(found, marks.tolist(), strict=True):
+    """Take away gradients that are nothing but zeros, on all ranks: what nothing used is to stay.
+
+    `touch` makes them where a model is sharded, and ABSENT tokens do anywhere: to decay, or to move
+    on by its momentum, a weight must have been used.
+    """
+    found = [(p, p.grad) for p in module.parameters() if p.grad is not None]
+    if not found:
+        return
+    local = (grad.to_local() if isinstance(grad, DTensor) else grad for _, grad in found)
+    marks = torch.stack([grad.ne(0).any() for grad in local]).to(torch.int32)
+    if dist.is_initialized():
+        dist.all_reduce(marks, dist.ReduceOp.MAX)
+    for (parameter, _), mark in zip(found, marks.tolist(), strict=True):
         if not mark:
             parameter.grad = None
 

@@ -26,7 +26,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from torch import Tensor
 
 from audio_codec import checkpoint as checkpoints
@@ -50,8 +58,23 @@ from speechlm.text_tokenizer import (
 )
 from speechlm.training import distributed
 from speechlm.training.loader import Loader
-from speechlm.training.objective import Masses, Meter, Objective, cut, masses, summed
-from speechlm.training.optimize import Average, OptimizerConfig, clip_gradients, recompute
+from speechlm.training.objective import (
+    Masses,
+    Meter,
+    Objective,
+    Tally,
+    cut,
+    masses,
+    summed,
+    tally,
+)
+from speechlm.training.optimize import (
+    Average,
+    OptimizerConfig,
+    clip_gradients,
+    load_optimizer,
+    recompute,
+)
 from speechlm.training.run import Run, RunConfig
 from speechlm.training.work import Counts, body_parameters, peak_flops, work
 from synth_data import quiz
@@ -103,6 +126,14 @@ class RatesConfig(BaseModel):
     """Embeddings of codes and roles: what is new to a model that knew text alone."""
 
 
+class LMOptimizerConfig(OptimizerConfig):
+    """Its settings for a language model: what is not given, the model's size proposes."""
+
+    lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float | None = None
+
+
 Stage = Literal["text", "interleaved", "audio", "post", "duplex", "tasks"]
 
 _TEXT = {"sentences", "quiz"}
@@ -144,7 +175,7 @@ class TrainConfig(BaseModel):
     text: TextConfig = TextConfig()
     weights: WeightConfig = WeightConfig()
     loss: LossConfig = LossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=8e-4, betas=(0.9, 0.95))
+    optimizer: LMOptimizerConfig = LMOptimizerConfig()
     rates: RatesConfig = RatesConfig()
     separate_states: bool = False
     """Whether sources of text alone have an optimizer state of their own, and an update of their
@@ -207,6 +238,10 @@ class TrainConfig(BaseModel):
                 )
         if self.loss.text == self.loss.heard == self.loss.audio == 0:
             raise ValueError("loss.text, loss.heard and loss.audio are all 0; nothing is learned")
+        if kinds <= _TEXT and self.loss.text == self.loss.heard == 0:
+            raise ValueError(
+                "loss.text and loss.heard are 0, and no source has sound; nothing is learned"
+            )
         if self.lora is not None and self.init_from is None:
             raise ValueError("lora is a difference to a model; name it in init_from")
         if self.separate_states and not (kinds & _TEXT and kinds - _TEXT):
@@ -366,13 +401,17 @@ def build(
                     f"pieces, but the model was trained with {streams.text_size}."
                 )
     shape = config.model
-    made = LMConfig(
-        streams=Streams(
+    try:
+        streams = Streams(
             text_size=tokenizer.size,
             codebooks=codebooks,
             heard=shape.heard,
             acoustic_delay=shape.acoustic_delay,
-        ),
+        )
+    except ValidationError as error:  # how many delays there must be, the codec alone knows
+        raise UserError(f"model.{error.errors()[0]['ctx']['error']}.") from error
+    made = LMConfig(
+        streams=streams,
         temporal=shape.temporal,
         depth=shape.depth,
         codec=config.codec,
@@ -526,8 +565,13 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         """Take up the state of the last checkpoint, if there is one."""
         run.restore(model, optimizer)
         if (saved := run.load()) is not None:
+            if (saved["text_optimizer"] is None) != (text_optimizer is None):
+                raise UserError(
+                    f"separate_states is {config.separate_states}, but the run in '{run.dir}' was "
+                    "begun with the other choice; resume with that one, or choose another folder."
+                )
             if text_optimizer is not None:
-                text_optimizer.load_state_dict(saved["text_optimizer"])
+                load_optimizer(text_optimizer, saved["text_optimizer"])
             loader.load_state_dict(saved["data"])
             counts.update(saved.get("counts", {}))
             if average is not None:
@@ -561,16 +605,17 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             for batches in held_out:
                 total = 0.0
                 for name, (share, batch) in zip(held_out_names, batches, strict=True):
-                    loss, parts = objective(batch.to(run.device))
-                    meter.add(f"validation/{name}", parts)
+                    loss, parts, counts = objective(batch.to(run.device))
+                    found = {"loss": (float(loss), 1.0), **tally(parts, counts)}
+                    meter.add(f"validation/{name}", found)
                     total += share * float(loss)
-                meter.add("validation", {"loss": total})
+                meter.add("validation", {"loss": (total, 1.0)})
         objective.train()
         if average is not None and averaged():
             average.swap(model)
         return meter.read()
 
-    def train_step(step: int) -> tuple[float, float, dict[str, dict[str, float]], Counts]:
+    def train_step(step: int) -> tuple[float, float, dict[str, Tally], Counts]:
         """A step's updates of the weights.
 
         The gradient's norm, the loss, the numbers of each source, what the step saw.
@@ -578,11 +623,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         rate, rng = schedule.rate(step, config.run.steps), run.rng(step)
         batches = loader.next()
         saw = sum((Counts.of(batch, streams) for _, batch in batches), Counts())
+        numbers: dict[str, Tally] = {}
         if run.passes_over(step):
-            return 0.0, math.nan, {}, saw
+            return 0.0, math.nan, numbers, saw
         own = [masses(batch, streams) for _, batch in batches]
         whole = [summed(parts) for parts in zip(*distributed.collect(own), strict=True)]
-        numbers: dict[str, dict[str, float]] = {}
         norms, mean = [], 0.0
         for chosen, members in updates:
             for group in chosen.param_groups:
@@ -590,10 +635,10 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             total = sum(batches[number][0] for number in members)
             for number in members:
                 share, batch = batches[number]
-                found = numbers[names[number]] = learn(batch, share / total, whole[number], rng)
-                mean += share * found["loss"]
-            if run.mesh is not None:
-                distributed.drop_untouched(objective)
+                loss, found = learn(batch, share / total, whole[number], rng)
+                numbers[names[number]] = {"loss": (loss, 1 / run.world), **found}
+                mean += share * loss
+            distributed.drop_untouched(objective)
             norms.append(clip_gradients(objective, schedule.clip).item())
             if math.isfinite(norms[-1]):
                 chosen.step()
@@ -604,25 +649,26 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
     def learn(
         batch: Batch, share: float, mass: Masses, rng: np.random.Generator
-    ) -> dict[str, float]:
-        """Add the gradient of a source's batch, times its share of the update; its numbers.
+    ) -> tuple[float, Tally]:
+        """Add the gradient of a source's batch, times its share of the update; loss and numbers.
 
-        `mass` is what the batches of all ranks have of each kind of prediction.
+        `mass` is what the batches of all ranks have of each kind of prediction, and the loss is
+        this rank's part in theirs.
         """
         seen = mask_heard(batch, streams, config.heard_mask, rng)
         seen = mask_user(seen, streams, config.user_mask, rng)
         seen = mask_text(seen, streams, config.text_mask, rng)
-        found = {"loss": 0.0}
+        whole, found = 0.0, Meter()
         for piece in cut(seen, config.accumulate):
             has = masses(piece, streams)
             shares = {kind: has[kind] / mass[kind] if mass[kind] else 0.0 for kind in mass}
             with run.accelerator.autocast():
-                loss, parts = objective(piece.to(run.device), shares)
+                loss, parts, counts = objective(piece.to(run.device), shares)
             if loss.requires_grad:
                 (share * loss).backward()
-            for key, value in {"loss": loss.detach(), **parts}.items():
-                found[key] = found.get(key, 0.0) + float(value)
-        return found
+            whole += float(loss.detach())
+            found.add("", tally(parts, counts))
+        return whole, found.sums
 
     meter, began, saw = Meter(), time.monotonic(), Counts()
     go_on()

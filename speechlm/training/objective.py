@@ -7,6 +7,7 @@ weights, and summed over all pieces, the means of the pieces are the mean of the
     Σ w·nll / Σ w   =   Σ over pieces p of  (Σ_p w / Σ w) · (Σ_p w·nll / Σ_p w)
 
 So gradients are summed, never averaged, and no number depends on how the rows were shared out.
+Those that are only looked at are put together from their sums and counts.
 
 Shapes: B rows, S streams, T columns.
 """
@@ -71,56 +72,52 @@ class Objective(nn.Module):
 
     def forward(
         self, batch: Batch, shares: Mapping[str, float] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Loss of a batch, or its part in that of a larger one of which it is these shares.
 
-        With it come the numbers of `Losses.parts`, of them too only the shares, so that those of
-        all pieces add up. (A tuple, for FSDP2 looks for tensors in nothing but containers: with a
-        dataclass it would not notice the backward pass begin.)
+        With it come the means of `Losses.parts` and their counts. (A tuple, for FSDP2 looks for
+        tensors in nothing but containers: with a dataclass it would not notice the backward pass
+        begin.)
         """
         batch = replace(batch, weights=batch.weights.to(self.model.text_head.weight.dtype))
-        if shares is None:
-            losses = self.model.loss(batch, self.config)
-            total, parts = losses.total, losses.parts
-        else:
-            update = {kind: getattr(self.config, kind) * share for kind, share in shares.items()}
-            losses = self.model.loss(batch, self.config.model_copy(update=update))
-            total = losses.total
-            parts = {name: value * _share(name, shares) for name, value in losses.parts.items()}
+        config = self.config
+        if shares is not None:
+            update = {kind: getattr(config, kind) * share for kind, share in shares.items()}
+            config = config.model_copy(update=update)
+        losses = self.model.loss(batch, config)
+        total = losses.total
         if self.sharded and torch.is_grad_enabled():
             total = total + distributed.touch(self)
-        return total, parts
+        return total, losses.parts, losses.counts
 
 
-def _share(part: str, shares: Mapping[str, float]) -> float:
-    """The share that a number in `Losses.parts` goes by; those of codes have other names."""
-    return next((s for kind, s in shares.items() if part.startswith(kind)), shares["audio"])
+Tally = dict[str, tuple[float, float]]
+"""Sums, and how much was summed up."""
+
+
+def tally(parts: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> Tally:
+    """Means and their counts as sums and counts, which add up."""
+    return {name: (float(parts[name] * count), float(count)) for name, count in counts.items()}
 
 
 class Meter:
     """Means of what was measured since the last look."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
+        self.sums: Tally = {}
 
-    def add(self, prefix: str, numbers: Mapping[str, Tensor | float]) -> None:
-        """Take in the numbers of one step."""
-        for key, value in numbers.items():
+    def add(self, prefix: str, numbers: Tally) -> None:
+        """Take in sums and counts, as of one piece of a step."""
+        for key, (value, count) in numbers.items():
             name = f"{prefix}/{key}" if prefix else key
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
-            self.counts[name] = self.counts.get(name, 0) + 1
+            sum_, of = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (sum_ + value, of + count)
 
     def read(self, together: bool = False) -> dict[str, float]:
-        """The means; starts anew. `together` adds up what the ranks have measured in parts."""
-        found = [(self.sums, self.counts)]
-        if together:
-            found = distributed.collect((self.sums, self.counts))
-        names = dict.fromkeys(name for sums, _ in found for name in sums)
-        means = {
-            name: sum(sums.get(name, 0.0) for sums, _ in found)
-            / max(counts.get(name, 0) for _, counts in found)
-            for name in names
-        }
-        self.sums, self.counts = {}, {}
-        return means
+        """The means; starts anew. `together` takes in what all ranks have measured."""
+        found = distributed.collect(self.sums) if together else [self.sums]
+        whole = Meter()
+        for sums in found:
+            whole.add("", sums)
+        self.sums = {}
+        return {name: value / count for name, (value, count) in whole.sums.items()}

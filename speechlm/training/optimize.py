@@ -9,7 +9,7 @@ infinite   ╱╲____╱╲____╲       warm-up, cool-down to `hold`, on for as
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -97,6 +97,17 @@ class OptimizerConfig(BaseModel):
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Give an optimizer the moments of a checkpoint; its settings stay those of the config.
+
+    Raises ValueError when they are of another model.
+    """
+    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(dict(state))
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+
+
 def _half_cosine(x: float, low: float) -> float:
     """From 1 at x ≤ 0 to `low` at x ≥ 1."""
     return low + (1 - low) * (1 + math.cos(math.pi * min(1.0, max(0.0, x)))) / 2
@@ -155,7 +166,7 @@ class SpikeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     window: PositiveInt = 100
-    """Losses that a new one is held against; until there are so many, none is a spike."""
+    """Losses that a new one is held against; until there are so many, no number is a spike."""
     deviations: PositiveFloat = 6.0
     """Standard deviations above their mean that are too many."""
     limit: PositiveInt = 10
@@ -171,11 +182,13 @@ class SpikeGuard:
         self.skipped: list[int] = []
 
     def spiked(self, loss: float) -> bool:
-        """Whether a loss is a spike; one that is not is remembered."""
+        """Whether a loss is a spike, as one that is no number always is; else it is remembered."""
+        if not math.isfinite(loss):
+            return True
         if len(self.losses) == self.config.window:
             past = torch.tensor(self.losses, dtype=torch.float64)
             limit = past.mean() + self.config.deviations * past.std(correction=0)
-            if not loss <= float(limit):  # so that NaN is one
+            if loss > float(limit):
                 return True
         self.losses = [*self.losses, loss][-self.config.window :]
         return False

@@ -85,6 +85,7 @@ def plan(
     kept = piece * _kept(model.config.temporal, half, config.recompute)
     kept += piece * share * model.streams.k * _kept(model.config.depth, half, recompute=False)
     copies = 4 + (config.ema > 0 or config.average_from is not None)  # weight, gradient, 2 moments
+    copies += 2 * config.separate_states
     held = 4 * parameters * copies / processes
     seconds = flops / (peak_of(device, precision) * utilization * processes)
     spent = flops if budget is None else budget

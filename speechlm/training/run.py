@@ -56,6 +56,7 @@ from speechlm.training.optimize import (
     SpikeConfig,
     SpikeGuard,
     clip_gradients,
+    load_optimizer,
 )
 
 __all__ = [
@@ -310,7 +311,7 @@ class Run:
             return
         try:
             model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
+            load_optimizer(optimizer, saved["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"run.dir '{self.dir}' holds a run of another model; resume with its config.json "
@@ -340,7 +341,7 @@ class Run:
             ) from error
 
     def _keeps(self, step: int) -> bool:
-        return self.config.log_spaced and step & (step - 1) == 0
+        return self.config.log_spaced and step > 0 and step & (step - 1) == 0
 
     def _save_whole(self, step: int, content: dict[str, Any]) -> None:
         fresh = self.checkpoint.with_suffix(".new")
@@ -348,14 +349,14 @@ class Run:
             torch.save(content, fresh)
             with open(fresh, "rb") as file:
                 os.fsync(file.fileno())
+            if self._keeps(step):  # before it is the last one: whoever resumes will not come by
+                kept = self.dir / f"checkpoint-{step}.pt"
+                kept.unlink(missing_ok=True)
+                os.link(fresh, kept)
             fresh.replace(self.checkpoint)
         except (OSError, RuntimeError):
             fresh.unlink(missing_ok=True)  # half a file is worth less than the room it takes
             raise
-        if self._keeps(step):
-            kept = self.dir / f"checkpoint-{step}.pt"
-            kept.unlink(missing_ok=True)
-            os.link(self.checkpoint, kept)
         self._drop_sharded(before=step)
 
     def _save_sharded(self, step: int, content: dict[str, Any]) -> None:

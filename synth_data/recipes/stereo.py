@@ -5,8 +5,9 @@
     talks/a.json        {"alignments": [["hello", [0.4, 0.7], "SPEAKER_MAIN"], …]}
 
 Paths are relative to the manifest. SPEAKER_MAIN is the assistant; words of any other speaker are
-the user's. Where the user's were not written down, there are none: the model then hears without a
-transcript. What a sample holds names no vocabulary: words are spoken forms, as everywhere.
+the user's. Where those of a channel were not written down, there are none: the sample says so, and
+nothing is learned about its transcript. What a sample holds names no vocabulary: words are spoken
+forms, as everywhere.
 
     speechlm synth stereo configs/synth/stereo.yaml manifest=talks/train.jsonl
 
@@ -33,7 +34,7 @@ from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, resample
 from audio_codec.errors import UserError
 from audio_codec.precision import Precision, settle
 from synth_data.build import BuildReport, Dropped, run_shards
-from synth_data.dialogue import ASSISTANT, USER
+from synth_data.dialogue import ASSISTANT, UNTRANSCRIBED, USER
 from synth_data.mixture import GuardConfig, Shares
 from synth_data.recipes.dialogues import cached_codec, encode_long
 from synth_data.shards import Folder, Sample
@@ -223,5 +224,6 @@ def _samples(recordings: Sequence[_Recording], config: StereoConfig) -> Iterator
             synthetic=config.synthetic,
             human_text=config.human,
             seconds=pcm.shape[1] / SAMPLE_RATE,
+            meta={UNTRANSCRIBED: [channel for channel, said in enumerate(words) if not said]},
             codes=encode_long(codec, pcm, config.precision),
         )

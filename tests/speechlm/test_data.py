@@ -25,6 +25,7 @@ from speechlm.text_tokenizer import (
 )
 from speechlm.training.lm import TrainConfig
 from synth_data import quiz, shards
+from synth_data.dialogue import ASSISTANT, UNTRANSCRIBED, USER
 from synth_data.tts import Word
 
 WEIGHTS = WeightConfig()
@@ -307,6 +308,34 @@ class TestJoin:
         assert list(sources.join(samples)) == samples
 
 
+class TestUntranscribed:
+    """Channels of which nobody wrote down the words."""
+
+    def test_nothing_is_learned_of_their_text(
+        self, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        sample = dialogue("d", 40).model_copy(update={"meta": {UNTRANSCRIBED: [USER]}})
+        sample = sample.model_copy(update={"words": (sample.words[ASSISTANT], ())})
+        swapped = documents.exchanged(sample)
+        assert swapped.meta[UNTRANSCRIBED] == [ASSISTANT]
+        for one, silent, learned in (
+            (sample, streams.heard_index, streams.text_index),
+            (swapped, streams.text_index, streams.heard_index),
+        ):
+            made = documents.encode_dialogue(one, streams, tokenizer, WEIGHTS)
+            found = documents.dialogue_document(made, streams, WEIGHTS, np.random.default_rng(0))
+            assert (found.columns[silent, 1:] == ABSENT).all()
+            assert not found.weights[silent].any() and found.weights[learned].all()
+
+    @given(frames=st.integers(1, 9), seed=st.integers(0, 50))
+    @settings(max_examples=50)
+    def test_text_moves_further_than_a_short_document_is_long(self, frames: int, seed: int) -> None:
+        row = np.arange(10, 10 + frames).astype(np.int32)
+        moved = documents._moved(row, WeightConfig(jitter=0.6), np.random.default_rng(seed))
+        kept = moved[moved != PAD]
+        assert len(moved) == frames and (np.diff(kept) == 1).all()
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mixture")
@@ -357,8 +386,33 @@ class TestMixtures:
     ) -> None:
         source = DialogueSource(kind="dialogues", path=folders / "b", rows=1)
         opened = sources.open_source(source, streams, tokenizer, WEIGHTS, 7)
-        found = [opened.document(2, number).name for number in range(12)]
-        assert found == [f"b{sources._shuffled(7, 2, number, 6)}" for number in range(12)]
+        found = [opened.document(0, number).name for number in range(12)]
+        orders = [np.random.default_rng((7, epoch)).permutation(6) for epoch in range(2)]
+        assert found == [f"b{place}" for order in orders for place in order]
+
+    def test_all_lanes_together_see_each_sample_once_in_a_pass(
+        self, folders: Path, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        lines = folders / "ten.txt"
+        lines.write_text("".join(f"line {word}.\n" for word in "abcdefghij"))
+        for config, count in (
+            (DialogueSource(kind="dialogues", path=folders / "b", rows=3), 6),
+            (SentenceSource(kind="sentences", path=lines, rows=5), 10),
+        ):
+            opened = sources.open_source(config, streams, tokenizer, WEIGHTS, 7)
+            for epoch in range(3):
+                numbers = range(epoch * count // config.rows, (epoch + 1) * count // config.rows)
+                seen = [
+                    opened.document(lane, number).name
+                    for lane in range(config.rows)
+                    for number in numbers
+                ]
+                assert len(set(seen)) == len(seen) == count
+
+    def test_a_little_of_a_small_folder_is_not_nothing(self, folders: Path) -> None:
+        part = sources.Part(path=folders, weight=0.01)
+        pool = sources.Pool([part], [[(10, None)] * 10], "shuffled", 0, 1)
+        assert len(pool) == 1 and {pool.index(0, number) for number in range(60)} == set(range(10))
 
     def test_quality_comes_last(
         self, folders: Path, streams: Streams, tokenizer: TextTokenizer
@@ -368,11 +422,12 @@ class TestMixtures:
         assert set(seen[-2:]) <= {"a1", "b1", "a2", "b2"} and "b5" in seen[2:5]
         assert set(seen[:10]) == set(seen[10:])
         many = [[(10, wer / 200) for wer in range(200)]]
-        pool = sources.Pool([sources.Part(path=folders)], many, "quality", 0)
-        lanes = [[pool.index(lane, number) for number in range(200)] for lane in range(3)]
-        assert lanes[0] != lanes[1] != lanes[2]
-        for lane in lanes:  # from the last, understood worst, to the first, by a tenth at most
-            assert max(abs(199 - n - place) for place, n in enumerate(lane)) <= 20
+        pool = sources.Pool([sources.Part(path=folders)], many, "quality", 0, 4)
+        rows = [[pool.index(lane, number) for lane in range(4)] for number in range(50)]
+        assert [place for row in rows for place in row] == list(range(200))[::-1]
+        alike = sources.Pool([sources.Part(path=folders)], [[(10, 0.0)] * 50], "quality", 0, 1)
+        passes = [[alike.index(0, 50 * epoch + n) for n in range(50)] for epoch in range(2)]
+        assert passes[0] != passes[1] and sorted(passes[0]) == sorted(passes[1])
 
     def test_a_mixture_of_nothing_is_refused(self, folders: Path) -> None:
         layout = {

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from audio_codec.errors import UserError
+from speechlm.training.distributed import drop_untouched
 from speechlm.training.optimize import (
     Average,
     OptimizerConfig,
     SpikeConfig,
     SpikeGuard,
     clip_gradients,
+    load_optimizer,
     recompute,
 )
 
@@ -87,6 +89,40 @@ def test_a_spike_stands_out_of_the_losses_before_it(losses: list[float], high: f
     again = SpikeGuard(guard.config)
     again.load_state_dict(before)
     assert again.state_dict() == before and len(before["losses"]) == 5
+
+
+def test_a_loss_that_is_no_number_is_a_spike_and_forgotten() -> None:
+    guard = SpikeGuard(SpikeConfig(window=3))
+    found = [guard.spiked(loss) for loss in (1.0, math.nan, 1.1, math.inf, 0.9, 1.0, 50.0)]
+    assert found == [False, True, False, True, False, False, True]
+
+
+def test_a_resumed_optimizer_keeps_its_moments_and_takes_the_settings_of_today() -> None:
+    model = nn.Linear(3, 2)
+    before = OptimizerConfig(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.5).build(model)
+    model(torch.ones(1, 3)).sum().backward()
+    before.step()
+    after = OptimizerConfig(lr=1e-3, betas=(0.8, 0.95), weight_decay=0.1).build(model)
+    load_optimizer(after, before.state_dict())
+    assert torch.equal(after.state[model.weight]["exp_avg"], before.state[model.weight]["exp_avg"])
+    settings = [
+        (group["lr"], group["betas"], group["weight_decay"]) for group in after.param_groups
+    ]
+    assert settings == [(1e-3, (0.8, 0.95), 0.1), (1e-3, (0.8, 0.95), 0.0)]
+    with pytest.raises(ValueError, match="loaded state dict"):
+        load_optimizer(after, torch.optim.AdamW(nn.Linear(3, 2).parameters()).state_dict())
+
+
+def test_what_nothing_used_stays_where_it_is() -> None:
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    optimizer = OptimizerConfig(lr=0.1, weight_decay=0.5).build(model)
+    before = [p.detach().clone() for p in model[1].parameters()]
+    loss = model[0](torch.ones(1, 2)).sum() + 0 * model[1](torch.ones(1, 2)).sum()
+    loss.backward()
+    drop_untouched(model)
+    optimizer.step()
+    assert all(map(torch.equal, before, model[1].parameters()))
+    assert all(p.grad is not None for p in model[0].parameters())
 
 
 def test_the_norm_before_clipping_is_told() -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from audio_codec import checkpoint
 from audio_codec.errors import UserError
 from speechlm.cli import app
-from synth_data.dialogue import ASSISTANT, USER
+from synth_data.dialogue import ASSISTANT, UNTRANSCRIBED, USER
 from synth_data.recipes import dialogues, stereo
 from synth_data.recipes.stereo import StereoConfig, build_stereo, read_words
 from synth_data.shards import read
@@ -165,6 +165,17 @@ def test_words_keep_their_speaker_order_and_time(
         assert starts == sorted(starts)
         for word in words[channel]:
             assert any(s - 1e-6 <= word.start <= word.end <= s + n + 1e-6 for _, s, n, _ in mine)
+
+
+def test_a_channel_that_nobody_wrote_down_is_marked(manifest: Path) -> None:
+    for path in (manifest.parent / "talks").glob("*.json"):
+        listed = json.loads(path.read_text())["alignments"]
+        listed = [entry for entry in listed if entry[2] == "SPEAKER_MAIN"]
+        path.write_text(json.dumps({"alignments": listed}))
+    build_stereo(config(manifest))
+    samples = list(read(config(manifest).output))
+    assert samples and all(sample.words[ASSISTANT] for sample in samples)
+    assert all(sample.meta[UNTRANSCRIBED] == [USER] for sample in samples)
 
 
 def test_the_command_writes_shards(manifest: Path, root: Path) -> None:
