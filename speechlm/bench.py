@@ -12,9 +12,14 @@ A ratio is taken within its round, so that whatever else the machine does slows 
 classes: `MoshiModel` over time, `MoshiDecoderLayer` over codebooks (one set of weights for all of
 them, as here). Embeddings, attention kernel, optimizer, batch and losses are shared; a test holds
 it to the same loss for the same weights. It goes over every column in the depth transformer, as
-`MoshiForConditionalGeneration` does; "gathered", it is told which columns have something to learn.
+`MoshiForConditionalGeneration` does when there is sound to learn; "gathered", it is told which
+columns have something to learn.
 
     speechlm bench train --against transformers
+
+on conversations of noise; on what a recipe trains with, its shares and masks, from its shards:
+
+    speechlm bench train --against transformers --recipe configs/lm/shipped.yaml
 
 and of a thousand million parameters, for a GPU:
 
@@ -41,7 +46,7 @@ from audio_codec.attention import attend
 from audio_codec.errors import UserError
 from audio_codec.memory import tune_allocator
 from audio_codec.transformer import TransformerConfig
-from speechlm.data import Packer
+from speechlm.data import Mixture, Packer
 from speechlm.documents import Dialogue, Document, WeightConfig, dialogue_document
 from speechlm.evaluation.report import Metric, bootstrap_median
 from speechlm.model import Batch, LMConfig, LossConfig, SpeechLM
@@ -56,6 +61,8 @@ KERNEL: Final = "speechlm"
 """Name under which `transformers` finds our attention."""
 
 Losses = Callable[[Batch], Tensor]
+Step = list[tuple[float, Batch]]
+"""What a step is made of: batches with their shares of its loss."""
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -79,17 +86,17 @@ class Talks:
         near = np.stack((turns, ~turns))
         dialogue = Dialogue(np.stack(codes, 1).astype(np.uint16), said, heard, near)
         made = dialogue_document(dialogue, streams, WeightConfig(), rng)
-        return replace(made, whole=True)  # so that no row holds parts of two: the peer has no mask
+        return replace(made, whole=True)
 
 
-class _Feed:
-    """A packer as the loader wants it."""
+class _Noise:
+    """Conversations of noise, as the loader wants them."""
 
-    def __init__(self, packer: Packer) -> None:
-        self.packer = packer
+    def __init__(self, streams: Streams, rows: int, length: int) -> None:
+        self.packer = Packer(Talks(streams, length), streams, rows, length)
 
-    def next(self) -> Batch:
-        return self.packer.next()
+    def next(self) -> Step:
+        return [(1.0, self.packer.next())]
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -110,11 +117,12 @@ def _kernel(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Our attention as `transformers` calls one: [B, H, T, D] → [B, T, H, D]."""
-    return attend(query, key, value, None, causal=True).transpose(1, 2), None
+    mask = getattr(module.config, "documents", None)
+    return attend(query, key, value, mask, causal=True).transpose(1, 2), None
 
 
 def _no_mask(*args: Any, **options: Any) -> None:
-    """The kernel needs none: it is causal."""
+    """The kernel is causal, and knows of documents."""
 
 
 class MoshiPeer(SpeechLM):
@@ -137,6 +145,7 @@ class MoshiPeer(SpeechLM):
         )
         inner: Any = MoshiDepthConfig(**_shape(config.depth))
         shape._attn_implementation = inner._attn_implementation = KERNEL
+        self.shape = shape
         self.body: Any = MoshiModel(shape)
         del self.body.embed_tokens  # nothing looks a word up there
         self.layers = nn.ModuleList(
@@ -146,9 +155,12 @@ class MoshiPeer(SpeechLM):
         self.norm = MoshiRMSNorm(config.depth.dim, eps=1e-6)
 
     def objective(self, batch: Batch, losses: LossConfig) -> Tensor:
-        """The loss of `SpeechLM.loss`, of rows that hold one document each."""
-        assert batch.segments is None, "the peer knows no documents"
+        """The loss of `SpeechLM.loss`."""
         streams, depth = self.streams, self.depth
+        self.shape.documents = None
+        if batch.segments is not None:
+            row = batch.segments[:, None]
+            self.shape.documents = (row[..., None] == row[..., None, :]).tril()
         hidden = self.body(inputs_embeds=self.embed(batch.inputs)).last_hidden_state
         heads: list[tuple[nn.Linear, int, float]] = [
             (self.text_head, streams.text_index, losses.text)
@@ -161,6 +173,8 @@ class MoshiPeer(SpeechLM):
             loss = _loss(head(hidden).flatten(0, 1), batch.targets[:, row].flatten(), weight)
             total = total + share * loss / weight.sum()
         weights = batch.weights[:, streams.own].transpose(1, 2).flatten(0, 1)  # [B T, K]
+        if not bool((weights > 0).any()):
+            return total
         codes = batch.targets[:, streams.own].transpose(1, 2).flatten(0, 1)
         text = batch.targets[:, streams.text_index].flatten()
         hidden = hidden.flatten(0, 1)
@@ -211,13 +225,14 @@ class Trainee:
         self.config = OptimizerConfig()
         self.optimizer = self.config.build(module)
 
-    def step(self, batch: Batch) -> float:
+    def step(self, batches: Step) -> float:
         """One step of training; seconds."""
         began = time.perf_counter()
-        kind = batch.inputs.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.lower):
-            loss = self.loss(batch)
-        loss.backward()
+        kind = batches[0][1].inputs.device.type
+        for share, batch in batches:
+            with torch.autocast(kind, torch.bfloat16, enabled=self.lower):
+                loss = share * self.loss(batch)
+            loss.backward()
         clip_gradients(self.module, self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -234,9 +249,11 @@ def measure(
     length: int = 750,
     steps: int = 10,
     precision: str = "auto",
+    mixture: Mixture | None = None,
 ) -> dict[str, Metric]:
     """Train a model of this shape, fresh, for some steps, and its peers in turns.
 
+    The data are noise, `rows` of `length` columns a step, or a `mixture`, which has its own rows.
     Gives `tokens_per_second` (learned predictions), `columns_per_second`, `mfu` (against the
     peak that a GPU's maker states), `loader_busy`, and against a peer `train_speedup`, how many
     times longer it takes for a step (the median of the rounds' ratios), `train_speedup_gathered`
@@ -251,6 +268,7 @@ def measure(
     for peer in against:
         if peer not in PEERS:
             raise UserError(f"peer '{peer}' is unknown; choices: {', '.join(PEERS)}.")
+    length = length if mixture is None else mixture.length
     window = config.temporal.window
     if against and window is not None and length > window:
         raise UserError(
@@ -274,21 +292,26 @@ def measure(
             rival = MoshiPeer(config, length, gathered).to(device)
             trainees[name] = Trainee(rival, _bound(rival, losses), lower)
             sizes[name] = sum(p.numel() for p in rival.parameters())
-    packer = Packer(Talks(config.streams, length), config.streams, rows, length)
+    feed = _Noise(config.streams, rows, length) if mixture is None else mixture
     seconds: dict[str, list[float]] = {name: [] for name in trainees}
     seen, busy, spent = Counts(), 0.0, 0.0
-    with Loader(_Feed(packer)) as loader:
+
+    def there(step: Step) -> Step:
+        return [(share, batch.to(device)) for share, batch in step]
+
+    with Loader(feed) as loader:
         # Alone first: while a peer has its turn the loader could read ahead in peace.
         for number in range(steps + 1):
-            batch = loader.next()
-            took = trainees["ours"].step(batch.to(device))
+            here = there(loader.next())
+            took = trainees["ours"].step(here)
             share = loader.busy()
             if number == 0:
                 continue  # kernels are compiled, memory is taken
-            seen, spent = seen + Counts.of(batch, config.streams), spent + took
+            seen = sum((Counts.of(batch, config.streams) for _, batch in here), seen)
+            spent += took
             busy += share / steps
         for number in range(steps + 1 if against else 0):
-            here = loader.next().to(device)
+            here = there(loader.next())
             for name, trainee in trainees.items():
                 took = trainee.step(here)
                 if number > 0:

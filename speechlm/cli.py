@@ -263,12 +263,19 @@ def bench_codec(
 def bench_train(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[A.B=C]...", help="Changes of its shape, as temporal.dim=2048."),
+        typer.Argument(
+            metavar="[A.B=C]...",
+            help="Changes of its shape, as temporal.dim=2048; with --recipe, of the recipe.",
+        ),
     ] = None,
     against: Annotated[
         list[str] | None, typer.Option("--against", metavar="PEER", help="transformers.")
     ] = None,
     model: ModelName = "tiny",
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG", help="Train on the sources of this one; default: on noise."),
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 3,
     length: Annotated[int, typer.Option(min=1, help="Columns of a row.")] = 750,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each to time.")] = 10,
@@ -283,12 +290,26 @@ def bench_train(
     from speechlm import bench as room
     from speechlm.config import load_config
     from speechlm.model import LMConfig
+    from speechlm.text_tokenizer import load_text_tokenizer
+    from speechlm.training.lm import TrainConfig, mixture_of
 
-    shape = load_config(checkpoint.resolve(model) / "config.json", overrides or [], LMConfig)
+    folder = checkpoint.resolve(model)
+    changes = overrides or []
+    shape = load_config(folder / "config.json", changes if recipe is None else [], LMConfig)
+    mixture = None
+    if recipe is not None:
+        training = load_config(recipe, changes, TrainConfig)
+        mixture = mixture_of(training, shape.streams, load_text_tokenizer(folder))
     _report(
         "bench train",
         room.measure(
-            shape, against or (), rows=rows, length=length, steps=steps, precision=precision
+            shape,
+            against or (),
+            rows=rows,
+            length=length,
+            steps=steps,
+            precision=precision,
+            mixture=mixture,
         ),
         json,
     )

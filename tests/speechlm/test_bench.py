@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import lm_runs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from speechlm.cli import app
 from speechlm.data import Packer
 from speechlm.model import LMConfig, LossConfig, SpeechLM
 from speechlm.streams import Streams
+from speechlm.training import lm
 
 LENGTH = 150
 CONFIG = LMConfig(
@@ -25,6 +27,11 @@ CONFIG = LMConfig(
     depth=TransformerConfig(dim=16, layers=2, heads=2, hidden=24),
     codec="none",
 )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lm_runs.make_data(tmp_path_factory.mktemp("bench"))
 
 
 def halves(weight: Tensor, head: int) -> Tensor:
@@ -56,12 +63,13 @@ def same(ours: SpeechLM, gathered: bool) -> bench.MoshiPeer:
     return peer
 
 
+@pytest.mark.parametrize("frames", [LENGTH, 40])  # one document a row, or several
 @pytest.mark.parametrize("gathered", [False, True])
-def test_the_peer_has_our_loss_gradients_and_size(gathered: bool) -> None:
+def test_the_peer_has_our_loss_gradients_and_size(gathered: bool, frames: int) -> None:
     ours = SpeechLM(CONFIG)
     peer = same(ours, gathered)
-    batch = Packer(bench.Talks(CONFIG.streams, LENGTH), CONFIG.streams, 2, LENGTH).next()
-    assert batch.segments is None
+    batch = Packer(bench.Talks(CONFIG.streams, frames), CONFIG.streams, 2, LENGTH).next()
+    assert (batch.segments is None) == (frames == LENGTH)
     assert 0.3 < float((batch.weights[:, CONFIG.streams.own] > 0).any(1).float().mean()) < 0.9
     expected = ours.loss(batch, LossConfig()).total
     found = peer.objective(batch, LossConfig())
@@ -116,3 +124,25 @@ def test_the_command_takes_another_shape(tmp_path: Path) -> None:
     assert measured["parameters"]["value"] < 600_000 and measured["mfu"]["n"] == 2
     wrong = CliRunner().invoke(app, ["bench", "train", "temporal.dims=16"])
     assert wrong.exit_code != 0 and "did you mean 'dim'" in str(wrong.exception)
+
+
+def test_it_may_train_on_what_a_recipe_trains_on(made: Path, tmp_path: Path) -> None:
+    recipe = {
+        "run": {"dir": str(tmp_path / "run"), "steps": 1},
+        "codec": str(made / "codec"),
+        "length": 60,
+        "sources": [
+            {"kind": "dialogues", "path": str(made / "shards"), "rows": 2},
+            {"kind": "quiz", "rows": 1, "turns": 2},
+        ],
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    trained = lm_runs.config_of(made, tmp_path / "lm", run={"steps": 1}, validation=[])
+    lm.train(trained.model_copy(update={"length": 60}))
+    options = ["--model", str(tmp_path / "lm" / "lm"), "--recipe", str(tmp_path / "recipe.yaml")]
+    options += ["--steps", "2", "--json", str(tmp_path / "m.json"), "sources.0.rows=3"]
+    done = CliRunner().invoke(app, ["bench", "train", *options])
+    assert done.exit_code == 0, done.output
+    measured = json.loads((tmp_path / "m.json").read_text())["metrics"]
+    assert 0 < measured["learned_frames"]["value"] < 0.75  # a row of four is text
+    assert 0 < measured["loader_busy"]["value"] <= 1
