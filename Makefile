@@ -64,7 +64,7 @@ tiny: setup  ## the whole recipe from nothing at a reduced size, up to a spoken 
 	$(BIN)/speechlm chat --model runs/tiny/lm/lm --input demo/static/examples/sum.mp3 --output runs/tiny/answer.wav
 
 # Hours on two cores; wants flite, and recordings and texts in ../shared/data.
-shipped: setup  ## the recipe that made the shipped weights, as far as runs/shipped/lm/lm
+shipped: setup  ## the recipe that made the shipped weights, as far as runs/shipped/facts/lm
 	for part in users assistant recorded noise heldout assistant_heldout; do \
 		$(BIN)/speechlm synth speech configs/synth/speech_$$part.yaml || exit; done
 	$(BIN)/speechlm synth speech configs/synth/speech_users.yaml output=data/shipped/users_b hours=24 seed=21
@@ -73,6 +73,9 @@ shipped: setup  ## the recipe that made the shipped weights, as far as runs/ship
 	$(BIN)/speechlm synth dialogues configs/synth/dialogues.yaml
 	$(BIN)/speechlm synth dialogues configs/synth/dialogues_heldout.yaml
 	$(BIN)/speechlm train lm configs/lm/shipped.yaml --resume
+	$(BIN)/speechlm synth pairs configs/synth/hear.yaml
+	$(BIN)/speechlm synth pairs configs/synth/hear.yaml output=data/shipped/hear_many hours=20 seed=72 voices=400
+	$(BIN)/speechlm train lm configs/lm/facts.yaml --resume
 
 # What torch's own metadata pins stays out, so that torch's CPU build brings none of it.
 lock: $(BIN)/uv  ## choose the newest versions that pyproject.toml allows

@@ -159,8 +159,9 @@ class MoshiPeer(SpeechLM):
         streams, depth = self.streams, self.depth
         self.shape.documents = None
         if batch.segments is not None:
-            row = batch.segments[:, None]
-            self.shape.documents = (row[..., None] == row[..., None, :]).tril()
+            document = batch.segments[:, None]
+            same = document[..., None] == document[..., None, :]
+            self.shape.documents = same.tril()
         hidden = self.body(inputs_embeds=self.embed(batch.inputs)).last_hidden_state
         heads: list[tuple[nn.Linear, int, float]] = [
             (self.text_head, streams.text_index, losses.text)
