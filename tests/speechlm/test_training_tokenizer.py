@@ -181,13 +181,56 @@ def test_the_encoder_is_drawn_to_the_codes_as_much_as_it_says() -> None:
     assert "commitment" not in losses(SMALL, sound, commitment=2.0)
 
 
-def test_the_unquantized_twin_is_not_drawn_to_codes(made: Path, tmp_path: Path) -> None:
+# --- The twin without a bottleneck ----------------------------------------------------------------
+
+
+def test_a_twin_has_no_bottleneck_whatever_its_model_s(made: Path, tmp_path: Path) -> None:
     ended = []
-    for weight in (0.0, 50.0):
-        twin = {"model": {**SMALL, **VQ}, "unquantized": True, "commitment_weight": weight}
-        path = training.train(config(made, tmp_path / str(weight), **twin))
-        ended.append(checkpoints.load(path).tensors["to_bottleneck.weight"])
-    assert torch.equal(*ended)
+    for name, model in (("vq", {**SMALL, **VQ}), ("fsq", {**SMALL, "levels": [5, 5]})):
+        twin = {"model": model, "unquantized": True, "run": {"steps": 3}}
+        ended.append(checkpoints.load(training.train(config(made, tmp_path / name, **twin))))
+    one, other = (found.tensors for found in ended)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert not [key for key in one if key.startswith(training._BOTTLENECK)]
+    assert one["pool.weight"].shape == (
+        16,
+        32,
+    )  # two positions of the encoder become one, unsqueezed
+    assert ended[0].config["bottleneck"] == "none"
+    said = rows(tmp_path / "vq")
+    assert {"loss", "wer_validation"} <= {name for row in said for name in row}
+    assert not any("codes" in row or "commitment" in row for row in said)
+    with pytest.raises(ValidationError, match="bottleneck=none is what unquantized=true makes"):
+        config(made, tmp_path, model={**SMALL, "bottleneck": "none"})
+
+
+@pytest.mark.parametrize("bottleneck", [{"levels": [5, 5]}, VQ])
+def test_a_twin_goes_on_from_a_quantized_tokenizer(
+    tmp_path: Path, bottleneck: dict[str, Any]
+) -> None:
+    shape = training.TokenizerConfig.model_validate({**SMALL, **bottleneck, "dropout": 0})
+    torch.manual_seed(0)
+    model = SpeechTokenizer(shape).eval()
+    mel = torch.randn(8, 8 * 20, 80)
+    with torch.no_grad():
+        numbers = model.features(mel)
+        if model.bottleneck == "fsq":
+            model.quantizer.mean.copy_(numbers.mean((0, 1)))
+            model.quantizer.variance.copy_(numbers.var((0, 1)))
+    checkpoints.save(tmp_path / "t", shape, model.state_dict(), dtype="fp32")
+    torch.manual_seed(1)
+    twin = SpeechTokenizer(shape.model_copy(update={"bottleneck": "none"})).eval()
+    training.start_from(twin, str(tmp_path / "t"))
+    ours, theirs = twin.state_dict(), model.state_dict()
+    shared = {name for name in theirs if not name.startswith(training._BOTTLENECK)}
+    assert shared == {name for name in ours if not name.startswith("pool.")}
+    assert all(torch.equal(ours[name], theirs[name]) for name in shared)
+    # And where it pools, it begins with what the bottleneck let pass, but for the bound's bend.
+    with torch.no_grad():
+        bounded = model.quantizer.bound(numbers) if model.bottleneck == "fsq" else numbers
+        passed, found = model.from_bottleneck(bounded), twin.features(mel)
+    gap = (passed - found).square().mean() / (passed - passed.mean((0, 1))).square().mean()
+    assert float(gap) < (0.1 if model.bottleneck == "fsq" else 1e-9)
 
 
 def test_a_tokenizer_that_reads_no_text_says_so() -> None:
