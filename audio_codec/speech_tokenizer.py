@@ -604,10 +604,24 @@ def initialize(model: SpeechTokenizer, found: checkpoints.Checkpoint) -> None:
             f"'{found.path}' is a Whisper, but the model has another encoder: set model.whisper, "
             "as in model.whisper.causal=true."
         )
+    public = checkpoints.parse_config(PublicConfig, found)
+    check_heads(model.config.heads, public.encoder_attention_heads, found.path)
+    decoder = model.config.decoder
+    if decoder is not None and decoder.vocabulary is not None:
+        check_heads(decoder.heads, public.decoder_attention_heads, found.path, "decoder.heads")
     tensors = _public_tensors(found, model.config)
     expected = {name: own for name, own in model.state_dict().items() if name in tensors}
     checkpoints.check(expected, dataclasses.replace(found, tensors=tensors))
     model.load_state_dict(tensors, strict=False)
+
+
+def check_heads(own: int, theirs: int | None, path: Path, name: str = "heads") -> None:
+    """Raise UserError unless weights to start from have as many heads: their shapes do not tell."""
+    if theirs is not None and own != theirs:
+        raise UserError(
+            f"model.{name}={own}, but the attention in '{path}' has {theirs} heads: set "
+            f"model.{name}={theirs}."
+        )
 
 
 def _public_tensors(found: checkpoints.Checkpoint, config: TokenizerConfig) -> dict[str, Tensor]:

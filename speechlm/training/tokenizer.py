@@ -49,6 +49,7 @@ from audio_codec.speech_tokenizer import (
     ALPHABET,
     SpeechTokenizer,
     TokenizerConfig,
+    check_heads,
     ctc_loss,
     greedy_text,
     initialize,
@@ -765,6 +766,7 @@ def start_from(tokenizer: SpeechTokenizer, name_or_path: str) -> None:
         initialize(tokenizer, found)
         return
     start = load_speech_tokenizer_of(name_or_path)
+    check_heads(tokenizer.config.heads, start.config.heads, Path(name_or_path))
     taken = start.state_dict()
     if tokenizer.quantizer is None:
         taken = {name: taken[name] for name in taken if not name.startswith(_BOTTLENECK)}
@@ -799,6 +801,7 @@ def start_encoder_from(tokenizer: SpeechTokenizer, name_or_path: str) -> None:
     Where it steps at another rate, the projection of stacked features to a step begins anew.
     """
     start = load_speech_tokenizer_of(name_or_path)
+    check_heads(tokenizer.config.heads, start.config.heads, Path(name_or_path))
     same = start.config.encoder_rate == tokenizer.config.encoder_rate
 
     def encoder(model: SpeechTokenizer) -> dict[str, Tensor]:

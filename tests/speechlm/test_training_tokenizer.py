@@ -367,6 +367,10 @@ def test_an_encoder_of_another_shape_is_named(made: Path, tmp_path: Path) -> Non
     wide = {**SMALL, "front_dim": 12}
     with pytest.raises(UserError, match=r"tensor 'front_in.weight' has shape \(8, 80\), expected"):
         training.train(config(made, tmp_path / "b", model=wide, encoder_from=str(first)))
+    for start in ("init_from", "encoder_from"):  # whose shapes are the same
+        four = config(made, tmp_path / start, model={**SMALL, "heads": 4}, **{start: str(first)})
+        with pytest.raises(UserError, match=r"model.heads=4, but .* has 2 heads"):
+            training.train(four)
     with pytest.raises(ValidationError, match="init_from and encoder_from"):
         config(made, tmp_path / "c", init_from="a", encoder_from="b")
 
