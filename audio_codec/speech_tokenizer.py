@@ -515,6 +515,16 @@ class SpeechTokenizer(nn.Module):
         return [greedy_text(row) for row in best]
 
 
+def encode_whole(tokenizer: SpeechTokenizer, pcm: Tensor) -> Tensor:
+    """Codes [B, T] *of* a whole sound [B, 1, S], at the tokenizer's sample rate and in whole codes.
+
+    Codes come `delay` after what they are of: the first ones are of nothing and left out, the last
+    ones come out in silence after the sound.
+    """
+    late = round(tokenizer.delay * tokenizer.rate / tokenizer.sample_rate)
+    return tokenizer.encode(F.pad(pcm, (0, tokenizer.delay)))[:, late:]
+
+
 def ctc_loss(
     logits: Tensor, frames: Tensor, targets: Tensor, lengths: Tensor, per_frame: int = 2
 ) -> Tensor:

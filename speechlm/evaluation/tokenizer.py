@@ -60,7 +60,6 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from pydantic import ValidationError
 from rich.progress import Progress
 from torch import Tensor
@@ -70,7 +69,7 @@ from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, LogMel, Pcm, load, resample
 from audio_codec.errors import UserError
 from audio_codec.quantize import entropy_bits
-from audio_codec.speech_tokenizer import SpeechTokenizer
+from audio_codec.speech_tokenizer import SpeechTokenizer, encode_whole
 from speechlm.convert import load_speech_tokenizer_of
 from speechlm.evaluation import abx, report
 from speechlm.evaluation.conversation import progress_bar
@@ -214,14 +213,8 @@ def pad(tokenizer: SpeechTokenizer, sounds: Sequence[Pcm]) -> tuple[Tensor, Tens
 
 
 def encode(tokenizer: SpeechTokenizer, pcm: Tensor, frames: Tensor) -> list[Tensor]:
-    """Codes [T] of each padded sound, without those of the padding.
-
-    Codes come `delay` after what they are of, so the first ones are of nothing.
-    """
-    late = round(tokenizer.delay * tokenizer.rate / tokenizer.sample_rate)
-    # Silence, in which the last codes come out.
-    silence = round(late * tokenizer.sample_rate / tokenizer.rate)
-    codes = tokenizer.encode(F.pad(pcm, (0, silence)))[:, late:]
+    """Codes [T] of each padded sound, without those of the padding."""
+    codes = encode_whole(tokenizer, pcm)
     each = [math.ceil(n * tokenizer.rate / FRAME_RATE) for n in frames.tolist()]
     return [row[:n] for row, n in zip(codes, each, strict=True)]
 

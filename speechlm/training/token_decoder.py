@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import SAMPLE_RATE, resample
 from audio_codec.losses import MultiScaleMel
-from audio_codec.speech_tokenizer import SpeechTokenizer
+from audio_codec.speech_tokenizer import SpeechTokenizer, encode_whole
 from audio_codec.token_decoder import (
     AHEAD,
     BANDS,
@@ -224,9 +224,9 @@ class Objective(nn.Module):
 
 
 def tokenize(tokenizer: SpeechTokenizer, pcm: Tensor) -> Tensor:
-    """Codes [B, T] of sound [B, 1, S] at 24 kHz, in whole tokens."""
+    """Codes [B, T] of whole sounds [B, 1, S] at 24 kHz, in whole tokens."""
     heard = resample(pcm.cpu().numpy(), SAMPLE_RATE, tokenizer.sample_rate)
-    return tokenizer.encode(torch.from_numpy(heard).to(pcm.device))
+    return encode_whole(tokenizer, torch.from_numpy(heard).to(pcm.device))
 
 
 @torch.inference_mode()
