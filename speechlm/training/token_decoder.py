@@ -73,7 +73,7 @@ class TrainConfig(BaseModel):
     tokenizer: str
     """Whose tokens are spoken: a tokenizer's checkpoint, or that of a codec or model around one."""
     model: TokenDecoderConfig = TokenDecoderConfig()
-    """`codebook` and `rate` are taken from the tokenizer, `voices` from the sources."""
+    """`codebook`, `rate` and `fingerprint` are the tokenizer's, `voices` those of the sources."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     validation: Path
     """Shards, best in the assistant's voice."""
@@ -260,8 +260,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     sources = [Source(source.weight, load_voiced(source.path)) for source in config.sources]
     held_out = load_voiced(config.validation)[: config.validation_utterances]
     taken = {
-        "codebook": tokenizer.codebook, "rate": tokenizer.rate, "voices": voice_names(sources)
-    }  # fmt: skip
+        "codebook": tokenizer.codebook,
+        "rate": tokenizer.rate,
+        "fingerprint": tokenizer.fingerprint(),
+        "voices": voice_names(sources),
+    }
     shape = configs.build({**config.model.model_dump(), **taken}, TokenDecoderConfig, "model")
     decoder = TokenDecoder(shape).to(run.device)
     if config.init_from is not None:

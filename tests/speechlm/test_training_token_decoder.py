@@ -153,6 +153,7 @@ def test_it_learns_a_few_seconds_by_heart(made: Path, tmp_path: Path) -> None:
     decoder, tokenizer = load_token_decoder(path), load_tokenizer(made / "tokenizer")
     assert decoder.config.voices == ("low", "high")
     assert decoder.config.codebook == tokenizer.codebook
+    assert decoder.config.fingerprint == tokenizer.fingerprint()
     sound = torch.from_numpy(glide(2.4, np.random.default_rng(1), 120.0))[None, None]
     codes = tokenize(tokenizer, sound)
     voice = decoder.voice("high")
