@@ -730,7 +730,14 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                     used = codes.unique().numel()
                     numbers |= {"codes": used, "batch_usage": used / tokenizer.codebook_size}
                 run.log(step, numbers)
-    card = {"trainee": "tokenizer", "steps": run.done, "utterances": len(utterances)}
+    card = {
+        "trainee": "tokenizer",
+        "seed": config.run.seed,
+        "unquantized": config.unquantized,
+        "steps": run.done,
+        "utterances": len(utterances),
+        "config": config.model_dump(mode="json"),
+    }
     if run.main:
         checkpoints.save(
             output_dir,

@@ -25,7 +25,7 @@ from audio_codec import audio
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, Pcm
 from audio_codec.errors import UserError
-from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig
+from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig, load_tokenizer
 from audio_codec.whisper import StemConfig
 from speechlm.cli import app
 from speechlm.evaluation import abx, report
@@ -36,6 +36,10 @@ from speechlm.training.tokenizer import TrainConfig
 from synth_data import shards
 from synth_data.augment import active_power
 from synth_data.text import normalize
+
+
+WITHOUT = TOKENIZER.model_copy(update={"bottleneck": "none"})
+"""The shape of a twin."""
 
 
 def noise(seconds: float, seed: int = 0) -> Pcm:
@@ -528,33 +532,81 @@ def test_three_people_read_each_validation_prompt(data_dir: Path) -> None:
 
 def test_an_untrained_tokenizer_reads_nothing(tmp_path: Path) -> None:
     folder = checkpoints.save(tmp_path / "t", TOKENIZER, small_tokenizer().state_dict())
-    found = evaluation.evaluate(str(folder), utterances=2, twin=str(folder), progress=False)
+    torch.manual_seed(1)
+    other = SpeechTokenizer(WITHOUT)
+    twin = checkpoints.save(tmp_path / "twin", WITHOUT, other.state_dict())
+    found = evaluation.evaluate(str(folder), utterances=2, twin=str(twin), progress=False)
     for name in ("wer_quantized", "wer_unquantized_known", "wer_noise_0db", "cer_twin"):
         assert (found[name].value or 0) > 0.7, name
     assert found["wer_12_5hz_9_fsq"] == found["wer_quantized"]
     assert 0 < (found["codebook_usage"].value or 0) <= 1
 
 
-def test_a_twin_needs_its_model_and_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_twin_is_of_a_model_and_without_a_bottleneck(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="twin 'x' is of no"):
         evaluation.compare(None, twin="x", sweep=Path("y"))
-    monkeypatch.setattr(
-        evaluation, "load_speech_tokenizer_of", lambda name: {"a": 25, "b": 50}[name]
-    )
-    monkeypatch.setattr(evaluation, "shape_of", lambda rate: Shape(rate, 9, "fsq", 0))
-    with pytest.raises(UserError, match="50 codes a second, the model 25"):
-        evaluation.compare("a", twin="b")
+    folders = {
+        name: str(checkpoints.save(tmp_path / name, shape, SpeechTokenizer(shape).state_dict()))
+        for name, shape in {
+            "model": TOKENIZER,
+            "twin": WITHOUT,
+            "fast": WITHOUT.model_copy(update={"rate": 25}),
+        }.items()
+    }
+    for model, twin, said in (
+        ("model", "model", r"has a bottleneck \(fsq\): train it with unquantized=true"),
+        ("twin", "twin", "tells nothing of it"),
+        ("model", "fast", "was not trained as .*: its rate is 25.0, not 12.5"),
+    ):
+        with pytest.raises(UserError, match=said):
+            evaluation.compare(folders[model], twin=folders[twin])
+
+
+def test_a_twin_was_trained_as_its_model_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def check(model: Path, twin: Path) -> None:
+        loaded = [load_tokenizer(folder / "tokenizer") for folder in (model, twin)]
+        names = [str(folder / "tokenizer") for folder in (model, twin)]
+        evaluation.check_twin(names[0], loaded[0], names[1], loaded[1])
+
+    model = finish(tmp_path / "model", done=4)
+    like: dict[str, Any] = {"unquantized": True, "done": 4}
+    check(model, finish(tmp_path / "twin", commitment_weight=9, run={"minutes": 7}, **like))
+    assert not caplog.messages
+    for changes, said in (
+        ({"done": 5}, "steps done is 5, not 4"),
+        ({"seed": 1}, "run.seed is 1, not 0"),
+        ({"data": {"train": ["c"], "validation": ["b"]}}, r"data.train is \['c'\], not \['a'\]"),
+        ({"optimizer": {"lr": 0.5}}, "optimizer.lr is 0.5"),
+        ({"model": TOKENIZER.model_copy(update={"dropout": 0.1})}, "model.dropout is 0.1, not 0"),
+        ({"init_from": "x"}, "init_from is x, not None"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check(model, finish(tmp_path / said, **{**like, **changes}))
+    # A card that says nothing, as of a codec around a tokenizer, is believed with a notice.
+    (model / "tokenizer" / "card.json").unlink()
+    check(model, tmp_path / "twin")
+    assert "no card says" in caplog.text
 
 
 # --- A sweep --------------------------------------------------------------------------------------
 
 
-def finish(folder: Path, *, seed: int = 0, finished: bool = True, **changes: Any) -> Path:
-    """A run's folder as `speechlm train tokenizer` leaves it."""
+def finish(
+    folder: Path,
+    *,
+    seed: int = 0,
+    finished: bool = True,
+    done: int = 5,
+    shape: TokenizerConfig | None = None,
+    **changes: Any,
+) -> Path:
+    """A run's folder as `speechlm train tokenizer` leaves it after so many steps."""
     model = changes.pop("model", TOKENIZER)
     config = TrainConfig.model_validate(
         {
-            "run": {"dir": "elsewhere", "steps": 5, "seed": seed},
+            "run": {"dir": "elsewhere", "steps": 5, "seed": seed, **changes.pop("run", {})},
             "data": {"train": ["a"], "validation": ["b"]},
             "model": model,
             **changes,
@@ -564,20 +616,29 @@ def finish(folder: Path, *, seed: int = 0, finished: bool = True, **changes: Any
     (folder / "config.json").write_text(config.model_dump_json())
     if finished:
         torch.manual_seed(seed)
-        weights = SpeechTokenizer(model).state_dict()
-        checkpoints.save(folder / "tokenizer", model, weights, dtype="fp32")
+        shape = config.shape if shape is None else shape
+        weights = SpeechTokenizer(shape).state_dict()
+        card = {"steps": done, "config": config.model_dump(mode="json")}
+        checkpoints.save(folder / "tokenizer", shape, weights, dtype="fp32", card=card)
     return folder
 
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Two sizes of codebook, one twin of both, and what is none of it."""
+    """Two sizes of codebook, one twin of both, and what is none of it.
+
+    Of that, `squeezed` is a twin as they were: past the rounding of a bottleneck that it has.
+    """
     root = tmp_path / "sweep"
     finish(root / "small")
     finish(root / "deep" / "large", model=TOKENIZER.model_copy(update={"levels": (5, 3)}))
     finish(root / "twin", unquantized=True, quantize_from=0.5)
-    finish(root / "other", seed=1, unquantized=True)
+    finish(root / "stranger", seed=1, unquantized=True)
     finish(root / "running", finished=False)
+    finish(root / "squeezed", unquantized=True, shape=TOKENIZER)
+    late = {"seed": 2, "model": TOKENIZER.model_copy(update={"levels": (5, 5)})}
+    finish(root / "late", run={"minutes": 3}, **late)
+    finish(root / "late_twin", unquantized=True, run={"minutes": 3}, done=4, **late)
     (root / "codec").mkdir()
     (root / "codec" / "config.json").write_text('{"run": {"dir": "x"}, "tokenizer": "y"}')
     return root
@@ -587,23 +648,24 @@ def test_a_sweep_is_the_finished_runs_with_their_twins(
     sweep: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        small, large = evaluation.candidates_of(sweep)
-    assert (small.name, large.name) == ("small", "deep/large")
+        small, large, late = evaluation.candidates_of(sweep)
+    assert (small.name, large.name, late.name) == ("small", "deep/large", "late")
     assert small.twin is not None and small.twin is large.twin
-    for named in ("codec", "running", "other"):
+    assert late.twin is None, "its twin did a step less"
+    for named in ("codec", "running", "stranger", "squeezed", "late_twin"):
         assert sum(named in message for message in caplog.messages) == 1, named
     # One run by itself is a sweep too, without a twin.
     (alone,) = evaluation.candidates_of(sweep / "small")
     assert alone.name == "small" and alone.twin is None
 
 
-def test_of_two_twins_the_one_of_the_same_size_is_taken(sweep: Path) -> None:
-    finish(sweep / "own", model=TOKENIZER.model_copy(update={"levels": (5, 3)}), unquantized=True)
+def test_one_twin_serves_every_bottleneck(sweep: Path) -> None:
+    vq = TOKENIZER.model_copy(update={"bottleneck": "vq", "codes": 12, "code_dim": 8})
+    finish(sweep / "vq", model=vq, commitment_weight=0.5)
     runs = {run.name: run for run in evaluation.finished_runs(sweep)}
-    found = [
-        evaluation.twin_of(runs[name], list(runs.values())) for name in ("deep/large", "small")
-    ]
-    assert [twin and twin.name for twin in found] == ["own", "twin"]
+    for name in ("vq", "deep/large", "small"):
+        twin = evaluation.twin_of(runs[name], list(runs.values()))
+        assert twin is not None and twin.name == "twin"
 
 
 def test_a_folder_without_a_finished_run_is_refused(sweep: Path, tmp_path: Path) -> None:

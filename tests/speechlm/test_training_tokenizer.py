@@ -197,11 +197,22 @@ def test_a_twin_has_no_bottleneck_whatever_its_model_s(made: Path, tmp_path: Pat
         32,
     )  # two positions of the encoder become one, unsqueezed
     assert ended[0].config["bottleneck"] == "none"
+    card = ended[0].card
+    assert (card["seed"], card["unquantized"], card["steps"]) == (0, True, 3)
+    asked = config(made, tmp_path / "vq", model={**SMALL, **VQ}, unquantized=True, run={"steps": 3})
+    kept = training.TrainConfig.model_validate(card["config"])
+    assert kept.model_dump(exclude={"run"}) == asked.model_dump(exclude={"run"})
     said = rows(tmp_path / "vq")
     assert {"loss", "wer_validation"} <= {name for row in said for name in row}
     assert not any("codes" in row or "commitment" in row for row in said)
     with pytest.raises(ValidationError, match="bottleneck=none is what unquantized=true makes"):
         config(made, tmp_path, model={**SMALL, "bottleneck": "none"})
+
+
+def test_the_card_counts_the_steps_that_were_done(made: Path, tmp_path: Path) -> None:
+    path = training.train(config(made, tmp_path / "run", run={"steps": 50, "minutes": 1e-9}))
+    card = checkpoints.load(path).card
+    assert (card["steps"], card["config"]["run"]["steps"], card["unquantized"]) == (1, 50, False)
 
 
 @pytest.mark.parametrize("bottleneck", [{"levels": [5, 5]}, VQ])
