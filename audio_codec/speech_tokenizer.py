@@ -20,8 +20,8 @@ What the config chooses:
       block_ms        |·······|▪▪▪▪▪▪▪|          to the end of its block; a block comes at a time
 
 * the rate of the codes, and how many of the layers before the bottleneck run at it already;
-* the bottleneck: finite scalars (FSQ), the nearest of learned vectors (EMA-VQ), or none: the twin of
-  another tokenizer, which reads its characters off all that the encoder says and has no codes.
+* the bottleneck: finite scalars (FSQ), the nearest of learned vectors (EMA-VQ), or none: the twin
+  of another tokenizer, which reads its characters off all that the encoder says and has no codes.
 
 A causal encoder may use any of its past, so look-ahead is time to answer: the code of frame t is
 the one that comes out `lookahead_ms` after it, and training reads the characters off these.
@@ -356,7 +356,7 @@ class SpeechTokenizer(nn.Module):
         """What makes codes; UserError where nothing does."""
         if self.quantizer is None:
             raise UserError(
-                "model.bottleneck=none has no codes: choose a tokenizer with the bottleneck fsq or vq."
+                "bottleneck=none has no codes: choose a tokenizer whose bottleneck is fsq or vq."
             )
         return self.quantizer
 
@@ -379,7 +379,7 @@ class SpeechTokenizer(nn.Module):
 
     @property
     def reads(self) -> bool:
-        """Whether it writes down what it hears, by itself: in characters, not in pieces."""
+        """Whether it writes down what it hears by itself: characters, which need no vocabulary."""
         decoder = self.config.decoder
         return self.config.ctc or (decoder is not None and decoder.vocabulary is None)
 
@@ -428,7 +428,7 @@ class SpeechTokenizer(nn.Module):
         return self.discretize(torch.cat(pieces, dim=1))
 
     def discretize(self, numbers: Tensor) -> Tensor:
-        """Bottleneck numbers [B, T, Q] → codes int64 [B, T]. Raises UserError without a bottleneck."""
+        """Bottleneck numbers [B, T, Q] → codes int64 [B, T]; UserError where there are none."""
         coder = self._coder()
         if isinstance(coder, FSQ):
             return coder.codes(coder.digits(coder.bound(numbers)))

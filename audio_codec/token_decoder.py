@@ -469,6 +469,6 @@ def check_match(tokenizer: SpeechTokenizer, decoder: TokenDecoder) -> None:
         log.warning("decoder: it does not say whose tokens it speaks; only their number fits.")
     elif not near(ours.fingerprint, tokenizer.fingerprint()):
         raise UserError(
-            "decoder: it speaks the tokens of a tokenizer with other weights: choose that one, or a "
-            "decoder that was trained on this one."
+            "decoder: it speaks the tokens of a tokenizer with other weights: choose that one, or "
+            "a decoder that was trained on this one."
         )

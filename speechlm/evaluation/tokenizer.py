@@ -28,9 +28,9 @@ own head, greedily; recordings of people likewise:
     streaming_agreement               share of n codes that a stream gives as one pass does; and
     streaming_agreement_float64       the same in double precision, where no rounding tips a tie
 
-A tokenizer that reads no characters (GLM-4-Voice's, as published) has no errors to count: those
-metrics are null, and all others are measured. One that hears at another rate hears the same sounds,
-resampled.
+A tokenizer that reads no text (GLM-4-Voice's, as published) has no errors to count, one without a
+bottleneck no codes: those metrics are null, and all others are measured. One that hears at another
+rate hears the same sounds, resampled.
 
 Intervals are bootstraps over utterances, of speaker invariance over sentences, of
 `realtime_factor` over frames, and Wilson's of `streaming_agreement`. Sounds are made, heard and
@@ -47,6 +47,7 @@ D numbers of a code, N token sequences.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 import math
@@ -80,7 +81,7 @@ from speechlm.evaluation.report import (
     proportion,
     shown,
 )
-from speechlm.training.tokenizer import TrainConfig, transcribe
+from speechlm.training.tokenizer import TrainConfig, Vocabulary, kept_vocabulary, transcribe
 from synth_data import quiz, shards
 from synth_data.augment import add_noise, pink
 from synth_data.recipes.speech import MANIFEST, read_manifest
@@ -105,7 +106,7 @@ _WARM = 5  # Frames that are not timed: they find the caches full of something e
 _SENTENCES_DRAWN = 256  # At once, where there is no end to them.
 _SENTENCES_COMPARED = 10  # With each other; the work grows with its square.
 _PASS_SECONDS = 60  # Of a long sound in one pass.
-_NO_STREAM = "it does not stream"
+_NO_CODES = "it has no codes, for it has no bottleneck"
 
 
 # --- What is heard --------------------------------------------------------------------------------
@@ -171,29 +172,29 @@ class Shape:
     rate: float
     """Codes a second."""
     size: int
-    """Codes of the codebook, L."""
+    """Codes of the codebook, L; 0 where there is none."""
     bottleneck: str
-    """Its kind, "fsq" or "vq"."""
+    """Its kind, "fsq", "vq" or "none"."""
     lookahead_ms: float
     """Infinite where every code sees the whole sound."""
 
     @property
     def bits(self) -> float:
-        """Bits a second, were every code equally likely."""
-        return self.rate * math.log2(self.size)
+        """Bits a second, were every code equally likely; infinite without a bottleneck."""
+        return self.rate * math.log2(self.size) if self.size else math.inf
 
     @property
     def key(self) -> str:
         """The end of a metric's name: 12_5hz_4375_fsq, with a look-ahead 12_5hz_4375_fsq_160ms."""
         late = f"_{self.lookahead_ms:g}ms" if self.lookahead_ms else ""
-        return f"{self.rate:g}hz_{self.size}_{self.bottleneck}{late}".replace(".", "_")
+        size = f"_{self.size}" if self.size else ""
+        return f"{self.rate:g}hz{size}_{self.bottleneck}{late}".replace(".", "_")
 
 
 def shape_of(tokenizer: SpeechTokenizer) -> Shape:
     """What a tokenizer says of itself."""
-    return Shape(
-        tokenizer.rate, tokenizer.codebook_size, tokenizer.bottleneck, tokenizer.lookahead_ms
-    )
+    size = 0 if tokenizer.bottleneck == "none" else tokenizer.codebook_size
+    return Shape(tokenizer.rate, size, tokenizer.bottleneck, tokenizer.lookahead_ms)
 
 
 def pad(tokenizer: SpeechTokenizer, sounds: Sequence[Pcm]) -> tuple[Tensor, Tensor]:
@@ -220,10 +221,19 @@ def encode(tokenizer: SpeechTokenizer, pcm: Tensor, frames: Tensor) -> list[Tens
 
 
 def read(
-    tokenizer: SpeechTokenizer, pcm: Tensor, frames: Tensor, *, quantized: bool = True
+    tokenizer: SpeechTokenizer,
+    pcm: Tensor,
+    frames: Tensor,
+    *,
+    quantized: bool = True,
+    vocabulary: Vocabulary | None = None,
 ) -> list[str]:
-    """Transcript of each padded sound, through the codes or past the rounding."""
-    return transcribe(tokenizer, tokenizer.mel(pcm), frames, quantized=quantized)
+    """Transcript of each padded sound, through the codes or past the rounding.
+
+    `vocabulary`: of an attention decoder that reads text pieces.
+    """
+    mel = tokenizer.mel(pcm)
+    return transcribe(tokenizer, mel, frames, quantized=quantized, vocabulary=vocabulary)
 
 
 @dataclass
@@ -315,11 +325,18 @@ def edit_distances(tokens: Sequence[Sequence[int]]) -> npt.NDArray[np.float64]:
     return found
 
 
+def _no_stream(tokenizer: SpeechTokenizer) -> str | None:
+    """Why there is no stream of its codes; None where there is."""
+    if tokenizer.bottleneck == "none":
+        return _NO_CODES
+    return None if tokenizer.streams else "it does not stream"
+
+
 @torch.inference_mode()
 def realtime_factor(tokenizer: SpeechTokenizer) -> Metric:
     """Seconds of computing a second of sound, one frame of one stream at a time on two threads."""
-    if not tokenizer.streams:
-        return Metric(None, reason=_NO_STREAM)
+    if reason := _no_stream(tokenizer):
+        return Metric(None, reason=reason)
     seconds = tokenizer.frame_size / tokenizer.sample_rate
     timed = max(10, round(TIMED_SECONDS / seconds))
     generator = torch.Generator().manual_seed(0)
@@ -355,8 +372,8 @@ def streaming_agreement(
     it. In double precision both take the same log-mel features, which are single by definition.
     """
     names = ("streaming_agreement", "streaming_agreement_float64")
-    if not tokenizer.streams:
-        return {name: Metric(None, reason=_NO_STREAM) for name in names}
+    if reason := _no_stream(tokenizer):
+        return {name: Metric(None, reason=reason) for name in names}
     size, rate, config = tokenizer.frame_size, tokenizer.sample_rate, tokenizer.config
     # Where positions are a table, a pass begins where the table does.
     table = config.whisper.positions * rate // config.encoder_rate if config.whisper else 1
@@ -413,6 +430,21 @@ class Candidate:
     tokenizer: SpeechTokenizer
     twin: SpeechTokenizer | None = None
     """Of the same config, seed, data and steps, but trained without a bottleneck."""
+    vocabulary: Vocabulary | None = None
+    """Of either's attention decoder, where that reads text pieces."""
+
+    @classmethod
+    def named(cls, name: str, path: str | Path) -> Candidate:
+        """By the name or path of its model or checkpoint; UserError when there is none."""
+        tokenizer = load_speech_tokenizer_of(path)
+        folder = checkpoints.resolve(tokenizer_folder(path))
+        return cls(name, tokenizer, vocabulary=kept_vocabulary(tokenizer, folder))
+
+    @property
+    def mute(self) -> str | None:
+        """Why it reads no text; None where it does."""
+        reads = self.tokenizer.reads or self.vocabulary is not None
+        return None if reads else "it reads no characters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -600,22 +632,23 @@ def hear(
     """Transcripts of a few sounds [S] by each way of reading them, and their codes.
 
     `noise`: at how many decibels of it they are read too. No transcripts of a tokenizer that reads
-    none.
+    none; of one without a bottleneck no codes, and no transcripts through them.
     """
-    tokenizer = candidate.tokenizer
+    tokenizer, coded = candidate.tokenizer, candidate.tokenizer.bottleneck != "none"
     pcm, frames = pad(tokenizer, sounds)
-    if not tokenizer.reads:
-        return {}, encode(tokenizer, pcm, frames)
-    said = {
-        "quantized": read(tokenizer, pcm, frames),
-        "unquantized": read(tokenizer, pcm, frames, quantized=False),
-    }
+    codes = encode(tokenizer, pcm, frames) if coded else []
+    if candidate.mute:
+        return {}, codes
+    written = functools.partial(read, vocabulary=candidate.vocabulary)
+    said = {"unquantized": written(tokenizer, pcm, frames, quantized=False)}
     if candidate.twin is not None:
-        said["twin"] = read(candidate.twin, pcm, frames, quantized=False)
-    for db in noise:
-        disturbed, _ = pad(tokenizer, [noisy(sound, db, rng) for sound in sounds])
-        said[f"noise_{db:g}db"] = read(tokenizer, disturbed, frames)
-    return said, encode(tokenizer, pcm, frames)
+        said["twin"] = written(candidate.twin, pcm, frames, quantized=False)
+    if coded:
+        said["quantized"] = written(tokenizer, pcm, frames)
+        for db in noise:
+            disturbed, _ = pad(tokenizer, [noisy(sound, db, rng) for sound in sounds])
+            said[f"noise_{db:g}db"] = written(tokenizer, disturbed, frames)
+    return said, codes
 
 
 @torch.inference_mode()
@@ -630,7 +663,8 @@ def measure(
     progress: bool = False,
 ) -> Result:
     """Measure one tokenizer; the other arguments are those of `compare`."""
-    shape = shape_of(candidate.tokenizer)
+    tokenizer, shape = candidate.tokenizer, shape_of(candidate.tokenizer)
+    coded = tokenizer.bottleneck != "none"
     groups: dict[str, Iterator[tuple[Pcm, str, Any]]] = {
         "": heldout_speech(utterances, seed),
         "_known": heldout_speech(utterances, seed, "train"),
@@ -653,28 +687,18 @@ def measure(
                 for way, transcripts in said.items():
                     for text, transcript in zip(texts, transcripts, strict=True):
                         tallies[way].add(text, transcript)
-                counts += torch.bincount(torch.cat(heard), minlength=len(counts))
-                if group == "_recorded":
+                counts += _counted(heard, shape.size)
+                if group == "_recorded" and coded:
                     for text, speaker, row in zip(texts, speakers, heard, strict=True):
                         sayings[normalize(text)][speaker] = row
-            for way, tally in tallies.items():
-                found |= {f"wer_{way}{group}": tally.wer(), f"cer_{way}{group}": tally.cer()}
-            if not tallies:
-                mute = Metric(None, reason="it reads no characters")
-                ways = ("quantized", "unquantized", *(f"noise_{db}db" for db in noise))
-                found |= {f"{kind}_{way}{group}": mute for kind in ("wer", "cer") for way in ways}
-            elif candidate.twin is not None:
-                ours, theirs = (
-                    [e.errors for e in tallies[way].words] for way in ("quantized", "twin")
-                )
-                found[f"wer_ratio{group}"] = bootstrap_ratio(ours, theirs)
-        if counts.sum() < codes:
+            found |= errors_of(tallies, group, noise, candidate.mute or _NO_CODES)
+        if coded and counts.sum() < codes:
             more = shard_speech(codes_from) if codes_from else endless_speech(seed)
             _count_more(candidate, counts, codes, more, bar)
         if stream_hours:
             sounds_of_hours, seconds = endless_speech(seed), 3600 * stream_hours
-            found |= streaming_agreement(candidate.tokenizer, sounds_of_hours, seconds, bar)
-    share, entropy = codes_used(counts)
+            found |= streaming_agreement(tokenizer, sounds_of_hours, seconds, bar)
+    share, entropy = codes_used(counts) if coded else (Metric(None, reason=_NO_CODES),) * 2
     found |= {
         "codebook_usage": share,
         "codebook_entropy": entropy,
@@ -682,16 +706,41 @@ def measure(
         "lookahead_ms": Metric(shape.lookahead_ms, unit="ms")
         if math.isfinite(shape.lookahead_ms)
         else Metric(None, unit="ms", reason="every code sees the whole sound"),
-        "realtime_factor": realtime_factor(candidate.tokenizer),
+        "realtime_factor": realtime_factor(tokenizer),
     }
-    if recorded is not None:
+    if recorded is not None and coded:
         found["speaker_invariance"] = speaker_invariance(
             sayings, lambda rows: edit_distances([row.tolist() for row in rows])
         )
         found["speaker_invariance_warped"] = speaker_invariance(
-            sayings, lambda rows: abx.distances([_points(candidate.tokenizer, row) for row in rows])
+            sayings, lambda rows: abx.distances([_points(tokenizer, row) for row in rows])
         )
+    elif recorded is not None:
+        names = ("speaker_invariance", "speaker_invariance_warped")
+        found |= dict.fromkeys(names, Metric(None, reason=_NO_CODES))
     return Result(candidate.name, shape, found)
+
+
+def errors_of(
+    tallies: Mapping[str, Tally], group: str, noise: Sequence[int], reason: str
+) -> dict[str, Metric]:
+    """All errors of a group of voices; `reason`: why a way of reading that is not there is not."""
+    found = {}
+    for way in ("quantized", "unquantized", "twin", *(f"noise_{db}db" for db in noise)):
+        if (tally := tallies.get(way)) is not None:
+            found |= {f"wer_{way}{group}": tally.wer(), f"cer_{way}{group}": tally.cer()}
+        elif way != "twin":
+            names = (f"wer_{way}{group}", f"cer_{way}{group}")
+            found |= dict.fromkeys(names, Metric(None, reason=reason))
+    if "twin" in tallies and "quantized" in tallies:
+        ours, theirs = ([e.errors for e in tallies[way].words] for way in ("quantized", "twin"))
+        found[f"wer_ratio{group}"] = bootstrap_ratio(ours, theirs)
+    return found
+
+
+def _counted(codes: Sequence[Tensor], size: int) -> Tensor:
+    """How often each of `size` codes occurs: [L]."""
+    return torch.bincount(torch.cat([torch.zeros(0, dtype=torch.int64), *codes]), minlength=size)
 
 
 def _points(tokenizer: SpeechTokenizer, codes: Tensor) -> abx.Features:
@@ -706,7 +755,7 @@ def _count_more(
     task = bar.add_task(f"{candidate.name}, codes", total=codes)
     for batch in _batches(sounds):
         heard = encode(candidate.tokenizer, *pad(candidate.tokenizer, batch))
-        counts += torch.bincount(torch.cat(heard), minlength=len(counts))
+        counts += _counted(heard, len(counts))
         bar.update(task, completed=int(counts.sum()))
         if counts.sum() >= codes:
             return
@@ -865,15 +914,16 @@ def candidates_of(folder: Path) -> list[Candidate]:
     Raises UserError where `finished_runs` does, when every run is a twin, or one is broken.
     """
     runs = finished_runs(folder)
-    loaded = {run.name: load_speech_tokenizer_of(run.checkpoint) for run in runs}
+    loaded = {run.name: Candidate.named(run.name, run.checkpoint) for run in runs}
     found, needed = [], set()
     for run in runs:
         if run.config.unquantized:
             continue
         twin = twin_of(run, runs)
-        paired = None if twin is None else loaded[twin.name]
-        found.append(Candidate(run.name, loaded[run.name], paired))
-        if twin is not None:
+        if twin is None:
+            found.append(loaded[run.name])
+        else:
+            found.append(replace(loaded[run.name], twin=loaded[twin.name].tokenizer))
             needed.add(twin.name)
     for run in runs:
         if run.config.unquantized and run.name not in needed:
@@ -929,7 +979,7 @@ def compare(
         raise UserError(f"twin '{twin}' is of no tokenizer: name its model too (--model).")
     candidates = []
     if model is not None:
-        first = Candidate(model, load_speech_tokenizer_of(model))
+        first = Candidate.named(model, model)
         if twin is not None:
             other = load_speech_tokenizer_of(twin)
             check_twin(model, first.tokenizer, twin, other)

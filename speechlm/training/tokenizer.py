@@ -244,7 +244,7 @@ class WhisperPieces:
         self.files = {
             name: (folder / name).read_bytes() for name in _PIECE_FILES if (folder / name).exists()
         }
-        if not self.files.keys() & {"tokenizer.json", "vocab.json"}:
+        if not self.files.keys() & _PIECES:
             raise UserError(
                 f"init_from '{folder}' has no text pieces of Whisper (tokenizer.json) for "
                 "model.decoder.vocabulary; without that field the decoder reads characters."
@@ -274,6 +274,8 @@ class WhisperPieces:
 
 _MULTILINGUAL = 51_865
 """Pieces of a Whisper of many languages, whose texts begin with theirs; fewer are English alone."""
+_PIECES = {"tokenizer.json", "vocab.json"}
+"""Of these, either has them; the others tell more."""
 _PIECE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -766,6 +768,19 @@ def make_vocabulary(config: TrainConfig) -> Vocabulary | None:
     return WhisperPieces(checkpoints.resolve(config.init_from), decoder.vocabulary)
 
 
+def kept_vocabulary(tokenizer: SpeechTokenizer, folder: Path) -> Vocabulary | None:
+    """The text pieces beside a finished tokenizer, in which its attention decoder reads.
+
+    None where it reads characters or nothing, or its pieces were left behind, as in a codec.
+    """
+    decoder = tokenizer.config.decoder
+    if decoder is None or decoder.vocabulary is None:
+        return None
+    if not any((folder / name).exists() for name in _PIECES):
+        return None
+    return WhisperPieces(folder, decoder.vocabulary)
+
+
 def start_from(tokenizer: SpeechTokenizer, name_or_path: str) -> None:
     """Take over the weights that `init_from` names; UserError when they do not fit."""
     found = checkpoints.load(name_or_path)
@@ -785,8 +800,8 @@ def start_from(tokenizer: SpeechTokenizer, name_or_path: str) -> None:
 def _pool_past_bottleneck(start: SpeechTokenizer) -> dict[str, Tensor]:
     """The pooling that a bottleneck's two maps do as one, where the map into it has to pool.
 
-    So a twin's later layers go on from what they know, as those of the tokenizer do: after a pooling
-    drawn anew, they would have to learn again what the twin is then compared in. Of the bound
+    So a twin's later layers go on from what they know, as the tokenizer's do: after a pooling drawn
+    anew they would have to learn again what they are then compared in. In place of the bound
     between the maps it has the line nearest to erf(x / √2) for a Gaussian x, of slope 1 / √π.
     """
     into, out = start.to_bottleneck, start.from_bottleneck

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hf import save_whisper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import TOKENIZER
@@ -26,17 +27,16 @@ from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, Pcm
 from audio_codec.errors import UserError
 from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig, load_tokenizer
-from audio_codec.whisper import StemConfig
+from audio_codec.whisper import StemConfig, TextDecoder
 from speechlm.cli import app
 from speechlm.evaluation import abx, report
 from speechlm.evaluation import tokenizer as evaluation
 from speechlm.evaluation.report import Metric, bootstrap_ratio, distinct
 from speechlm.evaluation.tokenizer import Candidate, Comparison, Result, Shape, Tally
-from speechlm.training.tokenizer import TrainConfig
+from speechlm.training.tokenizer import TrainConfig, WhisperPieces, transcribe
 from synth_data import shards
 from synth_data.augment import active_power
 from synth_data.text import normalize
-
 
 WITHOUT = TOKENIZER.model_copy(update={"bottleneck": "none"})
 """The shape of a twin."""
@@ -346,7 +346,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Candidate:
     tokenizer, twin = small_tokenizer(0), small_tokenizer(1)
 
     def transcribe(
-        model: SpeechTokenizer, mel: Tensor, frames: Tensor, *, quantized: bool
+        model: SpeechTokenizer, mel: Tensor, frames: Tensor, *, quantized: bool, vocabulary: None
     ) -> list[str]:
         assert mel.shape == (len(frames), 8 * int(frames.max()), 80)
         texts = [SENTENCES[index % 2] for index in range(len(frames))]
@@ -528,6 +528,51 @@ def test_three_people_read_each_validation_prompt(data_dir: Path) -> None:
     for _, text, who in evaluation.recorded_speech(data_dir):
         people.setdefault(normalize(text), set()).add(who)
     assert sum(who == {"bdl", "slt", "kathleen"} for who in people.values()) == 30
+
+
+def test_without_a_bottleneck_all_is_measured_that_needs_no_codes(
+    scripted: Candidate, recordings: Path
+) -> None:
+    alone = Candidate("alone", SpeechTokenizer(WITHOUT).eval().requires_grad_(False))
+    measured = evaluation.measure(alone, 2, 0, recorded=recordings, codes=99, stream_hours=1)
+    assert measured.shape == Shape(12.5, 0, "none", 0) and measured.shape.key == "12_5hz_none"
+    found = measured.metrics
+    for group in ("", "_known"):
+        assert found[f"wer_unquantized{group}"].value == found[f"cer_unquantized{group}"].value == 0
+    assert found["wer_unquantized_recorded"].n == 4
+    coded = {name for name in found if "unquantized" not in name and name != "lookahead_ms"}
+    assert {"wer_quantized", "cer_noise_5db", "codebook_usage", "codebook_entropy"} < coded
+    assert {"realtime_factor", "streaming_agreement", "speaker_invariance"} < coded
+    assert [name for name in coded if "no codes" not in (found[name].reason or "")] == []
+    comparison = Comparison((measured, result("fast", Shape(25, 1024, "vq", 0), 0.25)), False, "S.")
+    assert "it has no codes" in str(comparison._table(evaluation._OVERVIEW, shapes=True).rows[0])
+    line = comparison._lines("wer_unquantized", {"alone": "a", "fast": "b"}, "bits")
+    assert list(line) == ["b"], "no number of bits"
+
+
+def test_what_reads_text_pieces_is_read_with_those_of_its_checkpoint(
+    scripted: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_whisper(tmp_path / "whisper")
+    pieces = WhisperPieces(tmp_path / "whisper", 40)
+    shape = TokenizerConfig.model_validate(
+        {
+            **TOKENIZER.model_dump(),
+            "ctc": False,
+            "decoder": {"layers": 1, "heads": 2, "vocabulary": 40, "positions": 12},
+        }
+    )
+    for name, files in (("t", pieces.files), ("bare", {})):
+        weights = SpeechTokenizer(shape).state_dict()
+        checkpoints.save(tmp_path / name, shape, weights, files=files)
+    monkeypatch.setattr(evaluation, "transcribe", transcribe)
+    monkeypatch.setattr(TextDecoder, "greedy", lambda _, memory, *__: [said] * len(memory))
+    said = pieces.encode("one two")
+    found = evaluation.measure(Candidate.named("t", tmp_path / "t"), 2, 0).metrics
+    # Of two words and three, one and two of them wrong, or missing: "three four five".
+    for name in ("wer_quantized", "wer_unquantized_known", "wer_noise_0db"):
+        assert found[name].value == pytest.approx(3 / 5), name
+    assert Candidate.named("bare", tmp_path / "bare").mute == "it reads no characters"
 
 
 def test_an_untrained_tokenizer_reads_nothing(tmp_path: Path) -> None:

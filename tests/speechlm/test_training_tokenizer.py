@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hf import LETTERS, save_whisper
 from kills import rows, train_until
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperTokenizer
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import SAMPLE_RATE
@@ -263,40 +263,6 @@ def test_only_a_shape_with_a_lesson_is_trained(made: Path, tmp_path: Path) -> No
 
 
 # --- Whisper --------------------------------------------------------------------------------------
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz'"
-SPECIAL = ("<|endoftext|>", "<|startoftranscript|>", "<|transcribe|>", "<|notimestamps|>")
-
-
-def save_whisper(folder: Path) -> None:
-    """A small public checkpoint, its text pieces beside it."""
-    words = [*LETTERS, "Ġ", "Ġo", "Ġon"]
-    vocabulary = {piece: number for number, piece in enumerate((*words, *SPECIAL))}
-    pieces = WhisperTokenizer(vocab=vocabulary, merges=[("Ġ", "o"), ("Ġo", "n")])
-    pieces.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
-    pieces.save_pretrained(folder)
-    torch.manual_seed(6)
-    WhisperForConditionalGeneration(
-        WhisperConfig(
-            d_model=16,
-            encoder_layers=2,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=24,
-            decoder_ffn_dim=24,
-            vocab_size=40,
-            max_source_positions=20,
-            max_target_positions=30,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=len(words),
-            decoder_start_token_id=len(words) + 1,
-            suppress_tokens=None,
-            begin_suppress_tokens=None,
-        )
-    ).save_pretrained(folder)
-
 
 WHISPERED: dict[str, Any] = {
     **SMALL,
