@@ -642,7 +642,7 @@ def eval_tokenizer(
         typer.Option("--model", help="Whose tokenizer to measure [default: tiny, or the sweep]."),
     ] = None,
     twin: Annotated[
-        str | None, typer.Option("--twin", help="The model's twin, trained without a bottleneck.")
+        str | None, typer.Option("--twin", help="Its twin: trained alike, with unquantized=true.")
     ] = None,
     sweep: Annotated[
         Path | None,
@@ -704,7 +704,8 @@ def eval_spoken_qa(
     unknown: Annotated[int, typer.Option(min=1, help="Questions outside the quiz world.")] = 100,
     long: Annotated[bool, typer.Option(help="Also hold ten-minute conversations.")] = True,
     voices: Annotated[
-        str, typer.Option(help="Who asks: panel (ten known, two new) or heldout (all new).")
+        str,
+        typer.Option(help="Who asks: panel (ten known, two new) or heldout (none known as it is)."),
     ] = "panel",
     engine: Engines = None,
     assistant: Annotated[str, typer.Option(help="The voice it was trained to have.")] = "flite:rms",

@@ -9,11 +9,14 @@ own head, greedily; recordings of people likewise:
     recordings ─────────────────────  encode ═ codes ─┬─ read back
                                                       └─ compare those of different speakers
 
-    wer_quantized, cer_quantized      errors through the codes, in voices nothing was trained on
+    wer_quantized, cer_quantized      errors through the codes, in held-out voices
     wer_unquantized, cer_unquantized  past the rounding, in the same network: what it alone costs
-    wer_twin, cer_twin                in the twin, trained alike but without a bottleneck
+    wer_twin, cer_twin                in the twin, trained alike but without a bottleneck: all that
+                                      its encoder says is read, as wide as it is
     wer_ratio                         wer_quantized over wer_twin: what the bottleneck costs
-    …_known                           all these on the same sentences in voices of the training
+    …_new_speakers                    all these in those of the held-out voices that are no trained
+                                      speaker in another accent, rate or pitch
+    …_known                           on the same sentences in voices of the training
     …_recorded                        on sentences new to training, by recorded people who are not
     wer_noise_5db, cer_noise_5db      wer_quantized under pink noise, 5 dB below the speech
     codebook_usage                    share of the codes seen at least once in n codes, those of the
@@ -86,7 +89,7 @@ from synth_data import quiz, shards
 from synth_data.augment import add_noise, pink
 from synth_data.recipes.speech import MANIFEST, read_manifest
 from synth_data.text import normalize
-from synth_data.tts import Voice, speak, user_voices
+from synth_data.tts import Voice, new_speakers, speak, user_voices
 from synth_data.verify import WordErrors, word_errors
 
 log = logging.getLogger(__name__)
@@ -252,6 +255,11 @@ class Tally:
         expected = normalize(text)
         self.edits.append(edit_distance(expected, normalize(transcript)))
         self.characters.append(len(expected))
+
+    def part(self, chosen: Sequence[int]) -> Tally:
+        """Of some of its utterances."""
+        lists = (self.words, self.edits, self.characters)
+        return Tally(*([of[index] for index in chosen] for of in lists))
 
     def wer(self) -> Metric:
         """Word error rate."""
@@ -583,9 +591,10 @@ class Comparison:
 
 _SHAPE = ("Hz", "bit/s", "codes", "bottleneck", "look-ahead, ms")
 _OVERVIEW = {
-    "wer_twin": "WER of the unquantized twin ↓",
+    "wer_twin": "WER of the twin without a bottleneck ↓",
     "wer_quantized": "WER quantized ↓",
     "wer_ratio": "ratio ↓",
+    "wer_quantized_new_speakers": "WER quantized, new speakers ↓",
     "codebook_usage": "share of codes seen ↑",
     "codebook_entropy_ratio": "entropy / log2(codes) ↑",
     "wer_noise_10db": "WER at 10 dB ↓",
@@ -595,15 +604,21 @@ _OVERVIEW = {
     "streaming_agreement": "stream = one pass ↑",
 }
 _NOISE = {f"wer_noise_{db}db": f"WER at {db} dB ↓" for db in NOISE_DB}
-_GROUPS = (("", "new voices"), ("_known", "known voices"), ("_recorded", "recorded voices"))
+_GROUPS = (
+    ("", "held-out voices"),
+    ("_new_speakers", "new speakers"),
+    ("_known", "known voices"),
+    ("_recorded", "recorded voices"),
+)
 _MEANING = (
-    "Errors are those of the tokenizer's own greedy transcript, pooled over utterances. New voices "
-    "are synthesized ones that nothing was trained on, known voices those of the training; both "
-    "read the same sentences, which no training has seen. Recorded voices are people of the "
-    "training reading sentences kept from it.",
-    "The unquantized twin has the tokenizer's config, seed, data and steps, but was trained "
-    "without the bottleneck. Past the rounding means the tokenizer itself with its numbers left as "
-    "they are.",
+    "Errors are those of the tokenizer's own greedy transcript, pooled over utterances. Held-out "
+    "voices are synthesized ones of which none is a voice of training, though most are a trained "
+    "speaker in another accent, rate or pitch; new speakers are those of them that are not. Known "
+    "voices are those of the training. All read the same sentences, which no training has seen. "
+    "Recorded voices are people of the training reading sentences kept from it.",
+    "The twin has the tokenizer's config, seed, data and steps, but no bottleneck: all that its "
+    "encoder says, as wide as it is, goes on to what writes the transcript. Past the rounding "
+    "means the tokenizer itself with the few numbers of its bottleneck left as they are.",
     "Entropy and the share of codes seen are too low where there are not many more codes heard "
     "than there are in the codebook.",
     "Speaker invariance is the edit distance between the codes of two people reading one sentence "
@@ -679,6 +694,7 @@ def measure(
         for group, speech in groups.items():
             noise = () if group else NOISE_DB
             tallies: dict[str, Tally] = defaultdict(Tally)
+            spoken_by: list[Any] = []
             total = None if group == "_recorded" else -(-utterances // _BATCH)
             name = candidate.name + group.replace("_", ", ")
             for batch in bar.track(_batches(speech), total, description=name):
@@ -687,11 +703,18 @@ def measure(
                 for way, transcripts in said.items():
                     for text, transcript in zip(texts, transcripts, strict=True):
                         tallies[way].add(text, transcript)
+                spoken_by += speakers
                 counts += _counted(heard, shape.size)
                 if group == "_recorded" and coded:
                     for text, speaker, row in zip(texts, speakers, heard, strict=True):
                         sayings[normalize(text)][speaker] = row
-            found |= errors_of(tallies, group, noise, candidate.mute or _NO_CODES)
+            reason = candidate.mute or _NO_CODES
+            found |= errors_of(tallies, group, noise, reason)
+            if not group:
+                new = set(new_speakers(spoken_by))
+                chosen = [index for index, voice in enumerate(spoken_by) if voice in new]
+                part = {way: tally.part(chosen) for way, tally in tallies.items()}
+                found |= errors_of(part, "_new_speakers", (), reason)
         if coded and counts.sum() < codes:
             more = shard_speech(codes_from) if codes_from else endless_speech(seed)
             _count_more(candidate, counts, codes, more, bar)
@@ -957,7 +980,7 @@ def compare(
             checkpoint directory; None for none.
         utterances: sentences, each read once by a new voice and once by a known one.
         seed: picks sentences, voices and noise.
-        twin: a checkpoint of the model's unquantized twin.
+        twin: a checkpoint of the model's twin, trained alike with `unquantized=true`.
         sweep: a folder; every finished run of `speechlm train tokenizer` at or below it is
             measured, those trained unquantized as the twins of those with an otherwise equal
             config.

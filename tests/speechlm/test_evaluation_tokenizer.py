@@ -37,6 +37,7 @@ from speechlm.training.tokenizer import TrainConfig, WhisperPieces, transcribe
 from synth_data import shards
 from synth_data.augment import active_power
 from synth_data.text import normalize
+from synth_data.tts import Voice
 
 WITHOUT = TOKENIZER.model_copy(update={"bottleneck": "none"})
 """The shape of a twin."""
@@ -328,6 +329,8 @@ def test_a_stream_that_drifts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- One tokenizer --------------------------------------------------------------------------------
 
 SENTENCES = ("one two", "three four five")
+SPEAKERS = tuple(map(Voice.parse, ("flite:kal16@rate=1.2", "flite:slt@pitch=170")))
+"""A new one, and a trained one at a pitch that is not."""
 
 
 @pytest.fixture
@@ -339,9 +342,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Candidate:
     the first sentence.
     """
 
-    def speech(count: int, seed: int, voices: str = "heldout") -> Iterator[tuple[Pcm, str, str]]:
+    def speech(count: int, seed: int, voices: str = "heldout") -> Iterator[tuple[Pcm, str, Voice]]:
         for index in range(count):
-            yield noise(0.5 + index), SENTENCES[index % 2], voices
+            yield noise(0.5 + index), SENTENCES[index % 2], SPEAKERS[index % 2]
 
     tokenizer, twin = small_tokenizer(0), small_tokenizer(1)
 
@@ -385,6 +388,12 @@ def test_every_metric_of_a_tokenizer_that_reads_as_it_is_told(scripted: Candidat
         # " two" of 7 characters, " five" of 15; "one two more" has five too many.
         assert found[f"cer_quantized{group}"].value == pytest.approx(9 / 22)
         assert found[f"cer_twin{group}"].value == pytest.approx(5 / 22)
+    # The first sentence alone: its last word of two is lost, and the twin's is one too many.
+    for name, value in (("quantized", 1 / 2), ("unquantized", 0), ("twin", 1 / 2), ("ratio", 1)):
+        metric = found[f"wer_{name}_new_speakers"]
+        assert metric.value == pytest.approx(value) and metric.n == 1, name
+    assert found["cer_quantized_new_speakers"].value == pytest.approx(4 / 7)
+    assert not [name for name in found if "noise" in name and "new_speakers" in name]
     for db in (0, 5, 10, 20):
         assert found[f"wer_noise_{db}db"].value == 1 == found[f"cer_noise_{db}db"].value
         assert f"wer_noise_{db}db_known" not in found
