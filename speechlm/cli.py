@@ -676,16 +676,10 @@ def eval_tokenizer(
     first = model if model or sweep else "tiny"
     options: dict[str, Any] = {"seed": seed, "utterances": utterances, "recorded": recorded}
     options |= {"twin": twin, "sweep": sweep, "codes": codes, "codes_from": codes_from or ()}
-    options |= {"stream_hours": stream_hours}
+    options |= {"stream_hours": stream_hours, "decoder": decoder}
     options |= {"report": report, "title": "What semantic codes keep"}
-    if decoder is not None and first is None:
-        raise UserError("--decoder speaks the codes of one tokenizer: name that with --model.")
     _check(json)
     metrics = _measure("tokenizer", first, **options)
-    if first is not None and decoder is not None:
-        from speechlm.evaluation.resynthesis import evaluate
-
-        metrics |= evaluate(first, decoder, seed=seed)
     said = {"codes_from": [str(folder) for folder in codes_from]} if codes_from else {}
     _report("eval tokenizer", metrics, json, **said)
 

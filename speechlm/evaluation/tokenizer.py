@@ -26,6 +26,7 @@ own head, greedily; recordings of people likewise:
     codebook_entropy                  the same, by its first name
     speaker_invariance                0 = codes do not tell who speaks; see the function
     speaker_invariance_warped         likewise of what the codes stand for: near counts as near
+    resynthesis_wer                   of the codes spoken again by a decoder; see `resynthesis`
     lookahead_ms                      of sound that a code waits for beyond its own frame
     realtime_factor                   seconds of computing a second of sound, streaming
     streaming_agreement               share of n codes that a stream gives as one pass does; and
@@ -74,8 +75,9 @@ from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, LogMel, Pcm, 
 from audio_codec.errors import UserError
 from audio_codec.quantize import entropy_bits
 from audio_codec.speech_tokenizer import SpeechTokenizer, encode_whole
+from audio_codec.token_decoder import load_token_decoder
 from speechlm.convert import load_speech_tokenizer_of, tokenizer_folder
-from speechlm.evaluation import abx, report
+from speechlm.evaluation import abx, report, resynthesis
 from speechlm.evaluation.conversation import progress_bar
 from speechlm.evaluation.report import (
     Metric,
@@ -600,6 +602,8 @@ _OVERVIEW = {
     "wer_noise_10db": "WER at 10 dB ↓",
     "speaker_invariance": "speaker invariance ↓",
     "speaker_invariance_warped": "the same, warped ↓",
+    "resynthesis_wer": "WER spoken again ↓",
+    "resynthesis_wer_added": "points more than the original ↓",
     "realtime_factor": "real-time factor ↓",
     "streaming_agreement": "stream = one pass ↑",
 }
@@ -626,6 +630,8 @@ _MEANING = (
     "nothing of the speaker, 1 as much as of the sentence. Among thousands of codes two people "
     "seldom hit the same one, and it is near 1. Warped, it compares what the codes stand for, "
     "where near counts as near, along the cheapest warping of time.",
+    "Spoken again means from the codes alone, by a token decoder, in the voice of the sound: the "
+    "assistant reading held-out sentences. An independent recognizer writes down both.",
     "The real-time factor is seconds of computing a second of sound, in a stream of one frame at a "
     "time, on two threads.",
 )
@@ -971,6 +977,7 @@ def compare(
     codes: int = 0,
     codes_from: Sequence[Path] = (),
     stream_hours: float = 0.0,
+    decoder: str | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Measure the tokenizer of a model, those of a sweep, or both, on the same sounds.
@@ -989,6 +996,7 @@ def compare(
             not suffice: by more held-out sentences, in held-out and in known voices, or
         codes_from: by the sounds in these shard folders, which need not be made anew.
         stream_hours: over how many hours of speech a stream is held against one pass; 0: none.
+        decoder: a token decoder that speaks the model's codes again (`resynthesis`).
         progress: show on the terminal how far it has come.
 
     Raises UserError when a model, a folder or a speech engine is missing.
@@ -1000,6 +1008,8 @@ def compare(
         shards.shard_paths(folder)  # before minutes are spent on the rest
     if twin is not None and model is None:
         raise UserError(f"twin '{twin}' is of no tokenizer: name its model too (--model).")
+    if decoder is not None and model is None:
+        raise UserError(f"decoder '{decoder}' speaks codes of one model: name it (--model).")
     candidates = []
     if model is not None:
         first = Candidate.named(model, model)
@@ -1010,6 +1020,9 @@ def compare(
         candidates.append(first)
     if sweep is not None:
         candidates += candidates_of(sweep)
+    if decoder is not None:  # before all else: whatever does not fit shows at once
+        speaking = load_token_decoder(decoder)
+        again = resynthesis.resynthesis_wer(candidates[0].tokenizer, speaking, seed=seed)
     source = f"{utterances} held-out sentences, synthesized"
     if recorded is not None:
         source += f"; recordings in {recorded.name}"
@@ -1029,6 +1042,8 @@ def compare(
         )
         for name, candidate in zip(names, candidates, strict=True)
     ]
+    if decoder is not None:
+        results[0] = replace(results[0], metrics={**results[0].metrics, **again})
     return Comparison(tuple(results), model is not None, f"{source}.")
 
 

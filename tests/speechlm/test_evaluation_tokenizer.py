@@ -27,6 +27,7 @@ from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, Pcm
 from audio_codec.errors import UserError
 from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig, load_tokenizer
+from audio_codec.token_decoder import TokenDecoder, TokenDecoderConfig
 from audio_codec.whisper import StemConfig, TextDecoder
 from speechlm.cli import app
 from speechlm.evaluation import abx, report
@@ -818,6 +819,7 @@ def test_the_command_hands_its_options_over(
     assert json.loads(written.read_text())["codes_from"] == [str(folder) for folder in where]
     plain: dict[str, Any] = {"model": None, "twin": None, "sweep": None, "recorded": None}
     plain |= {"codes": 0, "codes_from": (), "stream_hours": 0, "seed": 0, "utterances": 300}
+    plain |= {"decoder": None}
     assert calls == [
         {**plain, "model": "tiny"},
         {**plain, "sweep": tmp_path, "recorded": tmp_path, "codes": 9},
@@ -825,3 +827,61 @@ def test_the_command_hands_its_options_over(
         {**plain, "model": "tiny", "codes": 9, "codes_from": where, "stream_hours": 0.5},
     ]
     assert "wer" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_decoder_speaks_the_model_s_codes_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tokenizer = small_tokenizer()
+    checkpoints.save(tmp_path / "t", TOKENIZER, tokenizer.state_dict(), dtype="fp32")
+    shape = TokenDecoderConfig(
+        codebook=(3, 3), voices=("flite:rms",), dim=16, heads=2, encoder_layers=1, flow_layers=1,
+        flow_blocks=0, voice_blocks=0, vocoder_dim=8, vocoder_blocks=0,
+    )  # fmt: skip
+    for name, changes in {
+        "d": {"fingerprint": tokenizer.fingerprint()},
+        "weights": {"fingerprint": small_tokenizer(1).fingerprint()},
+        "rate": {"rate": 25.0},
+        "voice": {"voices": ("nobody",)},
+    }.items():
+        other = shape.model_copy(update=changes)
+        checkpoints.save(tmp_path / name, other, TokenDecoder(other).state_dict())
+    spoken: list[TokenDecoderConfig] = []
+
+    def again(_: SpeechTokenizer, decoder: TokenDecoder, seed: int) -> dict[str, Metric]:
+        spoken.append(decoder.config)
+        return {"resynthesis_wer": Metric(0.375, 0.25, 0.5, 8)}
+
+    measured: list[str] = []
+
+    def measure(candidate: Candidate, *_: object) -> Result:
+        measured.append(candidate.name)
+        return result("t", Shape(12.5, 9, "fsq", 0), 0.5)
+
+    monkeypatch.setattr(evaluation, "measure", measure)
+    monkeypatch.setattr(report, "curves", lambda *_, **__: b"<svg/>")
+    model = ("--model", tmp_path / "t")
+
+    def run(*arguments: object) -> Any:
+        return CliRunner().invoke(app, ["eval", "tokenizer", *map(str, arguments)])
+
+    for name, said in (
+        ("weights", "other weights"),
+        ("rate", "at 25 Hz"),
+        ("voice", "'nobody' must be written"),
+        ("typo", "neither a directory"),
+    ):
+        failed = run(*model, "--decoder", tmp_path / name)
+        assert isinstance(failed.exception, UserError) and said in str(failed.exception)
+    failed = run("--sweep", tmp_path, "--decoder", tmp_path / "d")
+    assert "name it (--model)" in str(failed.exception)
+    assert not measured, "all of it shows before anything is measured"
+    monkeypatch.setattr(evaluation.resynthesis, "resynthesis_wer", again)
+    where = tmp_path / "report", tmp_path / "a.json"
+    done = run(*model, "--decoder", tmp_path / "d", "--report", where[0], "--json", where[1])
+    assert done.exit_code == 0 and len(measured) == 1, done.output
+    assert [config.fingerprint for config in spoken] == [tokenizer.fingerprint()]
+    found = json.loads(where[1].read_text())["metrics"]
+    assert found["resynthesis_wer"]["value"] == 0.375
+    assert "| WER spoken again ↓ |" in (text := (where[0] / "report.md").read_text())
+    assert "0.375 (0.25 – 0.5)" in text
