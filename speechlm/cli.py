@@ -680,7 +680,9 @@ def eval_tokenizer(
     options |= {"report": report, "title": "What semantic codes keep"}
     _check(json)
     metrics = _measure("tokenizer", first, **options)
-    said = {"codes_from": [str(folder) for folder in codes_from]} if codes_from else {}
+    said: dict[str, Any] = {"options": {"sweep": str(sweep)}} if sweep else {}
+    if codes_from:
+        said["codes_from"] = [str(folder) for folder in codes_from]
     _report("eval tokenizer", metrics, json, **said)
 
 

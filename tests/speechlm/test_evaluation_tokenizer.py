@@ -811,12 +811,16 @@ def test_the_command_hands_its_options_over(
         return done.output
 
     assert "wer_quantized" in run()
-    run("--sweep", tmp_path, "--report", tmp_path / "report", "--recorded", tmp_path, "--codes", 9)
+    written = tmp_path / "measured.json"
+    run("--sweep", tmp_path, "--report", tmp_path / "report", "--recorded", tmp_path, "--codes", 9,
+        "--json", written)  # fmt: skip
+    assert json.loads(written.read_text())["options"] == {"sweep": str(tmp_path)}
     run("--model", "m", "--twin", "t", "--seed", 3, "--utterances", 5)
-    where, written = [tmp_path / "a", tmp_path / "b"], tmp_path / "measured.json"
+    where = [tmp_path / "a", tmp_path / "b"]
     run("--codes", 9, "--codes-from", where[0], "--codes-from", where[1], "--stream-hours", 0.5,
         "--json", written)  # fmt: skip
-    assert json.loads(written.read_text())["codes_from"] == [str(folder) for folder in where]
+    told = json.loads(written.read_text())
+    assert told["codes_from"] == [str(folder) for folder in where] and "options" not in told
     plain: dict[str, Any] = {"model": None, "twin": None, "sweep": None, "recorded": None}
     plain |= {"codes": 0, "codes_from": (), "stream_hours": 0, "seed": 0, "utterances": 300}
     plain |= {"decoder": None}
