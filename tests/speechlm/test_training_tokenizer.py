@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,6 +25,7 @@ from audio_codec.audio import SAMPLE_RATE
 from audio_codec.errors import UserError
 from audio_codec.speech_tokenizer import SpeechTokenizer, load_tokenizer
 from speechlm.config import load_config
+from speechlm.evaluation.tokenizer import Finished, twin_of
 from speechlm.training import tokenizer as training
 from synth_data import shards
 
@@ -466,6 +469,36 @@ def test_a_warp_is_drawn_only_where_the_speed_is() -> None:
 
 
 # --- The sweep ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_sweep_trains_a_twin_of_each_of_its_runs(root: Path) -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", "sweep"], cwd=root, capture_output=True, text=True, check=True
+    )
+    lines = [shlex.split(line) for line in done.stdout.replace("\\\n", "").splitlines()]
+    said = [words[1:] for words in lines if words and words[0].endswith("speechlm")]
+    assert said[-1][:4] == ["eval", "tokenizer", "--sweep", "runs/sweep"]
+    runs = []
+    for verb, trainee, path, resume, *overrides in said[:-1]:
+        assert (verb, trainee, resume) == ("train", "tokenizer", "--resume")
+        settings = load_config(root / path, overrides, training.TrainConfig)
+        runs.append(Finished(settings.run.dir.name, settings, settings.run.dir, 1))
+    assert len({run.config.run.dir for run in runs}) == len(runs) == 20
+    shapes = [run.config.shape for run in runs]
+    assert {shape.rate for shape in shapes} == {50, 25, 12.5, 6.25}
+    assert {shape.lookahead_ms for shape in shapes} == {0, 80, 160}
+    assert {shape.block_ms for shape in shapes} == {None, 480, 4000}
+    assert {shape.codebook for shape in shapes if shape.bottleneck == "vq"} == {(625,), (4375,)}
+    twins = [twin_of(run, runs) for run in runs if not run.config.unquantized]
+    assert None not in twins
+    assert {twin.name for twin in twins if twin} == {r.name for r in runs if r.config.unquantized}
+
+
+def test_the_shipped_recipe_hears_rooms(root: Path) -> None:
+    path = root / "configs" / "tokenizer" / "shipped.yaml"
+    augment = load_config(path, [], training.TrainConfig).augment
+    assert augment.echo_share > 0 and augment.noise_share > 0 and augment.speed_share > 0
 
 
 @pytest.mark.parametrize(
