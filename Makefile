@@ -13,7 +13,7 @@ PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check fix test test-all bench tiny shipped lock
+.PHONY: help setup demo check fix test test-all bench tiny shipped sweep lock
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -76,6 +76,25 @@ shipped: setup  ## the recipe that made the shipped weights, as far as runs/ship
 	$(BIN)/speechlm synth pairs configs/synth/hear.yaml
 	$(BIN)/speechlm synth pairs configs/synth/hear.yaml output=data/shipped/hear_many hours=20 seed=72 voices=400
 	$(BIN)/speechlm train lm configs/lm/facts.yaml --resume
+
+# Rates and look-aheads have a twin without a bottleneck each, and codebooks that of their rate. The
+# names of variables are those of the runs; a comma of a list would end an argument of `call`.
+SHAPES := rate=12.5 rate=50 rate=25 rate=6.25 lookahead_ms=80 lookahead_ms=160 block_ms=480 block_ms=4000
+fsq_625 := 'model.levels=[5,5,5,5]'
+fsq_16807 := 'model.levels=[7,7,7,7,7]'
+vq_625 := model.bottleneck=vq model.codes=625
+vq_4375 := model.bottleneck=vq model.codes=4375
+define swept
+	$(BIN)/speechlm train tokenizer configs/tokenizer/sweep.yaml --resume run.dir=runs/sweep/$(subst =,_,$(1)) $(2)
+
+endef
+
+# After `shipped`; about four minutes a run.
+sweep: setup  ## tokenizers of many rates, look-aheads and codebooks, with their twins, compared
+	$(foreach shape,$(SHAPES),$(call swept,$(shape),model.$(shape))$(call swept,twin_$(shape),model.$(shape) unquantized=true))
+	$(foreach codebook,fsq_625 fsq_16807 vq_625 vq_4375,$(call swept,$(codebook),$($(codebook))))
+	$(BIN)/speechlm eval tokenizer --sweep runs/sweep --recorded ../shared/data --report runs/sweep/report \
+		--json runs/sweep/scores.json
 
 # What torch's own metadata pins stays out, so that torch's CPU build brings none of it.
 lock: $(BIN)/uv  ## choose the newest versions that pyproject.toml allows

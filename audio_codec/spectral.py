@@ -95,6 +95,8 @@ class SpectralConfig(BaseModel):
                 "tokenizer must give a code a frame at once: rate=12.5, causal=true, "
                 "lookahead_ms=0, no block_ms above 80, and hear 24 kHz"
             )
+        if heard.bottleneck == "none":
+            raise ValueError("tokenizer.bottleneck=none has no codes: choose fsq or vq")
         return self
 
 

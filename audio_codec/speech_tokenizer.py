@@ -20,7 +20,8 @@ What the config chooses:
       block_ms        |·······|▪▪▪▪▪▪▪|          to the end of its block; a block comes at a time
 
 * the rate of the codes, and how many of the layers before the bottleneck run at it already;
-* the bottleneck: finite scalars (FSQ) or the nearest of learned vectors (EMA-VQ).
+* the bottleneck: finite scalars (FSQ), the nearest of learned vectors (EMA-VQ), or none: the twin
+  of another tokenizer, which reads its characters off all that the encoder says and has no codes.
 
 A causal encoder may use any of its past, so look-ahead is time to answer: the code of frame t is
 the one that comes out `lookahead_ms` after it, and training reads the characters off these.
@@ -37,7 +38,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,7 @@ from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, LogMel, LogMe
 from audio_codec.errors import UserError
 from audio_codec.layers import ConvNeXtStack, Linear, StackState
 from audio_codec.quantize import EMAVQ, FSQ
+from audio_codec.sampling import normal
 from audio_codec.state import State, all_active
 from audio_codec.transformer import Transformer, TransformerConfig, TransformerState
 from audio_codec.whisper import SAMPLE_RATE as PUBLIC_RATE
@@ -112,7 +114,8 @@ class TokenizerConfig(BaseModel):
     block_ms: PositiveInt | None = None
     """Block-causal attention: a code sees to the end of its block of so long, a multiple of its
     duration (80 ms to 4 s are usual)."""
-    bottleneck: Literal["fsq", "vq"] = "fsq"
+    bottleneck: Literal["fsq", "vq", "none"] = "fsq"
+    """`none`: what the encoder says goes on as it is, as wide as it is, and there are no codes."""
     levels: tuple[PositiveInt, ...] = Field((7, 5, 5, 5, 5), min_length=1)
     """FSQ levels; their product is the size of the codebook (4375)."""
     codes: PositiveInt = 4096
@@ -156,15 +159,23 @@ class TokenizerConfig(BaseModel):
 
     @property
     def codebook(self) -> tuple[int, ...]:
-        """Factor sizes of the codebook."""
+        """Factor sizes of the codebook; none where there are no codes."""
+        if self.bottleneck == "none":
+            return ()
         return self.levels if self.bottleneck == "fsq" else (self.codes,)
 
     @property
     def numbers(self) -> int:
-        """Q, how many a code stands for."""
+        """Q, how many a code stands for, or go on where there is none."""
         if self.bottleneck == "fsq":
             return len(self.levels)
-        return self.dim if self.code_dim is None else self.code_dim
+        free = self.bottleneck == "none" or self.code_dim is None
+        return self.dim if free else self.code_dim
+
+    @property
+    def projected(self) -> bool:
+        """Whether a bottleneck has maps of its own, into it and out of it."""
+        return self.bottleneck == "fsq" or (self.bottleneck == "vq" and self.code_dim is not None)
 
     @property
     def encoder_rate(self) -> int:
@@ -205,7 +216,7 @@ class TokenizerOutput:
 
     logits: Tensor | None  # [B, N, V + 1] characters of the CTC head
     pieces: Tensor | None  # [B, U, L] of the attention decoder, if it was asked
-    codes: Tensor  # [B, T]
+    codes: Tensor | None  # [B, T], where there are any
     before: Tensor  # [B, H, dim] the encoder's last layer before the pooling
     after: Tensor | None  # [B, T, dim] the last layer, which both heads read
     commitment: Tensor  # [] how far the encoder is from the codes; 0 for FSQ
@@ -244,17 +255,22 @@ class SpeechTokenizer(nn.Module):
             self.stem = Stem(config.whisper, config.mels, config.dim)
         self.before = Transformer(self._transformer(config.layers_before, config.encoder_rate))
         width = config.dim * (self._pool if config.pooling == "linear" else 1)
+        self.pool: Linear | None = (
+            None  # The map into the bottleneck pools, where it alone follows.
+        )
+        if config.pooling == "linear" and (
+            config.layers_pooled or (self._pool > 1 and not config.projected)
+        ):
+            self.pool, width = Linear(width, config.dim), config.dim
         self.pooled: Transformer | None = None
         if config.layers_pooled:
-            if config.pooling == "linear":
-                self.pool, width = Linear(width, config.dim), config.dim
             self.pooled = Transformer(self._transformer(config.layers_pooled, config.rate))
-        projected = config.bottleneck == "fsq" or config.code_dim is not None
+        projected = config.projected
         self.to_bottleneck = Linear(width, config.numbers) if projected else nn.Identity()
-        self.quantizer: FSQ | EMAVQ
+        self.quantizer: FSQ | EMAVQ | None = None
         if config.bottleneck == "fsq":
             self.quantizer = FSQ(config.levels)
-        else:
+        elif config.bottleneck == "vq":
             self.quantizer = EMAVQ(config.numbers, config.codes)
         self.after: Transformer | None = None
         if config.layers_after:
@@ -292,13 +308,14 @@ class SpeechTokenizer(nn.Module):
         )
 
     @property
-    def bottleneck(self) -> Literal["fsq", "vq"]:
+    def bottleneck(self) -> Literal["fsq", "vq", "none"]:
         """The kind of its quantizer."""
         return self.config.bottleneck
 
     @property
     def codebook(self) -> tuple[int, ...]:
-        """Factor sizes of the codebook."""
+        """Factor sizes of the codebook. Raises UserError when there is none."""
+        self._coder()
         return self.config.codebook
 
     @property
@@ -335,9 +352,34 @@ class SpeechTokenizer(nn.Module):
         """Whether it codes a sound that is still going on."""
         return self.config.causal and isinstance(self.mel, LogMel)
 
+    def _coder(self) -> FSQ | EMAVQ:
+        """What makes codes; UserError where nothing does."""
+        if self.quantizer is None:
+            raise UserError(
+                "bottleneck=none has no codes: choose a tokenizer whose bottleneck is fsq or vq."
+            )
+        return self.quantizer
+
+    def fingerprint(self) -> tuple[float, ...]:
+        """Sixteen numbers that tell the weights that its codes depend on from others.
+
+        Random projections of all their tensors, each at unit length, so that weights that were
+        stored in fewer bits stay close, as those of a codec in int8 to those of its tokenizer in
+        float32, whose hashes would differ; see `near`.
+        """
+        numbers = torch.zeros(16, dtype=torch.float64)
+        weights = sorted(self.state_dict().items())
+        coding = [tensor for name, tensor in weights if not name.startswith(_UNCODED)]
+        for index, tensor in enumerate(coding):
+            flat = tensor.detach().cpu().double().flatten()
+            at = torch.arange(len(flat))
+            unit = flat / flat.norm().clamp(min=1e-12)
+            numbers.index_add_(0, at % 16, unit * normal(torch.tensor(index), at))
+        return tuple(round(number, 4) for number in numbers.tolist())
+
     @property
     def reads(self) -> bool:
-        """Whether it writes down what it hears, by itself: in characters, not in pieces."""
+        """Whether it writes down what it hears by itself: characters, which need no vocabulary."""
         decoder = self.config.decoder
         return self.config.ctc or (decoder is not None and decoder.vocabulary is None)
 
@@ -364,8 +406,10 @@ class SpeechTokenizer(nn.Module):
         else:
             x = hidden.unflatten(1, (-1, self._pool))
             x = x.mean(2) if self.config.pooling == "avg" else x.amax(2)
+        if self.pool is not None:
+            x = self.pool(x)
         if self.pooled is not None:
-            x = self.pooled(self.pool(x) if self.config.pooling == "linear" else x, state)
+            x = self.pooled(x, state)
         return self.to_bottleneck(x)
 
     def encode(self, pcm: Tensor, state: EncoderState | None = None) -> Tensor:
@@ -384,10 +428,11 @@ class SpeechTokenizer(nn.Module):
         return self.discretize(torch.cat(pieces, dim=1))
 
     def discretize(self, numbers: Tensor) -> Tensor:
-        """Bottleneck numbers [B, T, Q] → codes int64 [B, T]."""
-        if isinstance(self.quantizer, FSQ):
-            return self.quantizer.codes(self.quantizer.digits(self.quantizer.bound(numbers)))
-        return self.quantizer.nearest(numbers)
+        """Bottleneck numbers [B, T, Q] → codes int64 [B, T]; UserError where there are none."""
+        coder = self._coder()
+        if isinstance(coder, FSQ):
+            return coder.codes(coder.digits(coder.bound(numbers)))
+        return coder.nearest(numbers)
 
     def new_state(self, batch: int, max_chunk: int = 1) -> EncoderState:
         """Encoder state for chunks of up to `max_chunk` strides of `frame_size` samples."""
@@ -403,7 +448,7 @@ class SpeechTokenizer(nn.Module):
 
     def embed(self, codes: Tensor) -> Tensor:
         """Codes [B, T] → the bottleneck numbers [B, T, Q] they stand for; FSQ's lie in (−1, 1)."""
-        return self.quantizer.decode(codes)
+        return self._coder().decode(codes)
 
     def read(self, numbers: Tensor, state: TransformerState | None = None) -> Tensor:
         """Bottleneck numbers [B, T, Q] → the last layer [B, T, dim], which both heads read."""
@@ -463,12 +508,16 @@ class SpeechTokenizer(nn.Module):
                 sound = None if valid is None else valid[:, late:]
                 scores = self.decoder(pieces, after, sound)
         before = hidden[:, late * self._pool :]
-        return TokenizerOutput(logits, scores, codes[:, late:], before, after, commitment)
+        if codes is not None:
+            codes = codes[:, late:]
+        return TokenizerOutput(logits, scores, codes, before, after, commitment)
 
     def _quantize(
         self, numbers: Tensor, valid: Tensor | None, quantized: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """[B, T, Q] → values that the rest reads [B, T, Q], codes [B, T], commitment loss."""
+        if self.quantizer is None:
+            return numbers, None, numbers.new_zeros(())
         if isinstance(self.quantizer, FSQ):
             return *self.quantizer(numbers, valid, quantized), numbers.new_zeros(())
         free = numbers.float()
@@ -482,6 +531,32 @@ class SpeechTokenizer(nn.Module):
         """Greedy CTC transcript of codes [B, T], one string a row."""
         best = self.characters(self.embed(codes)).argmax(-1)
         return [greedy_text(row) for row in best]
+
+
+_UNCODED = (
+    *("from_bottleneck.", "after", "head.", "decoder."),
+    *("quantizer.usage", "quantizer.total", "quantizer.ready"),
+)
+"""Tensors that no code depends on."""
+
+
+def near(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two fingerprints are of the same weights, however either was stored.
+
+    Of the shipped weights, int8 moves it by 0.005 of its length, bfloat16 by 0.001; noise of 3% on
+    all matrices by 0.02, and one code in ten is then another. Weights of another seed: by 1.4.
+    """
+    return math.dist(one, other) < 0.02 * math.hypot(*one)
+
+
+def encode_whole(tokenizer: SpeechTokenizer, pcm: Tensor) -> Tensor:
+    """Codes [B, T] *of* a whole sound [B, 1, S], at the tokenizer's sample rate and in whole codes.
+
+    Codes come `delay` after what they are of: the first ones are of nothing and left out, the last
+    ones come out in silence after the sound.
+    """
+    late = round(tokenizer.delay * tokenizer.rate / tokenizer.sample_rate)
+    return tokenizer.encode(F.pad(pcm, (0, tokenizer.delay)))[:, late:]
 
 
 def ctc_loss(
@@ -573,10 +648,24 @@ def initialize(model: SpeechTokenizer, found: checkpoints.Checkpoint) -> None:
             f"'{found.path}' is a Whisper, but the model has another encoder: set model.whisper, "
             "as in model.whisper.causal=true."
         )
+    public = checkpoints.parse_config(PublicConfig, found)
+    check_heads(model.config.heads, public.encoder_attention_heads, found.path)
+    decoder = model.config.decoder
+    if decoder is not None and decoder.vocabulary is not None:
+        check_heads(decoder.heads, public.decoder_attention_heads, found.path, "decoder.heads")
     tensors = _public_tensors(found, model.config)
     expected = {name: own for name, own in model.state_dict().items() if name in tensors}
     checkpoints.check(expected, dataclasses.replace(found, tensors=tensors))
     model.load_state_dict(tensors, strict=False)
+
+
+def check_heads(own: int, theirs: int | None, path: Path, name: str = "heads") -> None:
+    """Raise UserError unless weights to start from have as many heads: their shapes do not tell."""
+    if theirs is not None and own != theirs:
+        raise UserError(
+            f"model.{name}={own}, but the attention in '{path}' has {theirs} heads: set "
+            f"model.{name}={theirs}."
+        )
 
 
 def _public_tensors(found: checkpoints.Checkpoint, config: TokenizerConfig) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ position (two mel frames), C width, K Euler steps.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,9 +57,11 @@ from audio_codec.errors import UserError
 from audio_codec.layers import ConvNeXtStack, StackState, TailState
 from audio_codec.sampling import normal
 from audio_codec.spectral import HOP, Synthesis, spectrum_head
-from audio_codec.speech_tokenizer import SpeechTokenizer
+from audio_codec.speech_tokenizer import SpeechTokenizer, near
 from audio_codec.state import State, all_active
 from audio_codec.transformer import Transformer, TransformerConfig, TransformerState
+
+log = logging.getLogger(__name__)
 
 BANDS: Final = 80
 PATCH: Final = 2
@@ -80,6 +83,8 @@ class TokenDecoderConfig(BaseModel):
     """Factor sizes of the tokens' codebook: the levels of an FSQ, or the size of a VQ alone."""
     rate: float = Field(FRAME_RATE, ge=1, le=50)
     """Tokens a second: 50 over a whole number."""
+    fingerprint: tuple[float, ...] | None = None
+    """Of the tokenizer whose tokens these are; None in a checkpoint that was not told."""
     block: PositiveInt = 10
     """Tokens of a block."""
     voices: tuple[str, ...] = Field(("assistant",), min_length=1)
@@ -450,10 +455,20 @@ def load_token_decoder(
 
 
 def check_match(tokenizer: SpeechTokenizer, decoder: TokenDecoder) -> None:
-    """Raise UserError unless the decoder speaks the tokenizer's tokens."""
+    """Raise UserError unless the decoder speaks the tokenizer's tokens, those of its very weights.
+
+    A decoder that does not know whose tokens it speaks is taken at its shape, with a notice.
+    """
     theirs, ours = (tuple(tokenizer.codebook), tokenizer.rate), decoder.config
     if theirs != (ours.codebook, ours.rate):
         raise UserError(
             f"decoder: it speaks tokens of codebook {ours.codebook} at {ours.rate:g} Hz, but the "
             f"tokenizer's are of {theirs[0]} at {theirs[1]:g} Hz."
+        )
+    if ours.fingerprint is None:
+        log.warning("decoder: it does not say whose tokens it speaks; only their number fits.")
+    elif not near(ours.fingerprint, tokenizer.fingerprint()):
+        raise UserError(
+            "decoder: it speaks the tokens of a tokenizer with other weights: choose that one, or "
+            "a decoder that was trained on this one."
         )

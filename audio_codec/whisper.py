@@ -241,6 +241,7 @@ class PublicConfig(BaseModel):
     num_mel_bins: PositiveInt = 80
     encoder_layers: PositiveInt
     encoder_attention_heads: PositiveInt
+    decoder_attention_heads: PositiveInt | None = None
     encoder_ffn_dim: PositiveInt
     max_source_positions: PositiveInt = 1500
     activation_function: Literal["gelu"] = "gelu"

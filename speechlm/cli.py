@@ -663,7 +663,7 @@ def eval_tokenizer(
         typer.Option("--model", help="Whose tokenizer to measure [default: tiny, or the sweep]."),
     ] = None,
     twin: Annotated[
-        str | None, typer.Option("--twin", help="The model's twin, trained without a bottleneck.")
+        str | None, typer.Option("--twin", help="Its twin: trained alike, with unquantized=true.")
     ] = None,
     sweep: Annotated[
         Path | None,
@@ -697,17 +697,13 @@ def eval_tokenizer(
     first = model if model or sweep else "tiny"
     options: dict[str, Any] = {"seed": seed, "utterances": utterances, "recorded": recorded}
     options |= {"twin": twin, "sweep": sweep, "codes": codes, "codes_from": codes_from or ()}
-    options |= {"stream_hours": stream_hours}
+    options |= {"stream_hours": stream_hours, "decoder": decoder}
     options |= {"report": report, "title": "What semantic codes keep"}
-    if decoder is not None and first is None:
-        raise UserError("--decoder speaks the codes of one tokenizer: name that with --model.")
     _check(json)
     metrics = _measure("tokenizer", first, **options)
-    if first is not None and decoder is not None:
-        from speechlm.evaluation.resynthesis import evaluate
-
-        metrics |= evaluate(first, decoder, seed=seed)
-    said = {"codes_from": [str(folder) for folder in codes_from]} if codes_from else {}
+    said: dict[str, Any] = {"options": {"sweep": str(sweep)}} if sweep else {}
+    if codes_from:
+        said["codes_from"] = [str(folder) for folder in codes_from]
     _report("eval tokenizer", metrics, json, **said)
 
 
@@ -725,7 +721,8 @@ def eval_spoken_qa(
     unknown: Annotated[int, typer.Option(min=1, help="Questions outside the quiz world.")] = 100,
     long: Annotated[bool, typer.Option(help="Also hold ten-minute conversations.")] = True,
     voices: Annotated[
-        str, typer.Option(help="Who asks: panel (ten known, two new) or heldout (all new).")
+        str,
+        typer.Option(help="Who asks: panel (ten known, two new) or heldout (none known as it is)."),
     ] = "panel",
     engine: Engines = None,
     assistant: Annotated[str, typer.Option(help="The voice it was trained to have.")] = "flite:rms",

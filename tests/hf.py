@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperTokenizer
 
 from speechlm.text_tokenizer import SPECIAL, HFTokenizer
 
@@ -81,3 +82,37 @@ def write(path: Path, family: str, padding: int = 3, **changes: Any) -> Any:
     model.save_pretrained(path)
     (path / "tokenizer.json").write_bytes(tokenizer)
     return model.eval()
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz'"
+MARKS = ("<|endoftext|>", "<|startoftranscript|>", "<|transcribe|>", "<|notimestamps|>")
+
+
+def save_whisper(folder: Path) -> None:
+    """A small public checkpoint, its text pieces beside it."""
+    words = [*LETTERS, "Ġ", "Ġo", "Ġon"]
+    vocabulary = {piece: number for number, piece in enumerate((*words, *MARKS))}
+    pieces = WhisperTokenizer(vocab=vocabulary, merges=[("Ġ", "o"), ("Ġo", "n")])
+    pieces.add_special_tokens({"additional_special_tokens": list(MARKS[1:])})
+    pieces.save_pretrained(folder)
+    torch.manual_seed(6)
+    WhisperForConditionalGeneration(
+        WhisperConfig(
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            vocab_size=40,
+            max_source_positions=20,
+            max_target_positions=30,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=len(words),
+            decoder_start_token_id=len(words) + 1,
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+        )
+    ).save_pretrained(folder)

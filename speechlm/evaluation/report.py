@@ -138,7 +138,8 @@ def distinct(names: Iterable[str]) -> list[str]:
 def envelope(command: str, metrics: Mapping[str, Metric], **extra: Any) -> dict[str, Any]:
     """What a measuring command writes: the metrics and where, when and by what they were measured.
 
-    `extra` adds top-level entries (`chat` adds its `text`).
+    `extra` adds top-level entries (`chat` adds its `text`). Of these `options` are what makes it
+    another measurement than the plain command is, as {"sweep": "runs/sweep"}; see `add_scores`.
     """
     return {
         "command": command,
@@ -160,7 +161,8 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 def add_scores(model: Path, scores: Sequence[Path]) -> None:
     """Put measurements (envelopes written by `--json`) into the `card.json` of a checkpoint folder.
 
-    A command's earlier scores are replaced. Raises UserError when a file is not an envelope.
+    Earlier scores of the same command with the same `options` are replaced. Raises UserError when a
+    file is not an envelope.
     """
     path = model / "card.json"
     card = _read_object(path) if path.exists() else {}
@@ -169,7 +171,8 @@ def add_scores(model: Path, scores: Sequence[Path]) -> None:
         measured = _read_object(file)
         if missing := {"command", "metrics", "date", "hardware"} - measured.keys():
             raise UserError(f"scores '{file}': no '{min(missing)}'; give a file written by --json.")
-        known[measured.pop("command")] = measured
+        said = (f"--{name} {value}" for name, value in measured.pop("options", {}).items())
+        known[" ".join((measured.pop("command"), *said))] = measured
     write_json(path, {**card, "scores": known})
 
 

@@ -21,8 +21,7 @@ import torch
 
 from audio_codec.audio import Pcm
 from audio_codec.speech_tokenizer import SpeechTokenizer
-from audio_codec.token_decoder import TokenDecoder, check_match, load_token_decoder
-from speechlm.convert import load_speech_tokenizer_of
+from audio_codec.token_decoder import TokenDecoder, check_match
 from speechlm.evaluation.report import Metric, bootstrap_ratio
 from speechlm.training.token_decoder import tokenize
 from synth_data import quiz
@@ -91,8 +90,3 @@ def resynthesis_wer(
     speaker = Voice.parse(voice)
     said = [(speak(t, speaker).pcm, t) for t in quiz.sentences("heldout", utterances, seed)]
     return pooled(pairs_of_errors(tokenizer, decoder, said, voice, default_recognizer()))
-
-
-def evaluate(model: str, decoder: str, *, seed: int = 0) -> dict[str, Metric]:
-    """`resynthesis_wer` of a model's tokenizer and a decoder, each by name or path."""
-    return resynthesis_wer(load_speech_tokenizer_of(model), load_token_decoder(decoder), seed=seed)

@@ -1,10 +1,10 @@
 """Held-out spoken questions: is the answer right, as text and as sound?
 
 Questions that training never saw (see `synth_data.quiz`), from a panel of twelve (`panel`: ten
-voices of training and two engine voices that it never heard; or `--voices heldout`: all that it
-never heard), are put to the model frame by frame, as in life: a little silence,
-the question, silence until the answer is over. An answer is right when it names the key and no
-other candidate of its kind (`quiz.score`). Judged are
+voices of training and two new speakers; or `--voices heldout`: the fourteen held-out voices, five
+of them new speakers), are put to the model frame by frame, as in life: a little silence, the
+question, silence until the answer is over. An answer is right when it names the key and no other
+candidate of its kind (`quiz.score`). Judged are
 
     s2t_accuracy              what the model wrote that it says (inner monologue); also for each
                               category, for sums of held-out operands and for voices that are no
@@ -59,7 +59,7 @@ from speechlm.evaluation.tokenizer import pad, pooled_wer, read
 from synth_data import quiz
 from synth_data.quiz import CATEGORIES, Question
 from synth_data.recipes.speech import MANIFEST, read_manifest
-from synth_data.tts import ASSISTANT, Voice, speak, user_voices
+from synth_data.tts import ASSISTANT, Voice, new_speakers, speak, user_voices
 from synth_data.verify import Recognizer, save_language_model, word_errors
 
 LANGUAGE_MODEL: Final = Path(__file__).with_name("answers.arpa")
@@ -149,18 +149,6 @@ def assign(
         )
         for question, voice in zip(questions, rng.permutation(turns), strict=True)
     ]
-
-
-def _speaker(voice: Voice) -> tuple[str, str]:
-    """Who speaks, whatever the accent, rate and pitch: the engine's voice or variant."""
-    accent, _, variant = voice.name.partition("+")
-    return voice.engine, variant or accent
-
-
-def new_speakers(voices: Sequence[Voice]) -> list[Voice]:
-    """Those of `voices` that are no variant, accent, pitch or rate of a trained voice."""
-    trained = {_speaker(voice) for voice in user_voices("train")} | {_speaker(ASSISTANT)}
-    return [voice for voice in voices if _speaker(voice) not in trained]
 
 
 def panel(engines: tuple[str, ...] = ("espeak", "flite")) -> list[Voice]:
@@ -303,7 +291,7 @@ def _text_score(replies: Sequence[Reply]) -> Metric:
 
 def judge_text(inside: Sequence[Reply], outside: Sequence[Reply]) -> dict[str, Metric]:
     """The metrics that need no recognizer: replies to questions of the world, and outside it."""
-    new = {_speaker(voice) for voice in new_speakers([r.asked.voice for r in inside])}
+    new = set(new_speakers([r.asked.voice for r in inside]))
     refused = [sum(quiz.is_refusal(r.text) for r in replies) for replies in (outside, inside)]
     return {
         "s2t_accuracy": _text_score(inside),
@@ -320,9 +308,7 @@ def judge_text(inside: Sequence[Reply], outside: Sequence[Reply]) -> dict[str, M
                 if r.asked.question.fact_heldout and r.asked.question.category in _ARITHMETIC
             ]
         ),
-        "s2t_accuracy_new_speakers": _text_score(
-            [r for r in inside if _speaker(r.asked.voice) in new]
-        ),
+        "s2t_accuracy_new_speakers": _text_score([r for r in inside if r.asked.voice in new]),
         "unknown_accuracy": proportion(refused[0], len(outside)),
         "false_refusal": proportion(refused[1], len(inside)),
         "heard_wer": pooled_wer(

@@ -9,11 +9,14 @@ own head, greedily; recordings of people likewise:
     recordings ─────────────────────  encode ═ codes ─┬─ read back
                                                       └─ compare those of different speakers
 
-    wer_quantized, cer_quantized      errors through the codes, in voices nothing was trained on
+    wer_quantized, cer_quantized      errors through the codes, in held-out voices
     wer_unquantized, cer_unquantized  past the rounding, in the same network: what it alone costs
-    wer_twin, cer_twin                in the twin, trained alike but without a bottleneck
+    wer_twin, cer_twin                in the twin, trained alike but without a bottleneck: all that
+                                      its encoder says is read, as wide as it is
     wer_ratio                         wer_quantized over wer_twin: what the bottleneck costs
-    …_known                           all these on the same sentences in voices of the training
+    …_new_speakers                    all these in those of the held-out voices that are no trained
+                                      speaker in another accent, rate or pitch
+    …_known                           on the same sentences in voices of the training
     …_recorded                        on sentences new to training, by recorded people who are not
     wer_noise_5db, cer_noise_5db      wer_quantized under pink noise, 5 dB below the speech
     codebook_usage                    share of the codes seen at least once in n codes, those of the
@@ -23,14 +26,15 @@ own head, greedily; recordings of people likewise:
     codebook_entropy                  the same, by its first name
     speaker_invariance                0 = codes do not tell who speaks; see the function
     speaker_invariance_warped         likewise of what the codes stand for: near counts as near
+    resynthesis_wer                   of the codes spoken again by a decoder; see `resynthesis`
     lookahead_ms                      of sound that a code waits for beyond its own frame
     realtime_factor                   seconds of computing a second of sound, streaming
     streaming_agreement               share of n codes that a stream gives as one pass does; and
     streaming_agreement_float64       the same in double precision, where no rounding tips a tie
 
-A tokenizer that reads no characters (GLM-4-Voice's, as published) has no errors to count: those
-metrics are null, and all others are measured. One that hears at another rate hears the same sounds,
-resampled.
+A tokenizer that reads no text (GLM-4-Voice's, as published) has no errors to count, one without a
+bottleneck no codes: those metrics are null, and all others are measured. One that hears at another
+rate hears the same sounds, resampled.
 
 Intervals are bootstraps over utterances, of speaker invariance over sentences, of
 `realtime_factor` over frames, and Wilson's of `streaming_agreement`. Sounds are made, heard and
@@ -47,6 +51,7 @@ D numbers of a code, N token sequences.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 import math
@@ -60,7 +65,6 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from pydantic import ValidationError
 from rich.progress import Progress
 from torch import Tensor
@@ -70,9 +74,10 @@ from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, LogMel, Pcm, load, resample
 from audio_codec.errors import UserError
 from audio_codec.quantize import entropy_bits
-from audio_codec.speech_tokenizer import SpeechTokenizer
-from speechlm.convert import load_speech_tokenizer_of
-from speechlm.evaluation import abx, report
+from audio_codec.speech_tokenizer import SpeechTokenizer, encode_whole
+from audio_codec.token_decoder import load_token_decoder
+from speechlm.convert import load_speech_tokenizer_of, tokenizer_folder
+from speechlm.evaluation import abx, report, resynthesis
 from speechlm.evaluation.conversation import progress_bar
 from speechlm.evaluation.report import (
     Metric,
@@ -81,12 +86,12 @@ from speechlm.evaluation.report import (
     proportion,
     shown,
 )
-from speechlm.training.tokenizer import TrainConfig, transcribe
+from speechlm.training.tokenizer import TrainConfig, Vocabulary, kept_vocabulary, transcribe
 from synth_data import quiz, shards
 from synth_data.augment import add_noise, pink
 from synth_data.recipes.speech import MANIFEST, read_manifest
 from synth_data.text import normalize
-from synth_data.tts import Voice, speak, user_voices
+from synth_data.tts import Voice, new_speakers, speak, user_voices
 from synth_data.verify import WordErrors, word_errors
 
 log = logging.getLogger(__name__)
@@ -106,7 +111,7 @@ _WARM = 5  # Frames that are not timed: they find the caches full of something e
 _SENTENCES_DRAWN = 256  # At once, where there is no end to them.
 _SENTENCES_COMPARED = 10  # With each other; the work grows with its square.
 _PASS_SECONDS = 60  # Of a long sound in one pass.
-_NO_STREAM = "it does not stream"
+_NO_CODES = "it has no codes, for it has no bottleneck"
 
 
 # --- What is heard --------------------------------------------------------------------------------
@@ -172,29 +177,29 @@ class Shape:
     rate: float
     """Codes a second."""
     size: int
-    """Codes of the codebook, L."""
+    """Codes of the codebook, L; 0 where there is none."""
     bottleneck: str
-    """Its kind, "fsq" or "vq"."""
+    """Its kind, "fsq", "vq" or "none"."""
     lookahead_ms: float
     """Infinite where every code sees the whole sound."""
 
     @property
     def bits(self) -> float:
-        """Bits a second, were every code equally likely."""
-        return self.rate * math.log2(self.size)
+        """Bits a second, were every code equally likely; infinite without a bottleneck."""
+        return self.rate * math.log2(self.size) if self.size else math.inf
 
     @property
     def key(self) -> str:
         """The end of a metric's name: 12_5hz_4375_fsq, with a look-ahead 12_5hz_4375_fsq_160ms."""
         late = f"_{self.lookahead_ms:g}ms" if self.lookahead_ms else ""
-        return f"{self.rate:g}hz_{self.size}_{self.bottleneck}{late}".replace(".", "_")
+        size = f"_{self.size}" if self.size else ""
+        return f"{self.rate:g}hz{size}_{self.bottleneck}{late}".replace(".", "_")
 
 
 def shape_of(tokenizer: SpeechTokenizer) -> Shape:
     """What a tokenizer says of itself."""
-    return Shape(
-        tokenizer.rate, tokenizer.codebook_size, tokenizer.bottleneck, tokenizer.lookahead_ms
-    )
+    size = 0 if tokenizer.bottleneck == "none" else tokenizer.codebook_size
+    return Shape(tokenizer.rate, size, tokenizer.bottleneck, tokenizer.lookahead_ms)
 
 
 def pad(tokenizer: SpeechTokenizer, sounds: Sequence[Pcm]) -> tuple[Tensor, Tensor]:
@@ -214,23 +219,26 @@ def pad(tokenizer: SpeechTokenizer, sounds: Sequence[Pcm]) -> tuple[Tensor, Tens
 
 
 def encode(tokenizer: SpeechTokenizer, pcm: Tensor, frames: Tensor) -> list[Tensor]:
-    """Codes [T] of each padded sound, without those of the padding.
-
-    Codes come `delay` after what they are of, so the first ones are of nothing.
-    """
-    late = round(tokenizer.delay * tokenizer.rate / tokenizer.sample_rate)
-    # Silence, in which the last codes come out.
-    silence = round(late * tokenizer.sample_rate / tokenizer.rate)
-    codes = tokenizer.encode(F.pad(pcm, (0, silence)))[:, late:]
+    """Codes [T] of each padded sound, without those of the padding."""
+    codes = encode_whole(tokenizer, pcm)
     each = [math.ceil(n * tokenizer.rate / FRAME_RATE) for n in frames.tolist()]
     return [row[:n] for row, n in zip(codes, each, strict=True)]
 
 
 def read(
-    tokenizer: SpeechTokenizer, pcm: Tensor, frames: Tensor, *, quantized: bool = True
+    tokenizer: SpeechTokenizer,
+    pcm: Tensor,
+    frames: Tensor,
+    *,
+    quantized: bool = True,
+    vocabulary: Vocabulary | None = None,
 ) -> list[str]:
-    """Transcript of each padded sound, through the codes or past the rounding."""
-    return transcribe(tokenizer, tokenizer.mel(pcm), frames, quantized=quantized)
+    """Transcript of each padded sound, through the codes or past the rounding.
+
+    `vocabulary`: of an attention decoder that reads text pieces.
+    """
+    mel = tokenizer.mel(pcm)
+    return transcribe(tokenizer, mel, frames, quantized=quantized, vocabulary=vocabulary)
 
 
 @dataclass
@@ -249,6 +257,11 @@ class Tally:
         expected = normalize(text)
         self.edits.append(edit_distance(expected, normalize(transcript)))
         self.characters.append(len(expected))
+
+    def part(self, chosen: Sequence[int]) -> Tally:
+        """Of some of its utterances."""
+        lists = (self.words, self.edits, self.characters)
+        return Tally(*([of[index] for index in chosen] for of in lists))
 
     def wer(self) -> Metric:
         """Word error rate."""
@@ -322,11 +335,18 @@ def edit_distances(tokens: Sequence[Sequence[int]]) -> npt.NDArray[np.float64]:
     return found
 
 
+def _no_stream(tokenizer: SpeechTokenizer) -> str | None:
+    """Why there is no stream of its codes; None where there is."""
+    if tokenizer.bottleneck == "none":
+        return _NO_CODES
+    return None if tokenizer.streams else "it does not stream"
+
+
 @torch.inference_mode()
 def realtime_factor(tokenizer: SpeechTokenizer) -> Metric:
     """Seconds of computing a second of sound, one frame of one stream at a time on two threads."""
-    if not tokenizer.streams:
-        return Metric(None, reason=_NO_STREAM)
+    if reason := _no_stream(tokenizer):
+        return Metric(None, reason=reason)
     seconds = tokenizer.frame_size / tokenizer.sample_rate
     timed = max(10, round(TIMED_SECONDS / seconds))
     generator = torch.Generator().manual_seed(0)
@@ -362,8 +382,8 @@ def streaming_agreement(
     it. In double precision both take the same log-mel features, which are single by definition.
     """
     names = ("streaming_agreement", "streaming_agreement_float64")
-    if not tokenizer.streams:
-        return {name: Metric(None, reason=_NO_STREAM) for name in names}
+    if reason := _no_stream(tokenizer):
+        return {name: Metric(None, reason=reason) for name in names}
     size, rate, config = tokenizer.frame_size, tokenizer.sample_rate, tokenizer.config
     # Where positions are a table, a pass begins where the table does.
     table = config.whisper.positions * rate // config.encoder_rate if config.whisper else 1
@@ -420,6 +440,21 @@ class Candidate:
     tokenizer: SpeechTokenizer
     twin: SpeechTokenizer | None = None
     """Of the same config, seed, data and steps, but trained without a bottleneck."""
+    vocabulary: Vocabulary | None = None
+    """Of either's attention decoder, where that reads text pieces."""
+
+    @classmethod
+    def named(cls, name: str, path: str | Path) -> Candidate:
+        """By the name or path of its model or checkpoint; UserError when there is none."""
+        tokenizer = load_speech_tokenizer_of(path)
+        folder = checkpoints.resolve(tokenizer_folder(path))
+        return cls(name, tokenizer, vocabulary=kept_vocabulary(tokenizer, folder))
+
+    @property
+    def mute(self) -> str | None:
+        """Why it reads no text; None where it does."""
+        reads = self.tokenizer.reads or self.vocabulary is not None
+        return None if reads else "it reads no characters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -558,27 +593,36 @@ class Comparison:
 
 _SHAPE = ("Hz", "bit/s", "codes", "bottleneck", "look-ahead, ms")
 _OVERVIEW = {
-    "wer_twin": "WER of the unquantized twin ↓",
+    "wer_twin": "WER of the twin without a bottleneck ↓",
     "wer_quantized": "WER quantized ↓",
     "wer_ratio": "ratio ↓",
+    "wer_quantized_new_speakers": "WER quantized, new speakers ↓",
     "codebook_usage": "share of codes seen ↑",
     "codebook_entropy_ratio": "entropy / log2(codes) ↑",
     "wer_noise_10db": "WER at 10 dB ↓",
     "speaker_invariance": "speaker invariance ↓",
     "speaker_invariance_warped": "the same, warped ↓",
+    "resynthesis_wer": "WER spoken again ↓",
+    "resynthesis_wer_added": "points more than the original ↓",
     "realtime_factor": "real-time factor ↓",
     "streaming_agreement": "stream = one pass ↑",
 }
 _NOISE = {f"wer_noise_{db}db": f"WER at {db} dB ↓" for db in NOISE_DB}
-_GROUPS = (("", "new voices"), ("_known", "known voices"), ("_recorded", "recorded voices"))
+_GROUPS = (
+    ("", "held-out voices"),
+    ("_new_speakers", "new speakers"),
+    ("_known", "known voices"),
+    ("_recorded", "recorded voices"),
+)
 _MEANING = (
-    "Errors are those of the tokenizer's own greedy transcript, pooled over utterances. New voices "
-    "are synthesized ones that nothing was trained on, known voices those of the training; both "
-    "read the same sentences, which no training has seen. Recorded voices are people of the "
-    "training reading sentences kept from it.",
-    "The unquantized twin has the tokenizer's config, seed, data and steps, but was trained "
-    "without the bottleneck. Past the rounding means the tokenizer itself with its numbers left as "
-    "they are.",
+    "Errors are those of the tokenizer's own greedy transcript, pooled over utterances. Held-out "
+    "voices are synthesized ones of which none is a voice of training, though most are a trained "
+    "speaker in another accent, rate or pitch; new speakers are those of them that are not. Known "
+    "voices are those of the training. All read the same sentences, which no training has seen. "
+    "Recorded voices are people of the training reading sentences kept from it.",
+    "The twin has the tokenizer's config, seed, data and steps, but no bottleneck: all that its "
+    "encoder says, as wide as it is, goes on to what writes the transcript. Past the rounding "
+    "means the tokenizer itself with the few numbers of its bottleneck left as they are.",
     "Entropy and the share of codes seen are too low where there are not many more codes heard "
     "than there are in the codebook.",
     "Speaker invariance is the edit distance between the codes of two people reading one sentence "
@@ -586,6 +630,8 @@ _MEANING = (
     "nothing of the speaker, 1 as much as of the sentence. Among thousands of codes two people "
     "seldom hit the same one, and it is near 1. Warped, it compares what the codes stand for, "
     "where near counts as near, along the cheapest warping of time.",
+    "Spoken again means from the codes alone, by a token decoder, in the voice of the sound: the "
+    "assistant reading held-out sentences. An independent recognizer writes down both.",
     "The real-time factor is seconds of computing a second of sound, in a stream of one frame at a "
     "time, on two threads.",
 )
@@ -607,22 +653,23 @@ def hear(
     """Transcripts of a few sounds [S] by each way of reading them, and their codes.
 
     `noise`: at how many decibels of it they are read too. No transcripts of a tokenizer that reads
-    none.
+    none; of one without a bottleneck no codes, and no transcripts through them.
     """
-    tokenizer = candidate.tokenizer
+    tokenizer, coded = candidate.tokenizer, candidate.tokenizer.bottleneck != "none"
     pcm, frames = pad(tokenizer, sounds)
-    if not tokenizer.reads:
-        return {}, encode(tokenizer, pcm, frames)
-    said = {
-        "quantized": read(tokenizer, pcm, frames),
-        "unquantized": read(tokenizer, pcm, frames, quantized=False),
-    }
+    codes = encode(tokenizer, pcm, frames) if coded else []
+    if candidate.mute:
+        return {}, codes
+    written = functools.partial(read, vocabulary=candidate.vocabulary)
+    said = {"unquantized": written(tokenizer, pcm, frames, quantized=False)}
     if candidate.twin is not None:
-        said["twin"] = read(candidate.twin, pcm, frames, quantized=False)
-    for db in noise:
-        disturbed, _ = pad(tokenizer, [noisy(sound, db, rng) for sound in sounds])
-        said[f"noise_{db:g}db"] = read(tokenizer, disturbed, frames)
-    return said, encode(tokenizer, pcm, frames)
+        said["twin"] = written(candidate.twin, pcm, frames, quantized=False)
+    if coded:
+        said["quantized"] = written(tokenizer, pcm, frames)
+        for db in noise:
+            disturbed, _ = pad(tokenizer, [noisy(sound, db, rng) for sound in sounds])
+            said[f"noise_{db:g}db"] = written(tokenizer, disturbed, frames)
+    return said, codes
 
 
 @torch.inference_mode()
@@ -637,7 +684,8 @@ def measure(
     progress: bool = False,
 ) -> Result:
     """Measure one tokenizer; the other arguments are those of `compare`."""
-    shape = shape_of(candidate.tokenizer)
+    tokenizer, shape = candidate.tokenizer, shape_of(candidate.tokenizer)
+    coded = tokenizer.bottleneck != "none"
     groups: dict[str, Iterator[tuple[Pcm, str, Any]]] = {
         "": heldout_speech(utterances, seed),
         "_known": heldout_speech(utterances, seed, "train"),
@@ -652,6 +700,7 @@ def measure(
         for group, speech in groups.items():
             noise = () if group else NOISE_DB
             tallies: dict[str, Tally] = defaultdict(Tally)
+            spoken_by: list[Any] = []
             total = None if group == "_recorded" else -(-utterances // _BATCH)
             name = candidate.name + group.replace("_", ", ")
             for batch in bar.track(_batches(speech), total, description=name):
@@ -660,28 +709,25 @@ def measure(
                 for way, transcripts in said.items():
                     for text, transcript in zip(texts, transcripts, strict=True):
                         tallies[way].add(text, transcript)
-                counts += torch.bincount(torch.cat(heard), minlength=len(counts))
-                if group == "_recorded":
+                spoken_by += speakers
+                counts += _counted(heard, shape.size)
+                if group == "_recorded" and coded:
                     for text, speaker, row in zip(texts, speakers, heard, strict=True):
                         sayings[normalize(text)][speaker] = row
-            for way, tally in tallies.items():
-                found |= {f"wer_{way}{group}": tally.wer(), f"cer_{way}{group}": tally.cer()}
-            if not tallies:
-                mute = Metric(None, reason="it reads no characters")
-                ways = ("quantized", "unquantized", *(f"noise_{db}db" for db in noise))
-                found |= {f"{kind}_{way}{group}": mute for kind in ("wer", "cer") for way in ways}
-            elif candidate.twin is not None:
-                ours, theirs = (
-                    [e.errors for e in tallies[way].words] for way in ("quantized", "twin")
-                )
-                found[f"wer_ratio{group}"] = bootstrap_ratio(ours, theirs)
-        if counts.sum() < codes:
+            reason = candidate.mute or _NO_CODES
+            found |= errors_of(tallies, group, noise, reason)
+            if not group:
+                new = set(new_speakers(spoken_by))
+                chosen = [index for index, voice in enumerate(spoken_by) if voice in new]
+                part = {way: tally.part(chosen) for way, tally in tallies.items()}
+                found |= errors_of(part, "_new_speakers", (), reason)
+        if coded and counts.sum() < codes:
             more = shard_speech(codes_from) if codes_from else endless_speech(seed)
             _count_more(candidate, counts, codes, more, bar)
         if stream_hours:
             sounds_of_hours, seconds = endless_speech(seed), 3600 * stream_hours
-            found |= streaming_agreement(candidate.tokenizer, sounds_of_hours, seconds, bar)
-    share, entropy = codes_used(counts)
+            found |= streaming_agreement(tokenizer, sounds_of_hours, seconds, bar)
+    share, entropy = codes_used(counts) if coded else (Metric(None, reason=_NO_CODES),) * 2
     found |= {
         "codebook_usage": share,
         "codebook_entropy": entropy,
@@ -689,16 +735,41 @@ def measure(
         "lookahead_ms": Metric(shape.lookahead_ms, unit="ms")
         if math.isfinite(shape.lookahead_ms)
         else Metric(None, unit="ms", reason="every code sees the whole sound"),
-        "realtime_factor": realtime_factor(candidate.tokenizer),
+        "realtime_factor": realtime_factor(tokenizer),
     }
-    if recorded is not None:
+    if recorded is not None and coded:
         found["speaker_invariance"] = speaker_invariance(
             sayings, lambda rows: edit_distances([row.tolist() for row in rows])
         )
         found["speaker_invariance_warped"] = speaker_invariance(
-            sayings, lambda rows: abx.distances([_points(candidate.tokenizer, row) for row in rows])
+            sayings, lambda rows: abx.distances([_points(tokenizer, row) for row in rows])
         )
+    elif recorded is not None:
+        names = ("speaker_invariance", "speaker_invariance_warped")
+        found |= dict.fromkeys(names, Metric(None, reason=_NO_CODES))
     return Result(candidate.name, shape, found)
+
+
+def errors_of(
+    tallies: Mapping[str, Tally], group: str, noise: Sequence[int], reason: str
+) -> dict[str, Metric]:
+    """All errors of a group of voices; `reason`: why a way of reading that is not there is not."""
+    found = {}
+    for way in ("quantized", "unquantized", "twin", *(f"noise_{db}db" for db in noise)):
+        if (tally := tallies.get(way)) is not None:
+            found |= {f"wer_{way}{group}": tally.wer(), f"cer_{way}{group}": tally.cer()}
+        elif way != "twin":
+            names = (f"wer_{way}{group}", f"cer_{way}{group}")
+            found |= dict.fromkeys(names, Metric(None, reason=reason))
+    if "twin" in tallies and "quantized" in tallies:
+        ours, theirs = ([e.errors for e in tallies[way].words] for way in ("quantized", "twin"))
+        found[f"wer_ratio{group}"] = bootstrap_ratio(ours, theirs)
+    return found
+
+
+def _counted(codes: Sequence[Tensor], size: int) -> Tensor:
+    """How often each of `size` codes occurs: [L]."""
+    return torch.bincount(torch.cat([torch.zeros(0, dtype=torch.int64), *codes]), minlength=size)
 
 
 def _points(tokenizer: SpeechTokenizer, codes: Tensor) -> abx.Features:
@@ -713,7 +784,7 @@ def _count_more(
     task = bar.add_task(f"{candidate.name}, codes", total=codes)
     for batch in _batches(sounds):
         heard = encode(candidate.tokenizer, *pad(candidate.tokenizer, batch))
-        counts += torch.bincount(torch.cat(heard), minlength=len(counts))
+        counts += _counted(heard, len(counts))
         bar.update(task, completed=int(counts.sum()))
         if counts.sum() >= codes:
             return
@@ -738,19 +809,24 @@ class Finished:
     """Its folder, below that of the sweep."""
     config: TrainConfig
     checkpoint: Path
+    steps: int
+    """Really done; `run.minutes` may end a run before its last step."""
 
 
+_OF_ONE_SHAPE: Final = {"bottleneck", "levels", "codes", "code_dim"}
 _OF_ONE_RUN: Final[dict[str, Any]] = {
-    "run": {"dir", "log_every", "save_every", "eval_every"},
+    "run": {"dir", "log_every", "save_every", "eval_every", "log_spaced", "minutes"},
     "output": True,
     "dtype": True,
     "unquantized": True,
     "quantize_from": True,
     "quantize_full": True,
-    "model": {"levels", "codes"},
+    "commitment_weight": True,
+    "model": _OF_ONE_SHAPE,
 }
 """Where the config of a run and that of its unquantized twin may differ: where and how often they
-write, and in the size of the codebook, which the twin does not use."""
+write, when they were told to stop (the steps that they did are compared), and in the bottleneck,
+which the twin has not. So one twin serves every bottleneck of its rate and look-ahead."""
 
 
 def finished_runs(folder: Path) -> list[Finished]:
@@ -771,29 +847,94 @@ def finished_runs(folder: Path) -> list[Finished]:
             log.warning("left out: %s is no config of a tokenizer's run", path)
             continue
         checkpoint = config.output or path.parent / "tokenizer"
-        if (checkpoint / "config.json").is_file():
-            name = str(path.parent.relative_to(folder))
-            found.append(Finished(folder.name if name == "." else name, config, checkpoint))
-        else:
+        if not (checkpoint / "config.json").is_file():
             log.warning("left out: the run in %s is not finished", path.parent)
+            continue
+        trained = checkpoints.read_json(checkpoint / "config.json").get("bottleneck", "fsq")
+        if trained != config.shape.bottleneck:
+            log.warning(
+                "left out: %s is unquantized, but has a bottleneck: train anew", path.parent
+            )
+            continue
+        name = str(path.parent.relative_to(folder))
+        steps = _card(checkpoint).get("steps", config.run.steps)
+        name = folder.name if name == "." else name
+        found.append(Finished(name, config, checkpoint, steps))
     if not found:
         raise UserError(f"sweep '{folder}' holds no finished run of 'speechlm train tokenizer'.")
     return found
 
 
-def twin_of(run: Finished, runs: Sequence[Finished]) -> Finished | None:
-    """The run of the same config, seed, data and steps that was trained unquantized.
+def _card(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / "card.json"
+    return checkpoints.read_json(path) if path.exists() else {}
 
-    Of several (one for every size of the codebook) the one whose model is the same in all; where
-    there is none such, its bottleneck may have more or fewer numbers than the run's.
+
+def finished_at(name: str) -> Finished | None:
+    """How a tokenizer was trained, by the card in its own checkpoint; None where none says."""
+    path = checkpoints.resolve(tokenizer_folder(name))
+    card = _card(path)
+    try:
+        return Finished(name, TrainConfig.model_validate(card["config"]), path, card["steps"])
+    except (KeyError, ValidationError):
+        return None
+
+
+def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield above + name, value
+
+
+def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """The first field in which two trees differ, in words; None where none does."""
+    one, other = dict(_leaves(ours)), dict(_leaves(theirs))
+    for name in dict.fromkeys((*one, *other)):
+        if one.get(name) != other.get(name):
+            return f"{name} is {other.get(name)}, not {one.get(name)}"
+    return None
+
+
+def difference(run: Finished, twin: Finished) -> str | None:
+    """In what a twin was not trained as the run was, in words; None where all is the same."""
+    ours, theirs = (
+        {"steps done": one.steps, **one.config.model_dump(mode="json", exclude=_OF_ONE_RUN)}
+        for one in (run, twin)
+    )
+    return _difference(ours, theirs)
+
+
+def twin_of(run: Finished, runs: Sequence[Finished]) -> Finished | None:
+    """The run of the same config, seed, data and steps that was trained unquantized."""
+    twins = (other for other in runs if other.config.unquantized)
+    return next((twin for twin in twins if difference(run, twin) is None), None)
+
+
+def check_twin(model: str, tokenizer: SpeechTokenizer, twin: str, other: SpeechTokenizer) -> None:
+    """Raise UserError unless `twin` was trained as `model` was, but without a bottleneck.
+
+    Where a card does not say how, shapes alone are compared, with a notice.
     """
-    shared = run.config.model_dump(exclude=_OF_ONE_RUN)
-    twins = [
-        other
-        for other in runs
-        if other.config.unquantized and other.config.model_dump(exclude=_OF_ONE_RUN) == shared
-    ]
-    return max(twins, key=lambda twin: twin.config.model == run.config.model, default=None)
+    if tokenizer.bottleneck == "none":
+        raise UserError(f"model '{model}' has no bottleneck, so twin '{twin}' tells nothing of it.")
+    if other.bottleneck != "none":
+        raise UserError(
+            f"twin '{twin}' has a bottleneck ({other.bottleneck}): train it with unquantized=true."
+        )
+    ours, theirs = finished_at(model), finished_at(twin)
+    if ours is not None and theirs is not None:
+        found = difference(ours, theirs)
+    else:
+        log.warning(
+            "twin %s: no card says that it was trained as %s: shapes alone fit", twin, model
+        )
+        found = _difference(
+            *(one.config.model_dump(exclude=set(_OF_ONE_SHAPE)) for one in (tokenizer, other))
+        )
+    if found is not None:
+        raise UserError(f"twin '{twin}' was not trained as '{model}': its {found}.")
 
 
 def candidates_of(folder: Path) -> list[Candidate]:
@@ -802,15 +943,16 @@ def candidates_of(folder: Path) -> list[Candidate]:
     Raises UserError where `finished_runs` does, when every run is a twin, or one is broken.
     """
     runs = finished_runs(folder)
-    loaded = {run.name: load_speech_tokenizer_of(run.checkpoint) for run in runs}
+    loaded = {run.name: Candidate.named(run.name, run.checkpoint) for run in runs}
     found, needed = [], set()
     for run in runs:
         if run.config.unquantized:
             continue
         twin = twin_of(run, runs)
-        paired = None if twin is None else loaded[twin.name]
-        found.append(Candidate(run.name, loaded[run.name], paired))
-        if twin is not None:
+        if twin is None:
+            found.append(loaded[run.name])
+        else:
+            found.append(replace(loaded[run.name], twin=loaded[twin.name].tokenizer))
             needed.add(twin.name)
     for run in runs:
         if run.config.unquantized and run.name not in needed:
@@ -835,6 +977,7 @@ def compare(
     codes: int = 0,
     codes_from: Sequence[Path] = (),
     stream_hours: float = 0.0,
+    decoder: str | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Measure the tokenizer of a model, those of a sweep, or both, on the same sounds.
@@ -844,7 +987,7 @@ def compare(
             checkpoint directory; None for none.
         utterances: sentences, each read once by a new voice and once by a known one.
         seed: picks sentences, voices and noise.
-        twin: a checkpoint of the model's unquantized twin.
+        twin: a checkpoint of the model's twin, trained alike with `unquantized=true`.
         sweep: a folder; every finished run of `speechlm train tokenizer` at or below it is
             measured, those trained unquantized as the twins of those with an otherwise equal
             config.
@@ -853,6 +996,7 @@ def compare(
             not suffice: by more held-out sentences, in held-out and in known voices, or
         codes_from: by the sounds in these shard folders, which need not be made anew.
         stream_hours: over how many hours of speech a stream is held against one pass; 0: none.
+        decoder: a token decoder that speaks the model's codes again (`resynthesis`).
         progress: show on the terminal how far it has come.
 
     Raises UserError when a model, a folder or a speech engine is missing.
@@ -864,20 +1008,21 @@ def compare(
         shards.shard_paths(folder)  # before minutes are spent on the rest
     if twin is not None and model is None:
         raise UserError(f"twin '{twin}' is of no tokenizer: name its model too (--model).")
+    if decoder is not None and model is None:
+        raise UserError(f"decoder '{decoder}' speaks codes of one model: name it (--model).")
     candidates = []
     if model is not None:
-        first = Candidate(model, load_speech_tokenizer_of(model))
+        first = Candidate.named(model, model)
         if twin is not None:
-            first = replace(first, twin=load_speech_tokenizer_of(twin))
-            rates = [shape_of(one).rate for one in (first.tokenizer, first.twin) if one is not None]
-            if rates[0] != rates[1]:
-                raise UserError(
-                    f"twin '{twin}' gives {rates[1]:g} codes a second, the model {rates[0]:g}: a "
-                    "twin has the model's config."
-                )
+            other = load_speech_tokenizer_of(twin)
+            check_twin(model, first.tokenizer, twin, other)
+            first = replace(first, twin=other)
         candidates.append(first)
     if sweep is not None:
         candidates += candidates_of(sweep)
+    if decoder is not None:  # before all else: whatever does not fit shows at once
+        speaking = load_token_decoder(decoder)
+        again = resynthesis.resynthesis_wer(candidates[0].tokenizer, speaking, seed=seed)
     source = f"{utterances} held-out sentences, synthesized"
     if recorded is not None:
         source += f"; recordings in {recorded.name}"
@@ -897,6 +1042,8 @@ def compare(
         )
         for name, candidate in zip(names, candidates, strict=True)
     ]
+    if decoder is not None:
+        results[0] = replace(results[0], metrics={**results[0].metrics, **again})
     return Comparison(tuple(results), model is not None, f"{source}.")
 
 

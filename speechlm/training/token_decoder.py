@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import SAMPLE_RATE, resample
 from audio_codec.losses import MultiScaleMel
-from audio_codec.speech_tokenizer import SpeechTokenizer
+from audio_codec.speech_tokenizer import SpeechTokenizer, encode_whole
 from audio_codec.token_decoder import (
     AHEAD,
     BANDS,
@@ -73,7 +73,7 @@ class TrainConfig(BaseModel):
     tokenizer: str
     """Whose tokens are spoken: a tokenizer's checkpoint, or that of a codec or model around one."""
     model: TokenDecoderConfig = TokenDecoderConfig()
-    """`codebook` and `rate` are taken from the tokenizer, `voices` from the sources."""
+    """`codebook`, `rate` and `fingerprint` are the tokenizer's, `voices` those of the sources."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     validation: Path
     """Shards, best in the assistant's voice."""
@@ -224,9 +224,9 @@ class Objective(nn.Module):
 
 
 def tokenize(tokenizer: SpeechTokenizer, pcm: Tensor) -> Tensor:
-    """Codes [B, T] of sound [B, 1, S] at 24 kHz, in whole tokens."""
+    """Codes [B, T] of whole sounds [B, 1, S] at 24 kHz, in whole tokens."""
     heard = resample(pcm.cpu().numpy(), SAMPLE_RATE, tokenizer.sample_rate)
-    return tokenizer.encode(torch.from_numpy(heard).to(pcm.device))
+    return encode_whole(tokenizer, torch.from_numpy(heard).to(pcm.device))
 
 
 @torch.inference_mode()
@@ -260,8 +260,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     sources = [Source(source.weight, load_voiced(source.path)) for source in config.sources]
     held_out = load_voiced(config.validation)[: config.validation_utterances]
     taken = {
-        "codebook": tokenizer.codebook, "rate": tokenizer.rate, "voices": voice_names(sources)
-    }  # fmt: skip
+        "codebook": tokenizer.codebook,
+        "rate": tokenizer.rate,
+        "fingerprint": tokenizer.fingerprint(),
+        "voices": voice_names(sources),
+    }
     shape = configs.build({**config.model.model_dump(), **taken}, TokenDecoderConfig, "model")
     decoder = TokenDecoder(shape).to(run.device)
     if config.init_from is not None:

@@ -25,6 +25,7 @@ Shapes: B batch, S samples, M mel frames, U characters, W text pieces.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,10 +44,12 @@ from torch import Tensor, nn
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, LogMel, Pcm
 from audio_codec.errors import UserError
+from audio_codec.quantize import FSQ
 from audio_codec.speech_tokenizer import (
     ALPHABET,
     SpeechTokenizer,
     TokenizerConfig,
+    check_heads,
     ctc_loss,
     greedy_text,
     initialize,
@@ -150,10 +153,11 @@ class TrainConfig(BaseModel):
     commitment_weight: float = Field(0.25, ge=0)
     """Of a vector quantizer's squared distance from encoder to code."""
     unquantized: bool = False
-    """Never quantize: the twin that says what the bottleneck costs."""
+    """Train the model without its bottleneck (`shape`): the twin that says what that costs."""
     init_from: str | None = None
     """A checkpoint of a tokenizer, or of a codec or model around one, to start from; or a public
-    one of Whisper or GLM-4-Voice's tokenizer, which gives what it has."""
+    one of Whisper or GLM-4-Voice's tokenizer, which gives what it has. An unquantized twin takes
+    all of a quantized tokenizer but its bottleneck."""
     encoder_from: str | None = None
     """A checkpoint of a tokenizer, of whatever rate and bottleneck, whose encoder to start from:
     the features up to the pooling. What comes after that begins anew."""
@@ -170,7 +174,17 @@ class TrainConfig(BaseModel):
             raise ValueError("model.whisper.public_features=true cannot be trained on: set false")
         if self.init_from is not None and self.encoder_from is not None:
             raise ValueError("init_from and encoder_from both give the encoder: remove one")
+        if self.model.bottleneck == "none":
+            raise ValueError(
+                "model.bottleneck=none is what unquantized=true makes of it: choose fsq or vq"
+            )
         return self
+
+    @property
+    def shape(self) -> TokenizerConfig:
+        """The model that is trained: `model`, of an unquantized twin without the bottleneck."""
+        left_out = {"bottleneck": "none"} if self.unquantized else {}
+        return self.model.model_copy(update=left_out)
 
 
 @dataclass(frozen=True)
@@ -230,7 +244,7 @@ class WhisperPieces:
         self.files = {
             name: (folder / name).read_bytes() for name in _PIECE_FILES if (folder / name).exists()
         }
-        if not self.files.keys() & {"tokenizer.json", "vocab.json"}:
+        if not self.files.keys() & _PIECES:
             raise UserError(
                 f"init_from '{folder}' has no text pieces of Whisper (tokenizer.json) for "
                 "model.decoder.vocabulary; without that field the decoder reads characters."
@@ -260,6 +274,8 @@ class WhisperPieces:
 
 _MULTILINGUAL = 51_865
 """Pieces of a Whisper of many languages, whose texts begin with theirs; fewer are English alone."""
+_PIECES = {"tokenizer.json", "vocab.json"}
+"""Of these, either has them; the others tell more."""
 _PIECE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -604,8 +620,8 @@ class Trainee(nn.Module):
             self.before = nn.Linear(dim, classes)
             self.after = nn.Linear(dim, tokenizer.per_code * classes)
 
-    def forward(self, batch: Batch, quantized: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses, `loss` their weighted mean, and codes [B, T].
+    def forward(self, batch: Batch, quantized: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Losses, `loss` their weighted mean, and codes [B, T], where there are any.
 
         `quantized` [B] bool: rows that pass the rounding.
         """
@@ -664,17 +680,12 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     held_out = [held_out[i] for i in sorted(picks[: config.data.validation_utterances])]
     noise = load_noise(config.data.noise, mels)
     vocabulary = make_vocabulary(config)
-    tokenizer = SpeechTokenizer(config.model)
+    tokenizer = SpeechTokenizer(config.shape)
     if config.init_from is not None:
         start_from(tokenizer, config.init_from)
     if config.encoder_from is not None:
         start_encoder_from(tokenizer, config.encoder_from)
-    model = Trainee(
-        tokenizer,
-        config.phones,
-        config.attention_weight,
-        0.0 if config.unquantized else config.commitment_weight,
-    )
+    model = Trainee(tokenizer, config.phones, config.attention_weight, config.commitment_weight)
     optimizer = config.optimizer.build(model)
     run.restore(model, optimizer)
     model, optimizer = run.accelerator.prepare(model, optimizer)
@@ -686,7 +697,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         return {"model": bare.state_dict(), "optimizer": optimizer.state_dict()}
 
     def evaluate(step: int) -> dict[str, float]:
-        quantized = not config.unquantized and step >= config.quantize_from * config.run.steps
+        quantized = step >= config.quantize_from * config.run.steps
         wer = evaluate_wer(
             tokenizer,
             held_out,
@@ -715,15 +726,24 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % config.run.log_every == 0:
-                used = codes.unique().numel()
                 numbers = {name: loss.item() for name, loss in losses.items()}
-                numbers |= {"norm": norm.item(), "lr": rate, "codes": used}
-                run.log(step, {**numbers, "batch_usage": used / tokenizer.codebook_size})
-    card = {"trainee": "tokenizer", "steps": run.done, "utterances": len(utterances)}
+                numbers |= {"norm": norm.item(), "lr": rate}
+                if codes is not None:
+                    used = codes.unique().numel()
+                    numbers |= {"codes": used, "batch_usage": used / tokenizer.codebook_size}
+                run.log(step, numbers)
+    card = {
+        "trainee": "tokenizer",
+        "seed": config.run.seed,
+        "unquantized": config.unquantized,
+        "steps": run.done,
+        "utterances": len(utterances),
+        "config": config.model_dump(mode="json"),
+    }
     if run.main:
         checkpoints.save(
             output_dir,
-            config.model,
+            config.shape,
             tokenizer.state_dict(),
             dtype=config.dtype,
             files=vocabulary.files if isinstance(vocabulary, WhisperPieces) else None,
@@ -748,16 +768,52 @@ def make_vocabulary(config: TrainConfig) -> Vocabulary | None:
     return WhisperPieces(checkpoints.resolve(config.init_from), decoder.vocabulary)
 
 
+def kept_vocabulary(tokenizer: SpeechTokenizer, folder: Path) -> Vocabulary | None:
+    """The text pieces beside a finished tokenizer, in which its attention decoder reads.
+
+    None where it reads characters or nothing, or its pieces were left behind, as in a codec.
+    """
+    decoder = tokenizer.config.decoder
+    if decoder is None or decoder.vocabulary is None:
+        return None
+    if not any((folder / name).exists() for name in _PIECES):
+        return None
+    return WhisperPieces(folder, decoder.vocabulary)
+
+
 def start_from(tokenizer: SpeechTokenizer, name_or_path: str) -> None:
     """Take over the weights that `init_from` names; UserError when they do not fit."""
     found = checkpoints.load(name_or_path)
     if kind_of(found.config) in ("whisper", "whisper_vq"):
         initialize(tokenizer, found)
         return
-    start = load_speech_tokenizer_of(name_or_path).state_dict()
-    checkpoints.restore(tokenizer, checkpoints.Checkpoint(Path(name_or_path), {}, start))
+    start = load_speech_tokenizer_of(name_or_path)
+    check_heads(tokenizer.config.heads, start.config.heads, Path(name_or_path))
+    taken = start.state_dict()
+    if tokenizer.quantizer is None:
+        taken = {name: taken[name] for name in taken if not name.startswith(_BOTTLENECK)}
+        if tokenizer.pool is not None and start.pool is None:
+            taken |= _pool_past_bottleneck(start)
+    checkpoints.restore(tokenizer, checkpoints.Checkpoint(Path(name_or_path), {}, taken))
 
 
+def _pool_past_bottleneck(start: SpeechTokenizer) -> dict[str, Tensor]:
+    """The pooling that a bottleneck's two maps do as one, where the map into it has to pool.
+
+    So a twin's later layers go on from what they know, as the tokenizer's do: after a pooling drawn
+    anew they would have to learn again what they are then compared in. In place of the bound
+    between the maps it has the line nearest to erf(x / √2) for a Gaussian x, of slope 1 / √π.
+    """
+    into, out = start.to_bottleneck, start.from_bottleneck
+    assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
+    narrow, shift = into.weight, into.bias
+    if isinstance(start.quantizer, FSQ):
+        slope = (math.pi * (start.quantizer.variance + 1e-5)).rsqrt()
+        narrow, shift = slope[:, None] * narrow, slope * (shift - start.quantizer.mean)
+    return {"pool.weight": out.weight @ narrow, "pool.bias": out.weight @ shift + out.bias}
+
+
+_BOTTLENECK = ("to_bottleneck.", "quantizer.", "from_bottleneck.")
 _ENCODER = ("front_in.", "front.", "stack.", "stem.", "before.")
 
 
@@ -767,6 +823,7 @@ def start_encoder_from(tokenizer: SpeechTokenizer, name_or_path: str) -> None:
     Where it steps at another rate, the projection of stacked features to a step begins anew.
     """
     start = load_speech_tokenizer_of(name_or_path)
+    check_heads(tokenizer.config.heads, start.config.heads, Path(name_or_path))
     same = start.config.encoder_rate == tokenizer.config.encoder_rate
 
     def encoder(model: SpeechTokenizer) -> dict[str, Tensor]:
@@ -783,8 +840,6 @@ def start_encoder_from(tokenizer: SpeechTokenizer, name_or_path: str) -> None:
 
 def _share(config: TrainConfig, step: int) -> float:
     """Share of rows that pass the rounding at a step."""
-    if config.unquantized:
-        return 0.0
     begin, full = (x * config.run.steps for x in (config.quantize_from, config.quantize_full))
     return min(1.0, max(0.0, (step - begin) / max(1.0, full - begin)))
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from audio_codec import checkpoint
 from audio_codec.audio import SAMPLE_RATE, resample
 from audio_codec.precision import Precision, lowered, settle
-from audio_codec.speech_tokenizer import SpeechTokenizer
+from audio_codec.speech_tokenizer import SpeechTokenizer, encode_whole
 from synth_data.build import BuildReport, Dropped, run_shards
 from synth_data.recipes.speech import (
     Line,
@@ -96,13 +96,9 @@ def tokenize(
     batch: int = 16,
     precision: Precision = "fp32",
 ) -> list[npt.NDArray[np.uint16]]:
-    """Sounds [S] at 24 kHz, of any lengths → their codes [T], the last filled up with silence.
-
-    Where codes come late (look-ahead), the ones that come before the sound's are left out.
-    """
+    """Sounds [S] at 24 kHz, of any lengths → their codes [T], the last filled up with silence."""
     device = next(tokenizer.parameters()).device
     size, rate = tokenizer.config.code_size, tokenizer.sample_rate
-    late = round(tokenizer.delay / size)
     heard = [resample(sound, SAMPLE_RATE, rate) for sound in sounds]
     if math.isinf(tokenizer.lookahead_ms):
         batch = 1  # Every code hears the whole row, and so what fills it up.
@@ -112,13 +108,13 @@ def tokenize(
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         frames = [-(-len(heard[at]) // size) for at in chosen]
-        pcm = np.zeros((len(chosen), 1, (max(frames) + late) * size), np.float32)
+        pcm = np.zeros((len(chosen), 1, max(frames) * size), np.float32)
         for row, at in zip(pcm, chosen, strict=True):
             row[0, : len(heard[at])] = heard[at]
         with torch.inference_mode(), lowered(precision, device):
-            codes = tokenizer.encode(torch.from_numpy(pcm).to(device)).cpu().numpy()
+            codes = encode_whole(tokenizer, torch.from_numpy(pcm).to(device)).cpu().numpy()
         for row, at, count in zip(codes, chosen, frames, strict=True):
-            found[at] = row[late : late + count].astype(np.uint16)
+            found[at] = row[:count].astype(np.uint16)
     return [found[at] for at in range(len(heard))]
 
 

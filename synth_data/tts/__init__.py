@@ -21,7 +21,7 @@ from synth_data.tts.engines import (
 from synth_data.tts.espeak import Espeak
 from synth_data.tts.flite import Flite
 from synth_data.tts.speech import EngineFailure, Synthesizer, Utterance, Word
-from synth_data.tts.voices import ASSISTANT, Voice, sample_voices, user_voices
+from synth_data.tts.voices import ASSISTANT, Voice, new_speakers, sample_voices, user_voices
 
 __all__ = [
     "ASSISTANT",
@@ -38,6 +38,7 @@ __all__ = [
     "Word",
     "get_engine",
     "get_synthesizer",
+    "new_speakers",
     "sample_voices",
     "speak",
     "user_voices",

@@ -1,8 +1,8 @@
 """Who speaks: voices as text, the lists of the project, thousands of timbres drawn at random.
 
 A voice is written ``engine:name@rate=…,pitch=…,range=…``, for example ``espeak:en-us+m3@rate=170``,
-``flite:rms`` or ``piper:voices/en_US-lessac.onnx``. Voices of training and held-out voices share no
-timbre.
+``flite:rms`` or ``piper:voices/en_US-lessac.onnx``. No held-out voice is one of training, but most
+are a trained speaker in another accent, rate or pitch: ``new_speakers`` says which are not.
 """
 
 import functools
@@ -90,6 +90,12 @@ class Voice:
             if (value := getattr(self, setting)) is not None
         ]
         return f"{self.engine}:{self.name}" + ("@" + ",".join(settings) if settings else "")
+
+    @property
+    def speaker(self) -> tuple[str, str]:
+        """Who speaks, whatever the accent, rate and pitch: engine, and its voice or variant."""
+        accent, _, variant = self.name.partition("+")
+        return self.engine, variant or accent
 
     @classmethod
     def parse(cls, text: str) -> "Voice":
@@ -268,6 +274,12 @@ def user_voices(
             "or name voices"
         )
     return kept
+
+
+def new_speakers(voices: Sequence[Voice]) -> list[Voice]:
+    """Those of `voices` that are no variant, accent, pitch or rate of a trained voice."""
+    trained = {voice.speaker for voice in (*user_voices("train"), ASSISTANT)}
+    return [voice for voice in voices if voice.speaker not in trained]
 
 
 def sample_voices(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_SIZE, LogMel
+from audio_codec.errors import UserError
 from audio_codec.quantize import FSQ
 from audio_codec.spectral import SpectralConfig
 from audio_codec.speech_tokenizer import (
@@ -354,6 +355,40 @@ def test_the_shipped_shape_is_the_default() -> None:
     assert not any(
         "bias" in name for name, _ in model.before.named_parameters() if "norm" not in name
     )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_without_a_bottleneck_all_that_the_encoder_says_is_read(name: str, tmp_path: Path) -> None:
+    shape = {**CONFIG.model_dump(), **CONFIGS[name], "bottleneck": "none"}
+    torch.manual_seed(1)
+    made = SpeechTokenizer(TokenizerConfig.model_validate(shape))
+    assert not [n for n in made.state_dict() if n.startswith(("to_", "quantizer", "from_"))]
+    checkpoints.save(tmp_path / "t", made.config, made.state_dict(), dtype="fp32")
+    model = load_tokenizer(tmp_path / "t")
+    # As many numbers pass as the network is wide, and none is bounded or rounded.
+    numbers = model.features(100 * noise(1, 8 * 12, 80))
+    assert numbers.shape[2] == model.config.dim == 16 and float(numbers.abs().max()) > 1
+    mel, rows = noise(2, 8 * 12, 80), torch.tensor([True, False])
+    output, free = model(mel, None, rows), model(mel, None, ~rows)
+    assert output.codes is None and torch.equal(output.logits, free.logits)
+    pcm = noise(1, 1, model.frame_size)
+    for ask in (model.encode, lambda _: model.embed(torch.zeros(1, 1).long()), model.transcribe):
+        with pytest.raises(UserError, match="bottleneck=none has no codes: choose"):
+            ask(pcm)
+    with pytest.raises(UserError, match="no codes"):
+        assert model.codebook
+
+
+def test_a_codec_needs_codes() -> None:
+    with pytest.raises(ValidationError, match="bottleneck=none has no codes"):
+        SpectralConfig(tokenizer=TokenizerConfig(bottleneck="none"))
+
+
+@pytest.mark.parametrize("pooling", ["linear", "max"])
+def test_a_codebook_of_the_encoder_s_own_numbers_takes_any_pooling(pooling: str) -> None:
+    shape = {**CONFIG.model_dump(), "bottleneck": "vq", "code_dim": None, "pooling": pooling}
+    model = SpeechTokenizer(TokenizerConfig.model_validate(shape)).eval()
+    assert model.encode(noise(1, 1, 2 * FRAME_SIZE)).shape == (1, 2)
 
 
 @pytest.mark.parametrize("name", ["pooled", "whisper", "late"])

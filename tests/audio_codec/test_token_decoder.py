@@ -11,17 +11,21 @@ import pytest
 import torch
 from hypothesis import given
 from pydantic import ValidationError
+from small import CODEC, TOKENIZER
 from streams import Streaming, Tick, assert_streams, chunkings, scripts, streaming_settings
 from torch import Tensor
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import SAMPLE_RATE, LogMel
+from audio_codec.codec import load_tokenizer_of
 from audio_codec.errors import UserError
-from audio_codec.spectral import HOP
+from audio_codec.spectral import HOP, SpectralCodec
+from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig, load_tokenizer
 from audio_codec.token_decoder import (
     AHEAD,
     TokenDecoder,
     TokenDecoderConfig,
+    check_match,
     load_token_decoder,
     pack,
     path_time,
@@ -300,6 +304,55 @@ def test_a_broken_checkpoint_or_setting_is_one_sentence(tmp_path: Path) -> None:
     (path / "config.json").write_text(json.dumps({**config, "dim": 16}))
     with pytest.raises(UserError, match="expected"):
         load_token_decoder(path)
+
+
+def stored(model: SpeechTokenizer, dtype: checkpoints.StoredType, folder: Path) -> SpeechTokenizer:
+    checkpoints.save(folder, model.config, model.state_dict(), dtype=dtype)
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("bottleneck", [{"levels": (3, 3)}, {"bottleneck": "vq", "codes": 9}])
+def test_a_decoder_speaks_the_tokens_of_the_weights_it_was_trained_on(
+    bottleneck: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = TokenizerConfig.model_validate({**TOKENIZER.model_dump(), **bottleneck})
+    torch.manual_seed(0)
+    tokenizer = SpeechTokenizer(shape).eval()
+    codec = SpectralCodec(CODEC.model_copy(update={"tokenizer": shape})).eval()
+    assert codec.tokenizer is not None
+    codec.tokenizer.load_state_dict(tokenizer.state_dict())
+    checkpoints.save(tmp_path / "codec", codec.config, codec.state_dict(), dtype="int8")
+    changes = {"codebook": tokenizer.codebook, "fingerprint": tokenizer.fingerprint()}
+    decoder = build(CONFIG.model_copy(update=changes))
+    checkpoints.save(tmp_path / "d", decoder.config, decoder.state_dict())
+    decoder = load_token_decoder(tmp_path / "d")
+    once = stored(tokenizer, "int8", tmp_path / "once")
+    for same in (
+        tokenizer,
+        once,
+        stored(once, "int8", tmp_path / "twice"),
+        stored(tokenizer, "bf16", tmp_path / "half"),
+        load_tokenizer_of(tmp_path / "codec"),
+    ):
+        check_match(same, decoder)
+    # What it writes its characters with says nothing of its codes; what it codes with does.
+    torch.nn.init.normal_(tokenizer.after.blocks[0].mlp.up.weight)
+    if tokenizer.bottleneck == "vq":
+        tokenizer.quantizer.usage.copy_(torch.rand(9))
+    check_match(tokenizer, decoder)
+    assert not caplog.messages
+    torch.manual_seed(1)
+    for part in ("", "to_bottleneck.", "before.blocks.0.mlp.up."):
+        state, other = tokenizer.state_dict(), SpeechTokenizer(shape).state_dict()
+        changed = SpeechTokenizer(shape)
+        state |= {name: other[name] for name in other if name.startswith(part)}
+        changed.load_state_dict(state)
+        with pytest.raises(UserError, match="tokens of a tokenizer with other weights"):
+            check_match(changed, decoder)
+    # One of before there were fingerprints.
+    old = build(CONFIG.model_copy(update={"codebook": tokenizer.codebook}))
+    check_match(changed, old)
+    assert "does not say whose tokens" in caplog.text
 
 
 @pytest.mark.parametrize(

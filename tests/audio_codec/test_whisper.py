@@ -260,6 +260,8 @@ def test_causal_convolutions_and_another_scale_take_the_same_weights(tmp_path: P
         ({"hidden": 32}, "before.blocks.0.mlp.up.weight"),
         ({"whisper": StemConfig(positions=30)}, "stem.positions"),
         ({"whisper": None}, "set model.whisper"),
+        ({"heads": 4}, "model.heads=4, .* 2 heads: set model.heads=2"),
+        ({"decoder": OURS.decoder.model_copy(update={"heads": 2})}, "model.decoder.heads=2, .* 4"),
     ],
 )
 def test_what_does_not_fit_is_named(changes: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -22,13 +22,12 @@ from speechlm.evaluation.spoken_qa import (
     assign,
     chance_scores,
     draw_questions,
-    new_speakers,
     panel,
     speech_of,
 )
 from synth_data import quiz
 from synth_data.quiz import CATEGORIES, Question
-from synth_data.tts import ASSISTANT, Utterance, Voice, Word, speak, user_voices
+from synth_data.tts import ASSISTANT, Utterance, Voice, Word, new_speakers, speak, user_voices
 from synth_data.verify import Recognizer, arpa
 
 HELDOUT = user_voices("heldout")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hf import save_whisper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import TOKENIZER
@@ -25,17 +26,22 @@ from audio_codec import audio
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, Pcm
 from audio_codec.errors import UserError
-from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig
-from audio_codec.whisper import StemConfig
+from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig, load_tokenizer
+from audio_codec.token_decoder import TokenDecoder, TokenDecoderConfig
+from audio_codec.whisper import StemConfig, TextDecoder
 from speechlm.cli import app
 from speechlm.evaluation import abx, report
 from speechlm.evaluation import tokenizer as evaluation
 from speechlm.evaluation.report import Metric, bootstrap_ratio, distinct
 from speechlm.evaluation.tokenizer import Candidate, Comparison, Result, Shape, Tally
-from speechlm.training.tokenizer import TrainConfig
+from speechlm.training.tokenizer import TrainConfig, WhisperPieces, transcribe
 from synth_data import shards
 from synth_data.augment import active_power
 from synth_data.text import normalize
+from synth_data.tts import Voice
+
+WITHOUT = TOKENIZER.model_copy(update={"bottleneck": "none"})
+"""The shape of a twin."""
 
 
 def noise(seconds: float, seed: int = 0) -> Pcm:
@@ -324,6 +330,8 @@ def test_a_stream_that_drifts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- One tokenizer --------------------------------------------------------------------------------
 
 SENTENCES = ("one two", "three four five")
+SPEAKERS = tuple(map(Voice.parse, ("flite:kal16@rate=1.2", "flite:slt@pitch=170")))
+"""A new one, and a trained one at a pitch that is not."""
 
 
 @pytest.fixture
@@ -335,14 +343,14 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Candidate:
     the first sentence.
     """
 
-    def speech(count: int, seed: int, voices: str = "heldout") -> Iterator[tuple[Pcm, str, str]]:
+    def speech(count: int, seed: int, voices: str = "heldout") -> Iterator[tuple[Pcm, str, Voice]]:
         for index in range(count):
-            yield noise(0.5 + index), SENTENCES[index % 2], voices
+            yield noise(0.5 + index), SENTENCES[index % 2], SPEAKERS[index % 2]
 
     tokenizer, twin = small_tokenizer(0), small_tokenizer(1)
 
     def transcribe(
-        model: SpeechTokenizer, mel: Tensor, frames: Tensor, *, quantized: bool
+        model: SpeechTokenizer, mel: Tensor, frames: Tensor, *, quantized: bool, vocabulary: None
     ) -> list[str]:
         assert mel.shape == (len(frames), 8 * int(frames.max()), 80)
         texts = [SENTENCES[index % 2] for index in range(len(frames))]
@@ -381,6 +389,12 @@ def test_every_metric_of_a_tokenizer_that_reads_as_it_is_told(scripted: Candidat
         # " two" of 7 characters, " five" of 15; "one two more" has five too many.
         assert found[f"cer_quantized{group}"].value == pytest.approx(9 / 22)
         assert found[f"cer_twin{group}"].value == pytest.approx(5 / 22)
+    # The first sentence alone: its last word of two is lost, and the twin's is one too many.
+    for name, value in (("quantized", 1 / 2), ("unquantized", 0), ("twin", 1 / 2), ("ratio", 1)):
+        metric = found[f"wer_{name}_new_speakers"]
+        assert metric.value == pytest.approx(value) and metric.n == 1, name
+    assert found["cer_quantized_new_speakers"].value == pytest.approx(4 / 7)
+    assert not [name for name in found if "noise" in name and "new_speakers" in name]
     for db in (0, 5, 10, 20):
         assert found[f"wer_noise_{db}db"].value == 1 == found[f"cer_noise_{db}db"].value
         assert f"wer_noise_{db}db_known" not in found
@@ -526,35 +540,128 @@ def test_three_people_read_each_validation_prompt(data_dir: Path) -> None:
     assert sum(who == {"bdl", "slt", "kathleen"} for who in people.values()) == 30
 
 
+def test_without_a_bottleneck_all_is_measured_that_needs_no_codes(
+    scripted: Candidate, recordings: Path
+) -> None:
+    alone = Candidate("alone", SpeechTokenizer(WITHOUT).eval().requires_grad_(False))
+    measured = evaluation.measure(alone, 2, 0, recorded=recordings, codes=99, stream_hours=1)
+    assert measured.shape == Shape(12.5, 0, "none", 0) and measured.shape.key == "12_5hz_none"
+    found = measured.metrics
+    for group in ("", "_known"):
+        assert found[f"wer_unquantized{group}"].value == found[f"cer_unquantized{group}"].value == 0
+    assert found["wer_unquantized_recorded"].n == 4
+    coded = {name for name in found if "unquantized" not in name and name != "lookahead_ms"}
+    assert {"wer_quantized", "cer_noise_5db", "codebook_usage", "codebook_entropy"} < coded
+    assert {"realtime_factor", "streaming_agreement", "speaker_invariance"} < coded
+    assert [name for name in coded if "no codes" not in (found[name].reason or "")] == []
+    comparison = Comparison((measured, result("fast", Shape(25, 1024, "vq", 0), 0.25)), False, "S.")
+    assert "it has no codes" in str(comparison._table(evaluation._OVERVIEW, shapes=True).rows[0])
+    line = comparison._lines("wer_unquantized", {"alone": "a", "fast": "b"}, "bits")
+    assert list(line) == ["b"], "no number of bits"
+
+
+def test_what_reads_text_pieces_is_read_with_those_of_its_checkpoint(
+    scripted: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_whisper(tmp_path / "whisper")
+    pieces = WhisperPieces(tmp_path / "whisper", 40)
+    shape = TokenizerConfig.model_validate(
+        {
+            **TOKENIZER.model_dump(),
+            "ctc": False,
+            "decoder": {"layers": 1, "heads": 2, "vocabulary": 40, "positions": 12},
+        }
+    )
+    for name, files in (("t", pieces.files), ("bare", {})):
+        weights = SpeechTokenizer(shape).state_dict()
+        checkpoints.save(tmp_path / name, shape, weights, files=files)
+    monkeypatch.setattr(evaluation, "transcribe", transcribe)
+    monkeypatch.setattr(TextDecoder, "greedy", lambda _, memory, *__: [said] * len(memory))
+    said = pieces.encode("one two")
+    found = evaluation.measure(Candidate.named("t", tmp_path / "t"), 2, 0).metrics
+    # Of two words and three, one and two of them wrong, or missing: "three four five".
+    for name in ("wer_quantized", "wer_unquantized_known", "wer_noise_0db"):
+        assert found[name].value == pytest.approx(3 / 5), name
+    assert Candidate.named("bare", tmp_path / "bare").mute == "it reads no characters"
+
+
 def test_an_untrained_tokenizer_reads_nothing(tmp_path: Path) -> None:
     folder = checkpoints.save(tmp_path / "t", TOKENIZER, small_tokenizer().state_dict())
-    found = evaluation.evaluate(str(folder), utterances=2, twin=str(folder), progress=False)
+    torch.manual_seed(1)
+    other = SpeechTokenizer(WITHOUT)
+    twin = checkpoints.save(tmp_path / "twin", WITHOUT, other.state_dict())
+    found = evaluation.evaluate(str(folder), utterances=2, twin=str(twin), progress=False)
     for name in ("wer_quantized", "wer_unquantized_known", "wer_noise_0db", "cer_twin"):
         assert (found[name].value or 0) > 0.7, name
     assert found["wer_12_5hz_9_fsq"] == found["wer_quantized"]
     assert 0 < (found["codebook_usage"].value or 0) <= 1
 
 
-def test_a_twin_needs_its_model_and_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_twin_is_of_a_model_and_without_a_bottleneck(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="twin 'x' is of no"):
         evaluation.compare(None, twin="x", sweep=Path("y"))
-    monkeypatch.setattr(
-        evaluation, "load_speech_tokenizer_of", lambda name: {"a": 25, "b": 50}[name]
-    )
-    monkeypatch.setattr(evaluation, "shape_of", lambda rate: Shape(rate, 9, "fsq", 0))
-    with pytest.raises(UserError, match="50 codes a second, the model 25"):
-        evaluation.compare("a", twin="b")
+    folders = {
+        name: str(checkpoints.save(tmp_path / name, shape, SpeechTokenizer(shape).state_dict()))
+        for name, shape in {
+            "model": TOKENIZER,
+            "twin": WITHOUT,
+            "fast": WITHOUT.model_copy(update={"rate": 25}),
+        }.items()
+    }
+    for model, twin, said in (
+        ("model", "model", r"has a bottleneck \(fsq\): train it with unquantized=true"),
+        ("twin", "twin", "tells nothing of it"),
+        ("model", "fast", "was not trained as .*: its rate is 25.0, not 12.5"),
+    ):
+        with pytest.raises(UserError, match=said):
+            evaluation.compare(folders[model], twin=folders[twin])
+
+
+def test_a_twin_was_trained_as_its_model_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def check(model: Path, twin: Path) -> None:
+        loaded = [load_tokenizer(folder / "tokenizer") for folder in (model, twin)]
+        names = [str(folder / "tokenizer") for folder in (model, twin)]
+        evaluation.check_twin(names[0], loaded[0], names[1], loaded[1])
+
+    model = finish(tmp_path / "model", done=4)
+    like: dict[str, Any] = {"unquantized": True, "done": 4}
+    check(model, finish(tmp_path / "twin", commitment_weight=9, run={"minutes": 7}, **like))
+    assert not caplog.messages
+    for changes, said in (
+        ({"done": 5}, "steps done is 5, not 4"),
+        ({"seed": 1}, "run.seed is 1, not 0"),
+        ({"data": {"train": ["c"], "validation": ["b"]}}, r"data.train is \['c'\], not \['a'\]"),
+        ({"optimizer": {"lr": 0.5}}, "optimizer.lr is 0.5"),
+        ({"model": TOKENIZER.model_copy(update={"dropout": 0.1})}, "model.dropout is 0.1, not 0"),
+        ({"init_from": "x"}, "init_from is x, not None"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check(model, finish(tmp_path / said, **{**like, **changes}))
+    # A card that says nothing, as of a codec around a tokenizer, is believed with a notice.
+    (model / "tokenizer" / "card.json").unlink()
+    check(model, tmp_path / "twin")
+    assert "no card says" in caplog.text
 
 
 # --- A sweep --------------------------------------------------------------------------------------
 
 
-def finish(folder: Path, *, seed: int = 0, finished: bool = True, **changes: Any) -> Path:
-    """A run's folder as `speechlm train tokenizer` leaves it."""
+def finish(
+    folder: Path,
+    *,
+    seed: int = 0,
+    finished: bool = True,
+    done: int = 5,
+    shape: TokenizerConfig | None = None,
+    **changes: Any,
+) -> Path:
+    """A run's folder as `speechlm train tokenizer` leaves it after so many steps."""
     model = changes.pop("model", TOKENIZER)
     config = TrainConfig.model_validate(
         {
-            "run": {"dir": "elsewhere", "steps": 5, "seed": seed},
+            "run": {"dir": "elsewhere", "steps": 5, "seed": seed, **changes.pop("run", {})},
             "data": {"train": ["a"], "validation": ["b"]},
             "model": model,
             **changes,
@@ -564,20 +671,29 @@ def finish(folder: Path, *, seed: int = 0, finished: bool = True, **changes: Any
     (folder / "config.json").write_text(config.model_dump_json())
     if finished:
         torch.manual_seed(seed)
-        weights = SpeechTokenizer(model).state_dict()
-        checkpoints.save(folder / "tokenizer", model, weights, dtype="fp32")
+        shape = config.shape if shape is None else shape
+        weights = SpeechTokenizer(shape).state_dict()
+        card = {"steps": done, "config": config.model_dump(mode="json")}
+        checkpoints.save(folder / "tokenizer", shape, weights, dtype="fp32", card=card)
     return folder
 
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Two sizes of codebook, one twin of both, and what is none of it."""
+    """Two sizes of codebook, one twin of both, and what is none of it.
+
+    Of that, `squeezed` is a twin as they were: past the rounding of a bottleneck that it has.
+    """
     root = tmp_path / "sweep"
     finish(root / "small")
     finish(root / "deep" / "large", model=TOKENIZER.model_copy(update={"levels": (5, 3)}))
     finish(root / "twin", unquantized=True, quantize_from=0.5)
-    finish(root / "other", seed=1, unquantized=True)
+    finish(root / "stranger", seed=1, unquantized=True)
     finish(root / "running", finished=False)
+    finish(root / "squeezed", unquantized=True, shape=TOKENIZER)
+    late = {"seed": 2, "model": TOKENIZER.model_copy(update={"levels": (5, 5)})}
+    finish(root / "late", run={"minutes": 3}, **late)
+    finish(root / "late_twin", unquantized=True, run={"minutes": 3}, done=4, **late)
     (root / "codec").mkdir()
     (root / "codec" / "config.json").write_text('{"run": {"dir": "x"}, "tokenizer": "y"}')
     return root
@@ -587,23 +703,24 @@ def test_a_sweep_is_the_finished_runs_with_their_twins(
     sweep: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        small, large = evaluation.candidates_of(sweep)
-    assert (small.name, large.name) == ("small", "deep/large")
+        small, large, late = evaluation.candidates_of(sweep)
+    assert (small.name, large.name, late.name) == ("small", "deep/large", "late")
     assert small.twin is not None and small.twin is large.twin
-    for named in ("codec", "running", "other"):
+    assert late.twin is None, "its twin did a step less"
+    for named in ("codec", "running", "stranger", "squeezed", "late_twin"):
         assert sum(named in message for message in caplog.messages) == 1, named
     # One run by itself is a sweep too, without a twin.
     (alone,) = evaluation.candidates_of(sweep / "small")
     assert alone.name == "small" and alone.twin is None
 
 
-def test_of_two_twins_the_one_of_the_same_size_is_taken(sweep: Path) -> None:
-    finish(sweep / "own", model=TOKENIZER.model_copy(update={"levels": (5, 3)}), unquantized=True)
+def test_one_twin_serves_every_bottleneck(sweep: Path) -> None:
+    vq = TOKENIZER.model_copy(update={"bottleneck": "vq", "codes": 12, "code_dim": 8})
+    finish(sweep / "vq", model=vq, commitment_weight=0.5)
     runs = {run.name: run for run in evaluation.finished_runs(sweep)}
-    found = [
-        evaluation.twin_of(runs[name], list(runs.values())) for name in ("deep/large", "small")
-    ]
-    assert [twin and twin.name for twin in found] == ["own", "twin"]
+    for name in ("vq", "deep/large", "small"):
+        twin = evaluation.twin_of(runs[name], list(runs.values()))
+        assert twin is not None and twin.name == "twin"
 
 
 def test_a_folder_without_a_finished_run_is_refused(sweep: Path, tmp_path: Path) -> None:
@@ -694,14 +811,19 @@ def test_the_command_hands_its_options_over(
         return done.output
 
     assert "wer_quantized" in run()
-    run("--sweep", tmp_path, "--report", tmp_path / "report", "--recorded", tmp_path, "--codes", 9)
+    written = tmp_path / "measured.json"
+    run("--sweep", tmp_path, "--report", tmp_path / "report", "--recorded", tmp_path, "--codes", 9,
+        "--json", written)  # fmt: skip
+    assert json.loads(written.read_text())["options"] == {"sweep": str(tmp_path)}
     run("--model", "m", "--twin", "t", "--seed", 3, "--utterances", 5)
-    where, written = [tmp_path / "a", tmp_path / "b"], tmp_path / "measured.json"
+    where = [tmp_path / "a", tmp_path / "b"]
     run("--codes", 9, "--codes-from", where[0], "--codes-from", where[1], "--stream-hours", 0.5,
         "--json", written)  # fmt: skip
-    assert json.loads(written.read_text())["codes_from"] == [str(folder) for folder in where]
+    told = json.loads(written.read_text())
+    assert told["codes_from"] == [str(folder) for folder in where] and "options" not in told
     plain: dict[str, Any] = {"model": None, "twin": None, "sweep": None, "recorded": None}
     plain |= {"codes": 0, "codes_from": (), "stream_hours": 0, "seed": 0, "utterances": 300}
+    plain |= {"decoder": None}
     assert calls == [
         {**plain, "model": "tiny"},
         {**plain, "sweep": tmp_path, "recorded": tmp_path, "codes": 9},
@@ -709,3 +831,61 @@ def test_the_command_hands_its_options_over(
         {**plain, "model": "tiny", "codes": 9, "codes_from": where, "stream_hours": 0.5},
     ]
     assert "wer" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_decoder_speaks_the_model_s_codes_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tokenizer = small_tokenizer()
+    checkpoints.save(tmp_path / "t", TOKENIZER, tokenizer.state_dict(), dtype="fp32")
+    shape = TokenDecoderConfig(
+        codebook=(3, 3), voices=("flite:rms",), dim=16, heads=2, encoder_layers=1, flow_layers=1,
+        flow_blocks=0, voice_blocks=0, vocoder_dim=8, vocoder_blocks=0,
+    )  # fmt: skip
+    for name, changes in {
+        "d": {"fingerprint": tokenizer.fingerprint()},
+        "weights": {"fingerprint": small_tokenizer(1).fingerprint()},
+        "rate": {"rate": 25.0},
+        "voice": {"voices": ("nobody",)},
+    }.items():
+        other = shape.model_copy(update=changes)
+        checkpoints.save(tmp_path / name, other, TokenDecoder(other).state_dict())
+    spoken: list[TokenDecoderConfig] = []
+
+    def again(_: SpeechTokenizer, decoder: TokenDecoder, seed: int) -> dict[str, Metric]:
+        spoken.append(decoder.config)
+        return {"resynthesis_wer": Metric(0.375, 0.25, 0.5, 8)}
+
+    measured: list[str] = []
+
+    def measure(candidate: Candidate, *_: object) -> Result:
+        measured.append(candidate.name)
+        return result("t", Shape(12.5, 9, "fsq", 0), 0.5)
+
+    monkeypatch.setattr(evaluation, "measure", measure)
+    monkeypatch.setattr(report, "curves", lambda *_, **__: b"<svg/>")
+    model = ("--model", tmp_path / "t")
+
+    def run(*arguments: object) -> Any:
+        return CliRunner().invoke(app, ["eval", "tokenizer", *map(str, arguments)])
+
+    for name, said in (
+        ("weights", "other weights"),
+        ("rate", "at 25 Hz"),
+        ("voice", "'nobody' must be written"),
+        ("typo", "neither a directory"),
+    ):
+        failed = run(*model, "--decoder", tmp_path / name)
+        assert isinstance(failed.exception, UserError) and said in str(failed.exception)
+    failed = run("--sweep", tmp_path, "--decoder", tmp_path / "d")
+    assert "name it (--model)" in str(failed.exception)
+    assert not measured, "all of it shows before anything is measured"
+    monkeypatch.setattr(evaluation.resynthesis, "resynthesis_wer", again)
+    where = tmp_path / "report", tmp_path / "a.json"
+    done = run(*model, "--decoder", tmp_path / "d", "--report", where[0], "--json", where[1])
+    assert done.exit_code == 0 and len(measured) == 1, done.output
+    assert [config.fingerprint for config in spoken] == [tokenizer.fingerprint()]
+    found = json.loads(where[1].read_text())["metrics"]
+    assert found["resynthesis_wer"]["value"] == 0.375
+    assert "| WER spoken again ↓ |" in (text := (where[0] / "report.md").read_text())
+    assert "0.375 (0.25 – 0.5)" in text

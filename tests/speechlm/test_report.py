@@ -94,6 +94,25 @@ def test_scores_enter_the_card_and_replace_older_ones(tmp_path: Path) -> None:
     assert card["scores"]["eval codec"]["metrics"]["stoi"]["value"] == 0.75
 
 
+def test_a_sweep_s_scores_stand_beside_the_model_s_own(tmp_path: Path) -> None:
+    file = tmp_path / "scores.json"
+    for value, extra in (
+        (0.1, {}),
+        (0.2, {"options": {"sweep": "runs/sweep"}}),
+        (0.3, {"options": {"sweep": "runs/other"}}),
+        (0.4, {"options": {"sweep": "runs/sweep"}}),
+    ):
+        made = report.envelope("eval tokenizer", {"wer": Metric(value)}, **extra)
+        report.write_json(file, made)
+        report.add_scores(tmp_path, [file])
+    scores = json.loads((tmp_path / "card.json").read_text())["scores"]
+    assert {name: score["metrics"]["wer"]["value"] for name, score in scores.items()} == {
+        "eval tokenizer": 0.1,
+        "eval tokenizer --sweep runs/sweep": 0.4,
+        "eval tokenizer --sweep runs/other": 0.3,
+    }
+
+
 def test_what_is_no_measurement_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "scores.json"
     file.write_text('{"command": "x"}')

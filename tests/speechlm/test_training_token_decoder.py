@@ -153,6 +153,7 @@ def test_it_learns_a_few_seconds_by_heart(made: Path, tmp_path: Path) -> None:
     decoder, tokenizer = load_token_decoder(path), load_tokenizer(made / "tokenizer")
     assert decoder.config.voices == ("low", "high")
     assert decoder.config.codebook == tokenizer.codebook
+    assert decoder.config.fingerprint == tokenizer.fingerprint()
     sound = torch.from_numpy(glide(2.4, np.random.default_rng(1), 120.0))[None, None]
     codes = tokenize(tokenizer, sound)
     voice = decoder.voice("high")
@@ -246,10 +247,27 @@ def test_a_tokenizer_hears_at_its_own_rate(made: Path) -> None:
     tokenizer = load_tokenizer(made / "tokenizer")
     pcm = torch.from_numpy(glide(0.8, np.random.default_rng(0), 200.0))[None, None]
     assert torch.equal(tokenize(tokenizer, pcm), tokenizer.encode(pcm))
-    slow: Any = SimpleNamespace(sample_rate=16_000, encode=lambda heard: heard)
+    slow: Any = SimpleNamespace(
+        sample_rate=16_000, rate=12.5, delay=0, encode=lambda heard: heard[:, 0]
+    )
     heard = tokenize(slow, pcm)
-    assert heard.shape == (1, 1, 12_800) and heard.dtype == torch.float32
+    assert heard.shape == (1, 12_800) and heard.dtype == torch.float32
     assert float(heard.square().mean()) == pytest.approx(float(pcm.square().mean()), rel=0.05)
+
+
+def test_tokens_that_come_late_are_those_of_the_sound(made: Path) -> None:
+    now = load_tokenizer(made / "tokenizer")
+    late = SpeechTokenizer(now.config.model_copy(update={"lookahead_ms": 160})).eval()
+    late.load_state_dict(now.state_dict())
+    pcm = torch.from_numpy(glide(0.8, np.random.default_rng(0), 200.0))[None, None]
+    # What it would say of the sound and of 160 ms of silence after it, but for its first two.
+    said = now.encode(torch.nn.functional.pad(pcm, (0, 2 * FRAME_SIZE)))
+    assert torch.equal(tokenize(late, pcm), said[:, 2:])
+    decoder = small_decoder()
+    heard: list[Tensor] = []
+    decoder.decode = lambda codes, **_: heard.append(codes) or torch.zeros(1, 1, 19_200)
+    made_again = resynthesis.resynthesize(late, decoder, pcm[0, 0].numpy(), "low")
+    assert len(made_again) == pcm.shape[2] and torch.equal(heard[0], said[:, 2:])
 
 
 @pytest.mark.parametrize(

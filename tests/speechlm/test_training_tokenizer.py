@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,16 +15,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hf import LETTERS, save_whisper
 from kills import rows, train_until
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperTokenizer
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import SAMPLE_RATE
 from audio_codec.errors import UserError
 from audio_codec.speech_tokenizer import SpeechTokenizer, load_tokenizer
 from speechlm.config import load_config
+from speechlm.evaluation.tokenizer import Finished, twin_of
 from speechlm.training import tokenizer as training
 from synth_data import shards
 
@@ -181,13 +184,67 @@ def test_the_encoder_is_drawn_to_the_codes_as_much_as_it_says() -> None:
     assert "commitment" not in losses(SMALL, sound, commitment=2.0)
 
 
-def test_the_unquantized_twin_is_not_drawn_to_codes(made: Path, tmp_path: Path) -> None:
+# --- The twin without a bottleneck ----------------------------------------------------------------
+
+
+def test_a_twin_has_no_bottleneck_whatever_its_model_s(made: Path, tmp_path: Path) -> None:
     ended = []
-    for weight in (0.0, 50.0):
-        twin = {"model": {**SMALL, **VQ}, "unquantized": True, "commitment_weight": weight}
-        path = training.train(config(made, tmp_path / str(weight), **twin))
-        ended.append(checkpoints.load(path).tensors["to_bottleneck.weight"])
-    assert torch.equal(*ended)
+    for name, model in (("vq", {**SMALL, **VQ}), ("fsq", {**SMALL, "levels": [5, 5]})):
+        twin = {"model": model, "unquantized": True, "run": {"steps": 3}}
+        ended.append(checkpoints.load(training.train(config(made, tmp_path / name, **twin))))
+    one, other = (found.tensors for found in ended)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert not [key for key in one if key.startswith(training._BOTTLENECK)]
+    assert one["pool.weight"].shape == (
+        16,
+        32,
+    )  # two positions of the encoder become one, unsqueezed
+    assert ended[0].config["bottleneck"] == "none"
+    card = ended[0].card
+    assert (card["seed"], card["unquantized"], card["steps"]) == (0, True, 3)
+    asked = config(made, tmp_path / "vq", model={**SMALL, **VQ}, unquantized=True, run={"steps": 3})
+    kept = training.TrainConfig.model_validate(card["config"])
+    assert kept.model_dump(exclude={"run"}) == asked.model_dump(exclude={"run"})
+    said = rows(tmp_path / "vq")
+    assert {"loss", "wer_validation"} <= {name for row in said for name in row}
+    assert not any("codes" in row or "commitment" in row for row in said)
+    with pytest.raises(ValidationError, match="bottleneck=none is what unquantized=true makes"):
+        config(made, tmp_path, model={**SMALL, "bottleneck": "none"})
+
+
+def test_the_card_counts_the_steps_that_were_done(made: Path, tmp_path: Path) -> None:
+    path = training.train(config(made, tmp_path / "run", run={"steps": 50, "minutes": 1e-9}))
+    card = checkpoints.load(path).card
+    assert (card["steps"], card["config"]["run"]["steps"], card["unquantized"]) == (1, 50, False)
+
+
+@pytest.mark.parametrize("bottleneck", [{"levels": [5, 5]}, VQ])
+def test_a_twin_goes_on_from_a_quantized_tokenizer(
+    tmp_path: Path, bottleneck: dict[str, Any]
+) -> None:
+    shape = training.TokenizerConfig.model_validate({**SMALL, **bottleneck, "dropout": 0})
+    torch.manual_seed(0)
+    model = SpeechTokenizer(shape).eval()
+    mel = torch.randn(8, 8 * 20, 80)
+    with torch.no_grad():
+        numbers = model.features(mel)
+        if model.bottleneck == "fsq":
+            model.quantizer.mean.copy_(numbers.mean((0, 1)))
+            model.quantizer.variance.copy_(numbers.var((0, 1)))
+    checkpoints.save(tmp_path / "t", shape, model.state_dict(), dtype="fp32")
+    torch.manual_seed(1)
+    twin = SpeechTokenizer(shape.model_copy(update={"bottleneck": "none"})).eval()
+    training.start_from(twin, str(tmp_path / "t"))
+    ours, theirs = twin.state_dict(), model.state_dict()
+    shared = {name for name in theirs if not name.startswith(training._BOTTLENECK)}
+    assert shared == {name for name in ours if not name.startswith("pool.")}
+    assert all(torch.equal(ours[name], theirs[name]) for name in shared)
+    # And where it pools, it begins with what the bottleneck let pass, but for the bound's bend.
+    with torch.no_grad():
+        bounded = model.quantizer.bound(numbers) if model.bottleneck == "fsq" else numbers
+        passed, found = model.from_bottleneck(bounded), twin.features(mel)
+    gap = (passed - found).square().mean() / (passed - passed.mean((0, 1))).square().mean()
+    assert float(gap) < (0.1 if model.bottleneck == "fsq" else 1e-9)
 
 
 def test_a_tokenizer_that_reads_no_text_says_so() -> None:
@@ -209,40 +266,6 @@ def test_only_a_shape_with_a_lesson_is_trained(made: Path, tmp_path: Path) -> No
 
 
 # --- Whisper --------------------------------------------------------------------------------------
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz'"
-SPECIAL = ("<|endoftext|>", "<|startoftranscript|>", "<|transcribe|>", "<|notimestamps|>")
-
-
-def save_whisper(folder: Path) -> None:
-    """A small public checkpoint, its text pieces beside it."""
-    words = [*LETTERS, "Ġ", "Ġo", "Ġon"]
-    vocabulary = {piece: number for number, piece in enumerate((*words, *SPECIAL))}
-    pieces = WhisperTokenizer(vocab=vocabulary, merges=[("Ġ", "o"), ("Ġo", "n")])
-    pieces.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
-    pieces.save_pretrained(folder)
-    torch.manual_seed(6)
-    WhisperForConditionalGeneration(
-        WhisperConfig(
-            d_model=16,
-            encoder_layers=2,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=24,
-            decoder_ffn_dim=24,
-            vocab_size=40,
-            max_source_positions=20,
-            max_target_positions=30,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=len(words),
-            decoder_start_token_id=len(words) + 1,
-            suppress_tokens=None,
-            begin_suppress_tokens=None,
-        )
-    ).save_pretrained(folder)
-
 
 WHISPERED: dict[str, Any] = {
     **SMALL,
@@ -324,6 +347,10 @@ def test_an_encoder_of_another_shape_is_named(made: Path, tmp_path: Path) -> Non
     wide = {**SMALL, "front_dim": 12}
     with pytest.raises(UserError, match=r"tensor 'front_in.weight' has shape \(8, 80\), expected"):
         training.train(config(made, tmp_path / "b", model=wide, encoder_from=str(first)))
+    for start in ("init_from", "encoder_from"):  # whose shapes are the same
+        four = config(made, tmp_path / start, model={**SMALL, "heads": 4}, **{start: str(first)})
+        with pytest.raises(UserError, match=r"model.heads=4, but .* has 2 heads"):
+            training.train(four)
     with pytest.raises(ValidationError, match="init_from and encoder_from"):
         config(made, tmp_path / "c", init_from="a", encoder_from="b")
 
@@ -442,6 +469,36 @@ def test_a_warp_is_drawn_only_where_the_speed_is() -> None:
 
 
 # --- The sweep ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_sweep_trains_a_twin_of_each_of_its_runs(root: Path) -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", "sweep"], cwd=root, capture_output=True, text=True, check=True
+    )
+    lines = [shlex.split(line) for line in done.stdout.replace("\\\n", "").splitlines()]
+    said = [words[1:] for words in lines if words and words[0].endswith("speechlm")]
+    assert said[-1][:4] == ["eval", "tokenizer", "--sweep", "runs/sweep"]
+    runs = []
+    for verb, trainee, path, resume, *overrides in said[:-1]:
+        assert (verb, trainee, resume) == ("train", "tokenizer", "--resume")
+        settings = load_config(root / path, overrides, training.TrainConfig)
+        runs.append(Finished(settings.run.dir.name, settings, settings.run.dir, 1))
+    assert len({run.config.run.dir for run in runs}) == len(runs) == 20
+    shapes = [run.config.shape for run in runs]
+    assert {shape.rate for shape in shapes} == {50, 25, 12.5, 6.25}
+    assert {shape.lookahead_ms for shape in shapes} == {0, 80, 160}
+    assert {shape.block_ms for shape in shapes} == {None, 480, 4000}
+    assert {shape.codebook for shape in shapes if shape.bottleneck == "vq"} == {(625,), (4375,)}
+    twins = [twin_of(run, runs) for run in runs if not run.config.unquantized]
+    assert None not in twins
+    assert {twin.name for twin in twins if twin} == {r.name for r in runs if r.config.unquantized}
+
+
+def test_the_shipped_recipe_hears_rooms(root: Path) -> None:
+    path = root / "configs" / "tokenizer" / "shipped.yaml"
+    augment = load_config(path, [], training.TrainConfig).augment
+    assert augment.echo_share > 0 and augment.noise_share > 0 and augment.speed_share > 0
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from synth_data.tts import (
     Flite,
     Voice,
     get_engine,
+    new_speakers,
     sample_voices,
     speak,
     user_voices,
@@ -58,6 +59,14 @@ VOICES = [
 )
 def test_a_voice_reads_back_what_it_writes(voice: Voice) -> None:
     assert Voice.parse(str(voice)) == voice
+
+
+def test_five_of_the_held_out_voices_are_new_speakers() -> None:
+    heldout = user_voices("heldout")
+    new = new_speakers(heldout)
+    assert (len(heldout), len(new)) == (14, 5)
+    assert {voice.speaker[1] for voice in new} == {"kal", "kal16", "steph", "steph3"}
+    assert not set(heldout) & set(user_voices("train"))
 
 
 @pytest.mark.parametrize(
