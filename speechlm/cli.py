@@ -202,17 +202,16 @@ def _transcode(
 
 @codec_app.command("info")
 def codec_info(
-    what: Annotated[str, typer.Argument(metavar="FILE_OR_MODEL", help="An .npz file, or a model.")],
+    what: Annotated[
+        str,
+        typer.Argument(metavar="WHAT", help="Codes or sound: a file, a folder or -; or a model."),
+    ],
 ) -> None:
-    """What is in a file of codes, or what a model's codec is."""
+    """What is in files of codes or of sound, or what a model's codec is."""
     from audio_codec import transcode
     from speechlm import convert
 
-    if what.lower().endswith(".npz"):
-        facts = transcode.describe_file(Path(what))
-    else:
-        facts = transcode.describe(convert.load_codec_of(what))
-    for name, fact in facts.items():
+    for name, fact in transcode.info(what, convert.load_codec_of, sys.stdin.buffer):
         print(f"{name:12} {fact}")
 
 
