@@ -90,7 +90,8 @@ def load_codec(name_or_path: str | Path, codebooks: int | None = None) -> AnyCod
     `name_or_path`: a shipped name, a directory, `hf://organisation/name`, a file of Kyutai's, or
     what else `load_encodec` takes.
     `codebooks`: keep only the first so many, for a lower bitrate; None keeps all.
-    Raises UserError when there is no such codec, it is broken, or it has not so many codebooks.
+    Raises UserError when there is no such codec, it is broken, or it has not so many codebooks;
+    Unreachable when its weights lie elsewhere and cannot be fetched.
     """
     kind = kind_of(name_or_path)
     codec: AnyCodec

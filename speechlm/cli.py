@@ -610,13 +610,21 @@ def eval_codec(
     ] = None,
     codec: Annotated[
         list[str] | None,
-        typer.Option("--codec", metavar="NAME_OR_PATH", help="Any codec; more for a comparison."),
+        typer.Option(
+            "--codec",
+            metavar="NAME_OR_PATH",
+            help="Any codec; more as its peers, left out where their weights cannot be fetched.",
+        ),
     ] = None,
     audio: Annotated[
         Path | None, typer.Option("--audio", metavar="FOLDER", help="Recordings to measure on.")
     ] = None,
     levels: Annotated[
-        str | None, typer.Option(metavar="1,2,4|all", help="Numbers of codebooks of the curve.")
+        str | None,
+        typer.Option(
+            metavar="1,2,4|all",
+            help="Numbers of codebooks of the curve [default: 1,2,4,8,… and all of them].",
+        ),
     ] = None,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FOLDER", help="Pictures and sounds too.")

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from audio_codec.audio import SAMPLE_RATE, LogMel, Pcm, load, resample
 from audio_codec.codec import Codec, load_codec
-from audio_codec.errors import UserError
+from audio_codec.errors import Unreachable, UserError
 from speechlm.convert import load_codec_of
 from speechlm.evaluation import abx, fidelity, report
 from speechlm.evaluation.conversation import progress_bar
@@ -382,6 +382,8 @@ class Comparison:
     results: tuple[Result, ...]
     examples: tuple[int, ...]
     """Which of the sounds are shown in the report."""
+    missing: tuple[str, ...] = ()
+    """Of each codec that was left out, the sentence that says why."""
 
     def metrics(self) -> dict[str, Metric]:
         """Every metric under its published name."""
@@ -399,6 +401,7 @@ class Comparison:
                 f"{len(self.items)} sounds, {minutes:.1f} minutes: {self.source}. In brackets: 95% "
                 "intervals (bootstrap). ↑ is better when higher, ↓ when lower."
             ),
+            *(report.Paragraph(f"Left out: {sentence}") for sentence in self.missing),
             report.Heading("All codebooks"),
             self._numbers(),
             report.Heading("Quality over bitrate"),
@@ -521,6 +524,7 @@ def measure(
     said: Sequence[abx.Saying],
     *,
     source: str,
+    missing: Sequence[str] = (),
     levels: str | None = None,
     progress: bool = False,
 ) -> Comparison:
@@ -528,6 +532,7 @@ def measure(
 
     Args:
         source: what the sounds are, in words.
+        missing: what the report says of codecs that could not be compared.
         levels: see `parse_levels`.
         progress: show on the terminal how far it has come, and how long it will take.
     """
@@ -579,7 +584,7 @@ def measure(
         "speaker_trust": likeness(items, voices, voices)[1],
         **mel_discrimination(said),
     }
-    return Comparison(tuple(items), source, originals, results, tuple(examples))
+    return Comparison(tuple(items), source, originals, results, tuple(examples), tuple(missing))
 
 
 def compare(
@@ -598,7 +603,8 @@ def compare(
         utterances: sounds at most (of the assistant, and as many of the held-out voices); the
             minimal pairs are said by a twelfth as many voices, 2 to 7.
         seed: picks sentences, recordings, and how the minimal pairs are said.
-        codecs: further codecs, as `load_codec` knows them.
+        codecs: further codecs, as `load_codec` knows them. All but the very first are peers: one
+            whose weights cannot be fetched is left out, with a notice in log and report.
         audio: a folder of recordings to measure on instead.
         levels: numbers of codebooks to decode from; see `parse_levels`.
         progress: show on the terminal how far it has come.
@@ -607,8 +613,16 @@ def compare(
     """
     assert model is not None or codecs, "nothing to measure"
     parse_levels(levels, 1)  # before minutes are spent on loading
-    named = [*([] if model is None else [model]), *codecs]
-    loaded = [*([] if model is None else [load_codec_of(model)]), *map(load_codec, codecs)]
+    judged, *peers = [*([] if model is None else [model]), *codecs]
+    slug, *slugs_of_peers = slugs([judged, *peers])
+    loaded = {slug: (load_codec if model is None else load_codec_of)(judged)}
+    missing = []
+    for slug, peer in zip(slugs_of_peers, peers, strict=True):
+        try:
+            loaded[slug] = load_codec(peer)
+        except Unreachable as error:
+            missing.append(" ".join(str(error).split()))
+            log.warning("left out: %s", missing[-1])
     if audio is None:
         items, source = synthesized(utterances, seed), "held-out sentences, synthesized"
     else:
@@ -621,10 +635,11 @@ def compare(
         log.warning("no ABX test: %s", error)  # recordings can be measured without an engine
         said = []
     return measure(
-        dict(zip(slugs(named), loaded, strict=True)),
+        loaded,
         items,
         said,
         source=source,
+        missing=missing,
         levels=levels,
         progress=progress,
     )
