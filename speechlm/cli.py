@@ -617,7 +617,10 @@ def eval_codec(
         ),
     ] = None,
     audio: Annotated[
-        Path | None, typer.Option("--audio", metavar="FOLDER", help="Recordings to measure on.")
+        Path | None,
+        typer.Option(
+            "--audio", metavar="FOLDER", help="Recordings to measure on, 30 s of each at most."
+        ),
     ] = None,
     levels: Annotated[
         str | None,

@@ -9,7 +9,8 @@ and compared with what went in:
 
 The sounds are held-out sentences in the assistant's voice (the one that is heard); metrics ending
 in `_users`, and the likeness of voices, are over voices that nothing was trained on. Or they are
-any folder of recordings, whose texts and speakers are known from a manifest or side files.
+any folder of recordings, whose texts and speakers are known from a manifest or side files; of one
+longer than 30 s the first 30 s are taken, and its text, which says more than they do, is not.
 
     bitrate_bps              of all codebooks, were every code equally likely
     stoi, stoi_users, pesq, si_sdr, mel_distance, stft_distance
@@ -45,7 +46,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from audio_codec.audio import SAMPLE_RATE, LogMel, Pcm, load, resample
+from audio_codec.audio import SAMPLE_RATE, SUFFIXES, LogMel, Pcm, load_blocks, resample
 from audio_codec.codec import Codec, load_codec
 from audio_codec.errors import Unreachable, UserError
 from speechlm.convert import load_codec_of
@@ -63,11 +64,10 @@ log = logging.getLogger(__name__)
 SHORTEST: Final = 0.5
 """Seconds; of a shorter sound STOI has nothing to say."""
 LONGEST: Final = 30.0
-"""Seconds of a recording; longer ones are left out."""
+"""Seconds of a recording; of a longer one its beginning is measured on."""
 EXAMPLES: Final = 4
 """Sounds to look at and listen to in a report."""
 
-_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a"}
 _CURVES = (  # What has a value at each bitrate, and which way is better.
     ("stoi", "STOI ↑"),
     ("stoi_users", "STOI, unheard voices ↑"),
@@ -113,6 +113,8 @@ def synthesized(utterances: int, seed: int) -> list[Item]:
 def recordings(folder: Path, count: int, seed: int) -> list[Item]:
     """Up to `count` sounds at or below `folder`, drawn by seed; 0.5 to 30 s each.
 
+    Of a longer one these are the first 30 s, as its name and a notice in the log say; its text is
+    then taken for unknown. A shorter one is left out with a notice.
     Texts and speakers come from the nearest `manifest.tsv.gz` in the folder or above it (columns
     `path`, relative to it, and `text`, `speaker`), else the text from a file beside the sound that
     is named as it is, but `.txt`. What cannot be read is left out with a notice in the log.
@@ -122,32 +124,47 @@ def recordings(folder: Path, count: int, seed: int) -> list[Item]:
     root = folder.resolve()
     if not root.is_dir():
         raise UserError(f"audio '{folder}' is no folder.")
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
     known = _manifest(root)
     items: list[Item] = []
     for index in np.random.default_rng(seed).permutation(len(files)):
         path = files[index]
         try:
-            pcm = load(path)
+            pcm, whole = _beginning(path)
         except UserError as error:
             log.warning("left out: %s", error)
             continue
-        if not SHORTEST <= len(pcm) / SAMPLE_RATE <= LONGEST:
+        if len(pcm) < SHORTEST * SAMPLE_RATE:
             log.warning("left out: %s lasts %.1f s", path, len(pcm) / SAMPLE_RATE)
             continue
+        name = str(path.relative_to(root))
         text, speaker = known.get(path, (None, None))
         side = path.with_suffix(".txt")
         if text is None and side.is_file():
             text = side.read_text(encoding="utf-8", errors="replace").strip() or None
-        items.append(Item(str(path.relative_to(root)), pcm, text, speaker))
+        if not whole:
+            name, text = f"{name}, first {LONGEST:g} s", None
+            log.warning("only the first %g s of %s are measured on", LONGEST, path)
+        items.append(Item(name, pcm, text, speaker))
         if len(items) == count:
             break
     if not items:
         raise UserError(
-            f"audio '{folder}' holds no sound of {SHORTEST:g} to {LONGEST:g} s in a file that ends "
-            f"in {', '.join(sorted(_SUFFIXES))}."
+            f"audio '{folder}' holds no sound of at least {SHORTEST:g} s in a file that ends in "
+            f"{', '.join(sorted(SUFFIXES))}."
         )
     return items
+
+
+def _beginning(path: Path) -> tuple[Pcm, bool]:
+    """A file's sound, of a long one the first `LONGEST` seconds, and whether that is all of it."""
+    most, blocks, count = round(LONGEST * SAMPLE_RATE), [], 0
+    for block in load_blocks(path):
+        blocks.append(block)
+        count += len(block)
+        if count > most:
+            break  # an hour need not be read for half a minute
+    return np.concatenate(blocks)[:most], count <= most
 
 
 def _manifest(folder: Path) -> dict[Path, tuple[str | None, str | None]]:

@@ -348,6 +348,30 @@ def test_recordings_come_with_what_is_known_of_them(tmp_path: Path) -> None:
     assert len(codec_evaluation.recordings(folder, 2, seed=1)) == 2
 
 
+def test_of_a_long_recording_the_beginning_is_measured_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = noise(codec_evaluation.LONGEST + 5)
+    audio.save(tmp_path / "a.flac", long)
+    (tmp_path / "a.txt").write_text("More than is said in half a minute.")
+    (item,) = codec_evaluation.recordings(tmp_path, 9, seed=0)
+    assert (item.name, item.text) == ("a.flac, first 30 s", None)
+    np.testing.assert_allclose(item.pcm, long[: 30 * SAMPLE_RATE], atol=1e-4)
+    assert caplog.messages == [f"only the first 30 s of {tmp_path / 'a.flac'} are measured on"]
+    audio.save(tmp_path / "a.flac", long[: 30 * SAMPLE_RATE])
+    (item,) = codec_evaluation.recordings(tmp_path, 9, seed=0)
+    assert item.name == "a.flac" and item.text and len(item.pcm) == 30 * SAMPLE_RATE
+
+
+def test_every_file_that_is_taken_for_sound_is_measured_on(tmp_path: Path) -> None:
+    audio.save(tmp_path / "a.wav", noise())
+    wav = (tmp_path / "a.wav").read_bytes()
+    for suffix in audio.SUFFIXES:
+        (tmp_path / f"a{suffix}").write_bytes(wav)
+    items = codec_evaluation.recordings(tmp_path, 99, seed=0)
+    assert {item.name for item in items} == {f"a{suffix}" for suffix in audio.SUFFIXES}
+
+
 def test_a_folder_without_sounds_is_one_clear_sentence(tmp_path: Path) -> None:
     for folder, named in ((tmp_path / "none", "no folder"), (tmp_path, "no sound")):
         with pytest.raises(UserError, match=named):
