@@ -64,7 +64,7 @@ def kind_of(name_or_path: str | Path) -> Kind | None:
         return "encodec"
     if os.path.isfile(name_or_path):
         return "kyutai" if _kyutai_file(Path(name_or_path)) else None
-    path = checkpoints.resolve(name_or_path)
+    path = locate(name_or_path)
     if (path / "config.json").exists():
         config = checkpoints.read_json(path / "config.json")
         if config.get("model_type") == "mimi":
@@ -78,6 +78,26 @@ def kind_of(name_or_path: str | Path) -> Kind | None:
                 f"config of '{path}': kind '{config['kind']}' is unknown; choices: spectral."
             )
     return "kyutai" if any(map(_kyutai_file, path.glob("*.safetensors"))) else None
+
+
+_KYUTAIS = ("tokenizer-*.safetensors", "mimi-*.safetensors")
+"""What Kyutai calls a codec's file, beside which a language model of gigabytes may lie."""
+
+
+def locate(name_or_path: str | Path) -> Path:
+    """The directory of a codec; from the hub comes no more than a codec is made of.
+
+    Raises UserError where `checkpoint.resolve` does.
+    """
+    path = checkpoints.resolve(name_or_path, ("config.json", *_KYUTAIS))
+    if any(file for pattern in _KYUTAIS for file in path.glob(pattern)):
+        return path
+    if not (path / "config.json").exists():
+        return checkpoints.resolve(name_or_path, ("*.safetensors",))
+    config = checkpoints.read_json(path / "config.json")
+    if config.get("model_type") in ("mimi", "encodec") or "kind" in config:
+        return checkpoints.resolve(name_or_path, ("config.json", "model*.safetensors"))
+    return path
 
 
 def _kyutai_file(file: Path) -> bool:
@@ -96,19 +116,18 @@ def load_codec(name_or_path: str | Path, codebooks: int | None = None) -> AnyCod
     kind = kind_of(name_or_path)
     codec: AnyCodec
     if kind == "spectral":
-        found = checkpoints.load(name_or_path)
+        found = checkpoints.load(locate(name_or_path))
         codec = SpectralCodec(checkpoints.parse_config(SpectralConfig, found))
         checkpoints.restore(codec, found)
     elif kind == "encodec":
-        codec = load_encodec(name_or_path)
+        own = names_encodec(name_or_path)
+        codec = load_encodec(name_or_path if own else locate(name_or_path))
     elif kind == "hf":
-        codec = read_hf(checkpoints.resolve(name_or_path))
+        codec = read_hf(locate(name_or_path))
     elif kind == "kyutai":
         single = os.path.isfile(name_or_path)
         files = (
-            [Path(name_or_path)]
-            if single
-            else sorted(checkpoints.resolve(name_or_path).glob("*.safetensors"))
+            [Path(name_or_path)] if single else sorted(locate(name_or_path).glob("*.safetensors"))
         )
         codec = read_kyutai(next(filter(_kyutai_file, files)))
     else:
