@@ -242,16 +242,6 @@ class MimiDecoderState(State):
     seanet: SEANetState
 
 
-@dataclass
-class MimiOutput:
-    """One training forward."""
-
-    pcm: Tensor  # [B, 1, S]
-    semantic: Tensor  # [B, T, C] what the semantic code says, for distillation into it
-    codes: Tensor  # [B, K, T]
-    commitment: Tensor  # []
-
-
 class MimiCodec(nn.Module):
     """Mimi as a `Codec`. Stride: one frame; see the module docstring."""
 
@@ -321,14 +311,6 @@ class MimiCodec(nn.Module):
             self.decoder_transformer.new_state(batch, RESAMPLE * max_chunk),
             self.decoder.new_state(batch),
         )
-
-    def forward(
-        self, pcm: Tensor, depth: Tensor | None = None, quantized: Tensor | None = None
-    ) -> MimiOutput:
-        """One training pass over [B, 1, S]; `depth` and `quantized` as in `SplitResidualVQ`."""
-        said = self.quantizer(self.encode_latent(pcm), depth, quantized)
-        decoded = self.decode_latent(said.quantized)
-        return MimiOutput(decoded, said.semantic, said.codes, said.commitment)
 
     def keep_codebooks(self, count: int) -> None:
         """Forget all but the first `count` codebooks, 1 … K."""
