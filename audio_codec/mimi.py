@@ -495,8 +495,6 @@ def _transformer_rows(config: MimiConfig, name: str) -> Iterator[_Row]:
 def _quantizer_rows(config: MimiConfig) -> Iterator[_Row]:
     sides = (("semantic", "first", 1), ("acoustic", "rest", config.num_quantizers - 1))
     for side, kyutai_side, levels in sides:
-        if not levels:
-            continue
         own = f"quantizer.{side}"
         kyutai = f"quantizer.rvq_{kyutai_side}"
         hf = f"quantizer.{side}_residual_vector_quantizer"
@@ -597,6 +595,7 @@ def read_hf(directory: Path) -> MimiCodec:
 def save_hf(directory: str | Path, codec: MimiCodec) -> Path:
     """Write what `transformers.MimiModel.from_pretrained` and `read_hf` read, in float32.
 
+    A codec of one codebook is for `read_hf` alone, as the config of `transformers` asks for two.
     Raises UserError when the directory holds something else than a checkpoint.
     """
     config = codec.config

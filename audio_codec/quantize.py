@@ -328,35 +328,31 @@ class SplitResidualVQ(nn.Module):
             └─ down ─ VQ ─ … ─ VQ ═ codes 1… ═ up ─┘
 
     The acoustic side codes x itself, not what the semantic code left over: so the semantic code
-    is free to say what was said and need not serve the sound. It codes and decodes; nothing here
-    trains one.
+    is free to say what was said and need not serve the sound. With one codebook that side is its
+    projections alone, which nothing passes: the public formats have them too. It codes and decodes;
+    nothing here trains one.
     """
 
     def __init__(self, dim: int, code_dim: int, sizes: Sequence[int]) -> None:
         """`dim`: width C outside; `code_dim`: of the codes, D; `sizes`: codes of each codebook."""
         super().__init__()
         self.semantic = _Projected(dim, code_dim, sizes[:1])
-        self.acoustic = _Projected(dim, code_dim, sizes[1:]) if len(sizes) > 1 else None
+        self.acoustic = _Projected(dim, code_dim, sizes[1:])
 
     def keep(self, count: int) -> None:
         """Forget all but the first `count` codebooks, 1 … K."""
-        if self.acoustic is not None and count > 1:
-            self.acoustic.quantizer.keep(count - 1)
-        else:
-            assert count == 1, f"cannot keep {count} codebooks"
-            self.acoustic = None
+        self.acoustic.quantizer.keep(count - 1)
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, T, C] → int64 [B, K, T]."""
         codes = self.semantic.encode(x)
-        if self.acoustic is not None:
+        if len(self.acoustic.quantizer.levels):
             codes = torch.cat((codes, self.acoustic.encode(x)), dim=1)
         return codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """int [B, 1 ≤ K' ≤ K, T] → [B, T, C]; fewer codebooks give a coarser vector."""
+        has = 1 + len(self.acoustic.quantizer.levels)
+        assert codes.shape[1] <= has, f"{codes.shape[1]} codebooks, but this one has {has}"
         x = self.semantic.decode(codes[:, :1])
-        if codes.shape[1] > 1:
-            assert self.acoustic is not None, f"{codes.shape[1]} codebooks, but this one has 1"
-            x = x + self.acoustic.decode(codes[:, 1:])
-        return x
+        return x + self.acoustic.decode(codes[:, 1:]) if codes.shape[1] > 1 else x
