@@ -520,7 +520,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         for block in (*model.temporal.blocks, *model.depth.transformer.blocks):
             block.compile()
     loader = Loader(source, config.ahead)
-    counts = {"averaged": 0, "bad_gradients": 0}
+    counts = {"averaged": 0}
 
     def go_on() -> None:
         """Take up the state of the last checkpoint, if there is one."""
@@ -594,12 +594,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 mean += share * found["loss"]
             if run.mesh is not None:
                 distributed.drop_untouched(objective)
-            norms.append(clip_gradients(objective, schedule.clip).item())
-            if math.isfinite(norms[-1]):
-                chosen.step()
-            else:
-                counts["bad_gradients"] += 1
-            chosen.zero_grad()
+            norm = clip_gradients(objective, schedule.clip)
+            norms.append(norm.item())
+            run.update(chosen, norm)
         return math.hypot(*norms), sum(distributed.collect(mean)), numbers, saw
 
     def learn(
@@ -655,7 +652,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                         **meter.read(together=run.mesh is not None),
                         "norm": norm,
                         "lr": schedule.rate(step, config.run.steps),
-                        "bad_gradients": counts["bad_gradients"],
+                        "bad_gradients": run.bad_gradients,
                         "columns_per_second": saw.columns * pace,
                         "tokens_per_second": saw.tokens * pace,
                         "audio_hours_per_second": saw.audio / FRAME_RATE / 3600 * pace,

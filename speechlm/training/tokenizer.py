@@ -712,12 +712,12 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             losses, codes = model(batch.to(run.device), quantized.to(run.device))
             run.accelerator.backward(losses["loss"])
             norm = clip_gradients(model, config.optimizer.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            run.update(optimizer, norm)
             if (step + 1) % config.run.log_every == 0:
                 used = codes.unique().numel()
                 numbers = {name: loss.item() for name, loss in losses.items()}
                 numbers |= {"norm": norm.item(), "lr": rate, "codes": used}
+                numbers["bad_gradients"] = run.bad_gradients
                 run.log(step, {**numbers, "batch_usage": used / tokenizer.codebook_size})
     card = {"trainee": "tokenizer", "steps": run.done, "utterances": len(utterances)}
     if run.main:
