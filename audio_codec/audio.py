@@ -113,6 +113,36 @@ def duration(path: str | Path) -> float | None:
         return None
 
 
+@dataclass(frozen=True)
+class SoundHeader:
+    """What a sound file says about itself."""
+
+    seconds: float
+    sample_rate: int
+    channels: int
+    container: str
+
+    def __str__(self) -> str:
+        channels = f"{self.channels} channel{'' if self.channels == 1 else 's'}"
+        return f"{self.seconds:.2f} s of sound, {self.sample_rate} Hz, {channels}, {self.container}"
+
+
+def read_header(path: str | Path) -> SoundHeader:
+    """What a sound file's header says; a file that only sphn can read is decoded for it.
+
+    Raises UserError when the file is missing or cannot be decoded as sound.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"There is no sound file {path}.")
+    try:
+        info = soundfile.info(path)
+        return SoundHeader(info.duration, info.samplerate, info.channels, info.format)
+    except (soundfile.LibsndfileError, RuntimeError):
+        samples, rate, container = next(_decode(path, math.inf))
+        return SoundHeader(samples.shape[1] / rate, rate, len(samples), container)
+
+
 def _decode(path: Path, seconds: float) -> Iterator[tuple[Pcm, int, str]]:
     """Blocks of samples [channels, s], at least one; with each the rate and the container."""
     begun = False
@@ -375,6 +405,7 @@ __all__ = [
     "LogMel",
     "LogMelState",
     "Pcm",
+    "SoundHeader",
     "check_writable",
     "duration",
     "load",
@@ -382,6 +413,7 @@ __all__ = [
     "loudness_dbfs",
     "mel_filterbank",
     "normalize",
+    "read_header",
     "resample",
     "resample_blocks",
     "save",

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from audio_codec.errors import UserError
+from audio_codec.errors import Unreachable, UserError
 
 StoredType = Literal["fp32", "bf16", "int8"]
 _SCALE = "::scale"
@@ -58,18 +58,19 @@ def shipped() -> dict[str, Path]:
     return found
 
 
-def resolve(name_or_path: str | Path) -> Path:
+def resolve(name_or_path: str | Path, files: Sequence[str] = ("*",)) -> Path:
     """The local directory of a shipped name or a folder in it (`tiny/codec`), a path, or
     `hf://organisation/name[/folder]`.
 
-    Raises UserError when there is no such directory or the hub cannot be reached.
+    From the hub come the files below the folder that fit one of the patterns `files`.
+    Raises UserError when there is no such directory, Unreachable when the hub does not answer.
     """
     text = str(name_or_path)
     name, _, folder = text.partition("/")
     if name in shipped() and os.path.isdir(inside := shipped()[name] / folder):
         return inside
     if text.startswith("hf://"):
-        return _from_hub(text.removeprefix("hf://"))
+        return _from_hub(text.removeprefix("hf://"), files)
     if not os.path.isdir(text):  # never raises; Path.is_dir does when a name is too long
         names = ", ".join(sorted(shipped())) or "none"
         raise UserError(
@@ -79,17 +80,26 @@ def resolve(name_or_path: str | Path) -> Path:
     return Path(text)
 
 
-def _from_hub(address: str) -> Path:
+def _from_hub(address: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     parts = address.split("/")
     if len(parts) < 2:
         raise UserError(f"model 'hf://{address}' must name organisation and model: hf://org/name.")
+    inside = "".join(f"{part}/" for part in parts[2:])
     try:
-        root = Path(snapshot_download("/".join(parts[:2])))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"model 'hf://{address}' could not be fetched: {error}") from error
+        wanted = [inside + pattern for pattern in files]
+        root = Path(snapshot_download("/".join(parts[:2]), allow_patterns=wanted))
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise UserError(f"model 'hf://{address}' is not on the hub: {error}") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise Unreachable(f"model 'hf://{address}' could not be fetched: {error}") from error
     return root.joinpath(*parts[2:])
 
 

@@ -64,7 +64,7 @@ def kind_of(name_or_path: str | Path) -> Kind | None:
         return "encodec"
     if os.path.isfile(name_or_path):
         return "kyutai" if _kyutai_file(Path(name_or_path)) else None
-    path = checkpoints.resolve(name_or_path)
+    path = locate(name_or_path)
     if (path / "config.json").exists():
         config = checkpoints.read_json(path / "config.json")
         if config.get("model_type") == "mimi":
@@ -80,6 +80,26 @@ def kind_of(name_or_path: str | Path) -> Kind | None:
     return "kyutai" if any(map(_kyutai_file, path.glob("*.safetensors"))) else None
 
 
+_KYUTAIS = ("tokenizer-*.safetensors", "mimi-*.safetensors")
+"""What Kyutai calls a codec's file, beside which a language model of gigabytes may lie."""
+
+
+def locate(name_or_path: str | Path) -> Path:
+    """The directory of a codec; from the hub comes no more than a codec is made of.
+
+    Raises UserError where `checkpoint.resolve` does.
+    """
+    path = checkpoints.resolve(name_or_path, ("config.json", *_KYUTAIS))
+    if any(file for pattern in _KYUTAIS for file in path.glob(pattern)):
+        return path
+    if not (path / "config.json").exists():
+        return checkpoints.resolve(name_or_path, ("*.safetensors",))
+    config = checkpoints.read_json(path / "config.json")
+    if config.get("model_type") in ("mimi", "encodec") or "kind" in config:
+        return checkpoints.resolve(name_or_path, ("config.json", "model*.safetensors"))
+    return path
+
+
 def _kyutai_file(file: Path) -> bool:
     return any(name.startswith("quantizer.rvq_first.") for name in checkpoints.tensor_names(file))
 
@@ -90,24 +110,24 @@ def load_codec(name_or_path: str | Path, codebooks: int | None = None) -> AnyCod
     `name_or_path`: a shipped name, a directory, `hf://organisation/name`, a file of Kyutai's, or
     what else `load_encodec` takes.
     `codebooks`: keep only the first so many, for a lower bitrate; None keeps all.
-    Raises UserError when there is no such codec, it is broken, or it has not so many codebooks.
+    Raises UserError when there is no such codec, it is broken, or it has not so many codebooks;
+    Unreachable when its weights lie elsewhere and cannot be fetched.
     """
     kind = kind_of(name_or_path)
     codec: AnyCodec
     if kind == "spectral":
-        found = checkpoints.load(name_or_path)
+        found = checkpoints.load(locate(name_or_path))
         codec = SpectralCodec(checkpoints.parse_config(SpectralConfig, found))
         checkpoints.restore(codec, found)
     elif kind == "encodec":
-        codec = load_encodec(name_or_path)
+        own = names_encodec(name_or_path)
+        codec = load_encodec(name_or_path if own else locate(name_or_path))
     elif kind == "hf":
-        codec = read_hf(checkpoints.resolve(name_or_path))
+        codec = read_hf(locate(name_or_path))
     elif kind == "kyutai":
         single = os.path.isfile(name_or_path)
         files = (
-            [Path(name_or_path)]
-            if single
-            else sorted(checkpoints.resolve(name_or_path).glob("*.safetensors"))
+            [Path(name_or_path)] if single else sorted(locate(name_or_path).glob("*.safetensors"))
         )
         codec = read_kyutai(next(filter(_kyutai_file, files)))
     else:

@@ -31,7 +31,7 @@ from torch.nn.utils import remove_weight_norm
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.checkpoint import Checkpoint
-from audio_codec.errors import UserError
+from audio_codec.errors import Unreachable, UserError
 from audio_codec.state import State, all_active
 
 NAME: Final = "encodec"
@@ -160,7 +160,7 @@ def _from_package() -> Checkpoint:
             warnings.simplefilter("ignore", FutureWarning)
             tensors = EncodecModel.encodec_model_24khz(pretrained=True).state_dict()
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # no network; a broken file
-        raise UserError(
+        raise Unreachable(
             f"model '{NAME}': its weights could not be fetched ({error}); give a .th file of the "
             "package, or a folder or hf:// address of EnCodec in the layout of transformers."
         ) from error

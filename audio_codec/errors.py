@@ -1,4 +1,4 @@
-"""The one exception that is meant for a person."""
+"""The exceptions that are meant for a person."""
 
 
 class UserError(Exception):
@@ -8,3 +8,7 @@ class UserError(Exception):
     out. The command line prints it and exits with status 2; no traceback. A programmer's mistake is
     an ``assert`` instead.
     """
+
+
+class Unreachable(UserError):
+    """What is named lies elsewhere and cannot be fetched now: who can do without it may."""

@@ -146,8 +146,10 @@ class Balancer(nn.Module):
                     dist.all_reduce(norm)
                     norm /= dist.get_world_size()
                 place = names.index(name)
-                self.norms[place].lerp_(norm, 1 - self.decay)
-                self.trust[place].lerp_(torch.ones_like(norm), 1 - self.decay)
+                # One that is not finite must not stay in the average for ever.
+                weight = (1 - self.decay) * norm.isfinite()
+                self.norms[place].lerp_(norm.nan_to_num(0.0, 0.0), weight)
+                self.trust[place].lerp_(torch.ones_like(norm), weight)
             average = (self.norms / self.trust.clamp(min=1e-12)).clamp(min=1e-12)
             total = sum(self.weights[name] for name in gradients)
             pull = self.strength * average[names.index(self.reference)]

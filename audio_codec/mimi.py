@@ -242,16 +242,6 @@ class MimiDecoderState(State):
     seanet: SEANetState
 
 
-@dataclass
-class MimiOutput:
-    """One training forward."""
-
-    pcm: Tensor  # [B, 1, S]
-    semantic: Tensor  # [B, T, C] what the semantic code says, for distillation into it
-    codes: Tensor  # [B, K, T]
-    commitment: Tensor  # []
-
-
 class MimiCodec(nn.Module):
     """Mimi as a `Codec`. Stride: one frame; see the module docstring."""
 
@@ -321,14 +311,6 @@ class MimiCodec(nn.Module):
             self.decoder_transformer.new_state(batch, RESAMPLE * max_chunk),
             self.decoder.new_state(batch),
         )
-
-    def forward(
-        self, pcm: Tensor, depth: Tensor | None = None, quantized: Tensor | None = None
-    ) -> MimiOutput:
-        """One training pass over [B, 1, S]; `depth` and `quantized` as in `SplitResidualVQ`."""
-        said = self.quantizer(self.encode_latent(pcm), depth, quantized)
-        decoded = self.decode_latent(said.quantized)
-        return MimiOutput(decoded, said.semantic, said.codes, said.commitment)
 
     def keep_codebooks(self, count: int) -> None:
         """Forget all but the first `count` codebooks, 1 … K."""
@@ -513,8 +495,6 @@ def _transformer_rows(config: MimiConfig, name: str) -> Iterator[_Row]:
 def _quantizer_rows(config: MimiConfig) -> Iterator[_Row]:
     sides = (("semantic", "first", 1), ("acoustic", "rest", config.num_quantizers - 1))
     for side, kyutai_side, levels in sides:
-        if not levels:
-            continue
         own = f"quantizer.{side}"
         kyutai = f"quantizer.rvq_{kyutai_side}"
         hf = f"quantizer.{side}_residual_vector_quantizer"
@@ -615,6 +595,7 @@ def read_hf(directory: Path) -> MimiCodec:
 def save_hf(directory: str | Path, codec: MimiCodec) -> Path:
     """Write what `transformers.MimiModel.from_pretrained` and `read_hf` read, in float32.
 
+    A codec of one codebook is for `read_hf` alone, as the config of `transformers` asks for two.
     Raises UserError when the directory holds something else than a checkpoint.
     """
     config = codec.config

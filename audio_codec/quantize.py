@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -308,10 +307,10 @@ class ResidualVQ(Packing):
 class _Projected(nn.Module):
     """A residual quantizer in a narrower space of its own: C wide outside, D inside."""
 
-    def __init__(self, dim: int, code_dim: int, sizes: Sequence[int], decay: float) -> None:
+    def __init__(self, dim: int, code_dim: int, sizes: Sequence[int]) -> None:
         super().__init__()
         self.down = nn.Linear(dim, code_dim, bias=False)
-        self.quantizer = ResidualVQ(code_dim, sizes, decay)
+        self.quantizer = ResidualVQ(code_dim, sizes)
         self.up = nn.Linear(code_dim, dim, bias=False)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -319,29 +318,6 @@ class _Projected(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         return self.up(self.quantizer.decode(codes))
-
-    def forward(
-        self,
-        x: Tensor,
-        depth: Tensor | None,
-        quantized: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        narrow = self.down(x)
-        straight, codes, loss = self.quantizer(narrow, depth, generator)
-        if quantized is not None:
-            straight = torch.where(quantized.view(-1, 1, 1), straight, narrow)
-        return self.up(straight), codes, loss
-
-
-@dataclass
-class SplitOutput:
-    """One training pass of a split quantizer."""
-
-    quantized: Tensor  # [B, T, C] semantic + acoustic, straight-through
-    semantic: Tensor  # [B, T, C] the semantic part alone, which a teacher may be distilled into
-    codes: Tensor  # [B, K, T]
-    commitment: Tensor  # []
 
 
 class SplitResidualVQ(nn.Module):
@@ -352,55 +328,31 @@ class SplitResidualVQ(nn.Module):
             └─ down ─ VQ ─ … ─ VQ ═ codes 1… ═ up ─┘
 
     The acoustic side codes x itself, not what the semantic code left over: so the semantic code
-    is free to say what was said and need not serve the sound.
+    is free to say what was said and need not serve the sound. With one codebook that side is its
+    projections alone, which nothing passes: the public formats have them too. It codes and decodes;
+    nothing here trains one.
     """
 
-    def __init__(self, dim: int, code_dim: int, sizes: Sequence[int], decay: float = 0.99) -> None:
+    def __init__(self, dim: int, code_dim: int, sizes: Sequence[int]) -> None:
         """`dim`: width C outside; `code_dim`: of the codes, D; `sizes`: codes of each codebook."""
         super().__init__()
-        self.semantic = _Projected(dim, code_dim, sizes[:1], decay)
-        self.acoustic = _Projected(dim, code_dim, sizes[1:], decay) if len(sizes) > 1 else None
+        self.semantic = _Projected(dim, code_dim, sizes[:1])
+        self.acoustic = _Projected(dim, code_dim, sizes[1:])
 
     def keep(self, count: int) -> None:
         """Forget all but the first `count` codebooks, 1 … K."""
-        if self.acoustic is not None and count > 1:
-            self.acoustic.quantizer.keep(count - 1)
-        else:
-            assert count == 1, f"cannot keep {count} codebooks"
-            self.acoustic = None
+        self.acoustic.quantizer.keep(count - 1)
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, T, C] → int64 [B, K, T]."""
         codes = self.semantic.encode(x)
-        if self.acoustic is not None:
+        if len(self.acoustic.quantizer.levels):
             codes = torch.cat((codes, self.acoustic.encode(x)), dim=1)
         return codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """int [B, 1 ≤ K' ≤ K, T] → [B, T, C]; fewer codebooks give a coarser vector."""
+        has = 1 + len(self.acoustic.quantizer.levels)
+        assert codes.shape[1] <= has, f"{codes.shape[1]} codebooks, but this one has {has}"
         x = self.semantic.decode(codes[:, :1])
-        if codes.shape[1] > 1:
-            assert self.acoustic is not None, f"{codes.shape[1]} codebooks, but this one has 1"
-            x = x + self.acoustic.decode(codes[:, 1:])
-        return x
-
-    def forward(
-        self,
-        x: Tensor,
-        depth: Tensor | None = None,
-        quantized: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> SplitOutput:
-        """One training pass over [B, T, C].
-
-        `depth` ([B] int): acoustic levels that each row keeps (quantizer dropout; the semantic
-        code always stays). `quantized` ([B] bool): rows that pass the codes; the others pass the
-        projections alone, though the codebooks learn from them all the same.
-        """
-        semantic, codes, commitment = self.semantic(x, None, quantized, generator)
-        if self.acoustic is None:
-            return SplitOutput(semantic, semantic, codes, commitment)
-        acoustic, others, loss = self.acoustic(x, depth, quantized, generator)
-        codes = torch.cat((codes, others), dim=1)
-        commitment = (commitment + loss * others.shape[1]) / codes.shape[1]  # a mean of all levels
-        return SplitOutput(semantic + acoustic, semantic, codes, commitment)
+        return x + self.acoustic.decode(codes[:, 1:]) if codes.shape[1] > 1 else x

@@ -19,6 +19,7 @@ A file of codes is a NumPy archive:
 
     speechlm codec encode talk.wav talk.npz
     speechlm codec decode talk.npz back.wav
+    speechlm codec info talk.npz
 
 Shapes: B batch (1), S samples, T frames, K codebooks.
 """
@@ -29,6 +30,7 @@ import hashlib
 import itertools
 import logging
 import math
+import os
 import shutil
 import tempfile
 import zipfile
@@ -45,6 +47,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import nn
 
 from audio_codec import audio, files
+from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import Pcm
 from audio_codec.codec import Codec
 from audio_codec.errors import UserError
@@ -340,9 +343,8 @@ def describe(codec: Codec) -> dict[str, str]:
     }
 
 
-def describe_file(path: Path) -> dict[str, str]:
-    """What there is to know about a file of codes; UserError when it is none."""
-    header = read_header(path)
+def describe_codes(header: Header) -> dict[str, str]:
+    """What there is to know about a file of codes, likewise."""
     return {
         "codec": header.codec,
         "weights": header.weights,
@@ -351,6 +353,16 @@ def describe_file(path: Path) -> dict[str, str]:
         "frames": f"{header.frames} of {header.frame_size} samples",
         "codebooks": f"{len(header.sizes)} of sizes {', '.join(map(str, header.sizes))}",
         "bitrate": f"{header.bitrate / 1000:.2f} kbit/s",
+    }
+
+
+def describe_sound(header: audio.SoundHeader) -> dict[str, str]:
+    """What there is to know about a sound file, likewise."""
+    return {
+        "length": f"{header.seconds:.3f} s",
+        "sample rate": f"{header.sample_rate} Hz",
+        "channels": f"{header.channels}",
+        "container": header.container,
     }
 
 
@@ -391,6 +403,17 @@ DECODE: Final = Direction(
 )
 
 
+def _inside(root: Path, suffixes: frozenset[str]) -> list[Path]:
+    """Files in and below a folder that end in one of the suffixes; UserError when there is none."""
+    found = sorted(
+        path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file()
+    )
+    if not found:
+        wanted = ", ".join(sorted(suffixes))
+        raise UserError(f"{root} holds no file to read; looked for {wanted}.")
+    return found
+
+
 def pairs(direction: Direction, source: str, target: str) -> list[tuple[Path, Path]]:
     """(file to read, file to write) for a file, or for each file in and below a folder.
 
@@ -403,22 +426,75 @@ def pairs(direction: Direction, source: str, target: str) -> list[tuple[Path, Pa
             raise UserError(f"There is no file or folder {source}.")
         direction.check(Path(target))
         return [(root, Path(target))]
-    found = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in direction.reads and path.is_file()
-    )
-    if not found:
-        wanted = ", ".join(sorted(direction.reads))
-        raise UserError(f"{source} holds no file to read; looked for {wanted}.")
     made: dict[Path, Path] = {}
-    for path in found:
+    for path in _inside(root, direction.reads):
         place = Path(target) / path.relative_to(root).with_suffix(direction.writes)
         direction.check(place)
         if place in made:
             raise UserError(f"{made[place]} and {path} would both become {place}; rename one.")
         made[place] = path
     return [(path, place) for place, path in made.items()]
+
+
+def info(what: str, load: Callable[[str], Codec], stdin: IO[bytes]) -> Iterator[tuple[str, str]]:
+    """Facts by name about a file of codes or of sound, a pipe (`-`) of either, or a model's codec.
+
+    Of a folder of such files: what is in each, by its path; a broken one is named in the log, and
+    UserError is raised at the end. Raises UserError when `what` is nothing of all that.
+    """
+    suffix = Path(what).suffix.lower()
+    if what == PIPE:
+        with tempfile.TemporaryDirectory() as spool:
+            received = Path(spool, "standard-input")
+            with open(received, "wb") as file:
+                shutil.copyfileobj(stdin, file)
+            facts = _describe_file(received)
+    elif os.path.isdir(what) and not _holds_model(checkpoints.resolve(what)):
+        yield from _info_of_folder(Path(what))
+        return
+    elif suffix in _READS or (os.path.isfile(what) and suffix not in _WEIGHTS):
+        facts = _describe_file(Path(what))
+    else:
+        facts = describe(load(what))
+    yield from facts.items()
+
+
+_READS = ENCODE.reads | DECODE.reads
+_WEIGHTS = (".safetensors", ".th")
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() or any(folder.glob("*.safetensors"))
+
+
+def _header(path: Path) -> Header | audio.SoundHeader:
+    if path.suffix.lower() == ".npz" or zipfile.is_zipfile(path):
+        return read_header(path)
+    return audio.read_header(path)
+
+
+def _describe_file(path: Path) -> dict[str, str]:
+    try:
+        header = _header(path)
+    except UserError as error:
+        raise UserError(
+            f"info of '{path.name}' cannot be had ({str(error).rstrip('.')}); choices: a file of "
+            f"codes or sound, a folder of them, {PIPE} or a model."
+        ) from error
+    return describe_codes(header) if isinstance(header, Header) else describe_sound(header)
+
+
+def _info_of_folder(root: Path) -> Iterator[tuple[str, str]]:
+    found = _inside(root, _READS)
+    failed = 0
+    for path in found:
+        try:
+            yield str(path), str(_header(path))
+        except UserError as error:
+            log.error("%s", error)
+            failed += 1
+    if failed:
+        raise UserError(f"{failed} of {len(found)} files could not be read.")
 
 
 def run(

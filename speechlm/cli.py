@@ -202,17 +202,16 @@ def _transcode(
 
 @codec_app.command("info")
 def codec_info(
-    what: Annotated[str, typer.Argument(metavar="FILE_OR_MODEL", help="An .npz file, or a model.")],
+    what: Annotated[
+        str,
+        typer.Argument(metavar="WHAT", help="Codes or sound: a file, a folder or -; or a model."),
+    ],
 ) -> None:
-    """What is in a file of codes, or what a model's codec is."""
+    """What is in files of codes or of sound, or what a model's codec is."""
     from audio_codec import transcode
     from speechlm import convert
 
-    if what.lower().endswith(".npz"):
-        facts = transcode.describe_file(Path(what))
-    else:
-        facts = transcode.describe(convert.load_codec_of(what))
-    for name, fact in facts.items():
+    for name, fact in transcode.info(what, convert.load_codec_of, sys.stdin.buffer):
         print(f"{name:12} {fact}")
 
 
@@ -632,13 +631,24 @@ def eval_codec(
     ] = None,
     codec: Annotated[
         list[str] | None,
-        typer.Option("--codec", metavar="NAME_OR_PATH", help="Any codec; more for a comparison."),
+        typer.Option(
+            "--codec",
+            metavar="NAME_OR_PATH",
+            help="Any codec; more as its peers, left out where their weights cannot be fetched.",
+        ),
     ] = None,
     audio: Annotated[
-        Path | None, typer.Option("--audio", metavar="FOLDER", help="Recordings to measure on.")
+        Path | None,
+        typer.Option(
+            "--audio", metavar="FOLDER", help="Recordings to measure on, 30 s of each at most."
+        ),
     ] = None,
     levels: Annotated[
-        str | None, typer.Option(metavar="1,2,4|all", help="Numbers of codebooks of the curve.")
+        str | None,
+        typer.Option(
+            metavar="1,2,4|all",
+            help="Numbers of codebooks of the curve [default: 1,2,4,8,… and all of them].",
+        ),
     ] = None,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FOLDER", help="Pictures and sounds too.")

@@ -1,12 +1,13 @@
-"""Processes that are killed in the middle of what they do."""
+"""Processes that are killed in the middle of what they do, and gradients that are no numbers."""
 
 import itertools
 import json
+import math
 import os
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,19 @@ def train_until(
         finally:
             AcceleratorState._reset_state(True)
     return ended
+
+
+def spoil(patch: pytest.MonkeyPatch, module: Any, clips: Container[int]) -> None:
+    """Make a gradient infinite when it is about to be clipped, at these times from 0."""
+    calls, real = itertools.count(), module.clip_gradients
+
+    def clip(model: nn.Module, limit: float) -> Tensor:
+        if next(calls) in clips:
+            next(p.grad for p in model.parameters() if p.grad is not None).fill_(math.inf)
+        found: Tensor = real(model, limit)
+        return found
+
+    patch.setattr(module, "clip_gradients", clip)
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:

@@ -9,7 +9,8 @@ and compared with what went in:
 
 The sounds are held-out sentences in the assistant's voice (the one that is heard); metrics ending
 in `_users`, and the likeness of voices, are over voices that nothing was trained on. Or they are
-any folder of recordings, whose texts and speakers are known from a manifest or side files.
+any folder of recordings, whose texts and speakers are known from a manifest or side files; of one
+longer than 30 s the first 30 s are taken, and its text, which says more than they do, is not.
 
     bitrate_bps              of all codebooks, were every code equally likely
     stoi, stoi_users, pesq, si_sdr, mel_distance, stft_distance
@@ -45,9 +46,9 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from audio_codec.audio import SAMPLE_RATE, LogMel, Pcm, load, resample
+from audio_codec.audio import SAMPLE_RATE, SUFFIXES, LogMel, Pcm, load_blocks, resample
 from audio_codec.codec import Codec, load_codec
-from audio_codec.errors import UserError
+from audio_codec.errors import Unreachable, UserError
 from speechlm.convert import load_codec_of
 from speechlm.evaluation import abx, fidelity, report
 from speechlm.evaluation.conversation import progress_bar
@@ -63,11 +64,10 @@ log = logging.getLogger(__name__)
 SHORTEST: Final = 0.5
 """Seconds; of a shorter sound STOI has nothing to say."""
 LONGEST: Final = 30.0
-"""Seconds of a recording; longer ones are left out."""
+"""Seconds of a recording; of a longer one its beginning is measured on."""
 EXAMPLES: Final = 4
 """Sounds to look at and listen to in a report."""
 
-_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a"}
 _CURVES = (  # What has a value at each bitrate, and which way is better.
     ("stoi", "STOI ↑"),
     ("stoi_users", "STOI, unheard voices ↑"),
@@ -113,6 +113,8 @@ def synthesized(utterances: int, seed: int) -> list[Item]:
 def recordings(folder: Path, count: int, seed: int) -> list[Item]:
     """Up to `count` sounds at or below `folder`, drawn by seed; 0.5 to 30 s each.
 
+    Of a longer one these are the first 30 s, as its name and a notice in the log say; its text is
+    then taken for unknown. A shorter one is left out with a notice.
     Texts and speakers come from the nearest `manifest.tsv.gz` in the folder or above it (columns
     `path`, relative to it, and `text`, `speaker`), else the text from a file beside the sound that
     is named as it is, but `.txt`. What cannot be read is left out with a notice in the log.
@@ -122,32 +124,47 @@ def recordings(folder: Path, count: int, seed: int) -> list[Item]:
     root = folder.resolve()
     if not root.is_dir():
         raise UserError(f"audio '{folder}' is no folder.")
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
     known = _manifest(root)
     items: list[Item] = []
     for index in np.random.default_rng(seed).permutation(len(files)):
         path = files[index]
         try:
-            pcm = load(path)
+            pcm, whole = _beginning(path)
         except UserError as error:
             log.warning("left out: %s", error)
             continue
-        if not SHORTEST <= len(pcm) / SAMPLE_RATE <= LONGEST:
+        if len(pcm) < SHORTEST * SAMPLE_RATE:
             log.warning("left out: %s lasts %.1f s", path, len(pcm) / SAMPLE_RATE)
             continue
+        name = str(path.relative_to(root))
         text, speaker = known.get(path, (None, None))
         side = path.with_suffix(".txt")
         if text is None and side.is_file():
             text = side.read_text(encoding="utf-8", errors="replace").strip() or None
-        items.append(Item(str(path.relative_to(root)), pcm, text, speaker))
+        if not whole:
+            name, text = f"{name}, first {LONGEST:g} s", None
+            log.warning("only the first %g s of %s are measured on", LONGEST, path)
+        items.append(Item(name, pcm, text, speaker))
         if len(items) == count:
             break
     if not items:
         raise UserError(
-            f"audio '{folder}' holds no sound of {SHORTEST:g} to {LONGEST:g} s in a file that ends "
-            f"in {', '.join(sorted(_SUFFIXES))}."
+            f"audio '{folder}' holds no sound of at least {SHORTEST:g} s in a file that ends in "
+            f"{', '.join(sorted(SUFFIXES))}."
         )
     return items
+
+
+def _beginning(path: Path) -> tuple[Pcm, bool]:
+    """A file's sound, of a long one the first `LONGEST` seconds, and whether that is all of it."""
+    most, blocks, count = round(LONGEST * SAMPLE_RATE), [], 0
+    for block in load_blocks(path):
+        blocks.append(block)
+        count += len(block)
+        if count > most:
+            break  # an hour need not be read for half a minute
+    return np.concatenate(blocks)[:most], count <= most
 
 
 def _manifest(folder: Path) -> dict[Path, tuple[str | None, str | None]]:
@@ -382,6 +399,8 @@ class Comparison:
     results: tuple[Result, ...]
     examples: tuple[int, ...]
     """Which of the sounds are shown in the report."""
+    missing: tuple[str, ...] = ()
+    """Of each codec that was left out, the sentence that says why."""
 
     def metrics(self) -> dict[str, Metric]:
         """Every metric under its published name."""
@@ -399,6 +418,7 @@ class Comparison:
                 f"{len(self.items)} sounds, {minutes:.1f} minutes: {self.source}. In brackets: 95% "
                 "intervals (bootstrap). ↑ is better when higher, ↓ when lower."
             ),
+            *(report.Paragraph(f"Left out: {sentence}") for sentence in self.missing),
             report.Heading("All codebooks"),
             self._numbers(),
             report.Heading("Quality over bitrate"),
@@ -521,6 +541,7 @@ def measure(
     said: Sequence[abx.Saying],
     *,
     source: str,
+    missing: Sequence[str] = (),
     levels: str | None = None,
     progress: bool = False,
 ) -> Comparison:
@@ -528,6 +549,7 @@ def measure(
 
     Args:
         source: what the sounds are, in words.
+        missing: what the report says of codecs that could not be compared.
         levels: see `parse_levels`.
         progress: show on the terminal how far it has come, and how long it will take.
     """
@@ -579,7 +601,7 @@ def measure(
         "speaker_trust": likeness(items, voices, voices)[1],
         **mel_discrimination(said),
     }
-    return Comparison(tuple(items), source, originals, results, tuple(examples))
+    return Comparison(tuple(items), source, originals, results, tuple(examples), tuple(missing))
 
 
 def compare(
@@ -598,7 +620,8 @@ def compare(
         utterances: sounds at most (of the assistant, and as many of the held-out voices); the
             minimal pairs are said by a twelfth as many voices, 2 to 7.
         seed: picks sentences, recordings, and how the minimal pairs are said.
-        codecs: further codecs, as `load_codec` knows them.
+        codecs: further codecs, as `load_codec` knows them. All but the very first are peers: one
+            whose weights cannot be fetched is left out, with a notice in log and report.
         audio: a folder of recordings to measure on instead.
         levels: numbers of codebooks to decode from; see `parse_levels`.
         progress: show on the terminal how far it has come.
@@ -607,8 +630,16 @@ def compare(
     """
     assert model is not None or codecs, "nothing to measure"
     parse_levels(levels, 1)  # before minutes are spent on loading
-    named = [*([] if model is None else [model]), *codecs]
-    loaded = [*([] if model is None else [load_codec_of(model)]), *map(load_codec, codecs)]
+    judged, *peers = [*([] if model is None else [model]), *codecs]
+    slug, *slugs_of_peers = slugs([judged, *peers])
+    loaded = {slug: (load_codec if model is None else load_codec_of)(judged)}
+    missing = []
+    for slug, peer in zip(slugs_of_peers, peers, strict=True):
+        try:
+            loaded[slug] = load_codec(peer)
+        except Unreachable as error:
+            missing.append(" ".join(str(error).split()))
+            log.warning("left out: %s", missing[-1])
     if audio is None:
         items, source = synthesized(utterances, seed), "held-out sentences, synthesized"
     else:
@@ -621,10 +652,11 @@ def compare(
         log.warning("no ABX test: %s", error)  # recordings can be measured without an engine
         said = []
     return measure(
-        dict(zip(slugs(named), loaded, strict=True)),
+        loaded,
         items,
         said,
         source=source,
+        missing=missing,
         levels=levels,
         progress=progress,
     )

@@ -358,8 +358,7 @@ class Adversary:
             group["lr"] = rate
         self.run.accelerator.backward(loss, inputs=list(self.bare.parameters()))
         norm = clip_gradients(self.discriminators, self.config.optimizer.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.run.update(self.optimizer, norm)
         return norm
 
 
@@ -559,9 +558,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             told["distillation"] = distance.detach()
         run.accelerator.backward(loss)
         norm = clip_gradients(objective, config.optimizer.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        if average is not None:
+        if run.update(optimizer, norm) and average is not None:
             average.update(codec, step)
         counts.add(output.codes)
         return {**told, "norm": norm}
@@ -576,7 +573,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             if (step + 1) % config.run.log_every == 0:
                 numbers = {name: value.item() for name, value in told.items()}
                 rate = config.optimizer.rate(step, config.run.steps)
-                run.log(step, {**numbers, "lr": rate, **counts.read()})
+                numbers |= {"lr": rate, "bad_gradients": run.bad_gradients}
+                run.log(step, {**numbers, **counts.read()})
     if average is not None:
         average.swap(codec)
     card = {

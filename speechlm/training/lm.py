@@ -559,7 +559,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         for block in (*model.temporal.blocks, *model.depth.transformer.blocks):
             block.compile()
     loader = Loader(source, config.ahead)
-    counts = {"averaged": 0, "bad_gradients": 0}
+    counts = {"averaged": 0}
 
     def go_on() -> None:
         """Take up the state of the last checkpoint, if there is one."""
@@ -639,12 +639,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 numbers[names[number]] = {"loss": (loss, 1 / run.world), **found}
                 mean += share * loss
             distributed.drop_untouched(objective)
-            norms.append(clip_gradients(objective, schedule.clip).item())
-            if math.isfinite(norms[-1]):
-                chosen.step()
-            else:
-                counts["bad_gradients"] += 1
-            chosen.zero_grad()
+            norm = clip_gradients(objective, schedule.clip)
+            norms.append(norm.item())
+            run.update(chosen, norm)
         return math.hypot(*norms), sum(distributed.collect(mean)), numbers, saw
 
     def learn(
@@ -701,7 +698,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                         **meter.read(together=run.mesh is not None),
                         "norm": norm,
                         "lr": schedule.rate(step, config.run.steps),
-                        "bad_gradients": counts["bad_gradients"],
+                        "bad_gradients": run.bad_gradients,
                         "columns_per_second": saw.columns * pace,
                         "tokens_per_second": saw.tokens * pace,
                         "audio_hours_per_second": saw.audio / FRAME_RATE / 3600 * pace,

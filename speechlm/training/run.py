@@ -18,6 +18,7 @@ that it passes over.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -154,6 +155,8 @@ class Run:
         torch.manual_seed(run.seed)
         self.guard = None if run.spikes is None else SpikeGuard(run.spikes)
         self.first_step = 0
+        self.bad_gradients = 0
+        """Gradients so far that were not finite; see `update`."""
         self._resumed: dict[str, Any] | None = None
         self._back: int | None = None
         if resume:
@@ -290,6 +293,7 @@ class Run:
             return
         self._resumed = found
         self.first_step = int(found["step"])
+        self.bad_gradients = int(found.get("bad_gradients", 0))
         if self.guard is not None and "guard" in found:
             self.guard.load_state_dict(found["guard"])
 
@@ -329,6 +333,7 @@ class Run:
             content["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         if self.guard is not None:
             content["guard"] = self.guard.state_dict()
+        content["bad_gradients"] = self.bad_gradients
         try:
             if self.mesh is not None:
                 self._save_sharded(step, content)
@@ -382,6 +387,20 @@ class Run:
                 shutil.rmtree(folder)
 
     # ------------------------------------------------------------------------------------ steps
+
+    def update(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
+        """Let the optimizer step by its gradient, which has this norm, and forget the gradient.
+
+        One that is not finite would spoil weights and moments for good: it is only counted. Returns
+        whether a step was taken.
+        """
+        finite = math.isfinite(norm.item())
+        if finite:
+            optimizer.step()
+        else:
+            self.bad_gradients += 1
+        optimizer.zero_grad()
+        return finite
 
     def passes_over(self, step: int) -> bool:
         """Whether the batch of this step was seen to make the loss jump, and is to be left out."""

@@ -335,10 +335,10 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             loss = objective(batch.to(run.device))
             run.accelerator.backward(loss)
             norm = clip_gradients(objective, config.optimizer.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            run.update(optimizer, norm)
             if (step + 1) % config.run.log_every == 0:
-                run.log(step, {"loss": loss.item(), "norm": norm.item(), "lr": rate})
+                numbers = {"loss": loss.item(), "norm": norm.item(), "lr": rate}
+                run.log(step, {**numbers, "bad_gradients": run.bad_gradients})
     card = {
         "trainee": "text-to-token",
         "steps": run.done,

@@ -324,9 +324,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         sound, told = judge_sound(step, decoded, original, criterion, 1.0, adversary)
         run.accelerator.backward(flow + sound)
         norm = clip_gradients(objective, config.optimizer.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        if average is not None:
+        if run.update(optimizer, norm) and average is not None:
             average.update(decoder, step)
         return {"flow": flow.detach(), **told, "norm": norm}
 
@@ -339,7 +337,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             told = train_step(step, batch)
             if (step + 1) % config.run.log_every == 0:
                 numbers = {name: value.item() for name, value in told.items()}
-                run.log(step, {**numbers, "lr": config.optimizer.rate(step, config.run.steps)})
+                rate = config.optimizer.rate(step, config.run.steps)
+                run.log(step, {**numbers, "lr": rate, "bad_gradients": run.bad_gradients})
     if average is not None:
         average.swap(decoder)
     card = {

@@ -723,11 +723,10 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             losses, codes = model(batch.to(run.device), quantized.to(run.device))
             run.accelerator.backward(losses["loss"])
             norm = clip_gradients(model, config.optimizer.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            run.update(optimizer, norm)
             if (step + 1) % config.run.log_every == 0:
                 numbers = {name: loss.item() for name, loss in losses.items()}
-                numbers |= {"norm": norm.item(), "lr": rate}
+                numbers |= {"norm": norm.item(), "lr": rate, "bad_gradients": run.bad_gradients}
                 if codes is not None:
                     used = codes.unique().numel()
                     numbers |= {"codes": used, "batch_usage": used / tokenizer.codebook_size}

@@ -28,10 +28,9 @@ import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from audio_codec import checkpoint
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
 from audio_codec.audio import normalize as normalize_level
-from audio_codec.codec import Codec, load_codec
+from audio_codec.codec import Codec, load_codec, locate
 from audio_codec.errors import UserError
 from audio_codec.precision import Precision, lowered, settle
 from synth_data import augment
@@ -169,7 +168,7 @@ def build_dialogues(config: DialoguesConfig) -> BuildReport:
     human = config.corpus is not None and config.corpus.human
     config.guard.check(Shares(0.0, float(human)), "the planned dialogues")
     inputs = hashlib.sha256()
-    for path in sorted(checkpoint.resolve(config.codec).glob("*.safetensors")):
+    for path in sorted(locate(config.codec).glob("*.safetensors")):
         inputs.update(path.read_bytes())
     if corpus is not None:
         inputs.update(corpus.digest)

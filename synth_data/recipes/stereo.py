@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from audio_codec import checkpoint
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, resample
+from audio_codec.codec import locate
 from audio_codec.errors import UserError
 from audio_codec.precision import Precision, settle
 from synth_data.build import BuildReport, Dropped, run_shards
@@ -184,7 +185,7 @@ def build_stereo(config: StereoConfig) -> BuildReport:
         name = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)
         recordings.append(_Recording(f"r{number:06d}-{name}", path, digest.hexdigest()))
     weights = hashlib.sha256()
-    for file in sorted(checkpoint.resolve(config.codec).glob("*.safetensors")):
+    for file in sorted(locate(config.codec).glob("*.safetensors")):
         weights.update(file.read_bytes())
     described = config.model_dump_json(exclude={"workers", "output", "manifest", "ray", "guard"})
     contents = [(recording.id, recording.digest) for recording in recordings]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from small import CODEC
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
-from audio_codec.codec import load_codec
+from audio_codec.codec import load_codec, locate
 from audio_codec.errors import UserError
 from audio_codec.mimi import MimiCodec, MimiConfig, read_kyutai, save_hf, to_public
 from audio_codec.spectral import SpectralCodec
@@ -464,13 +465,42 @@ def test_a_folder_of_a_hub_repository(monkeypatch: pytest.MonkeyPatch, tmp_path:
     store(tmp_path / "codec")
     asked = []
 
-    def snapshot(repository: str) -> str:
-        asked.append(repository)
+    def snapshot(repository: str, allow_patterns: list[str]) -> str:
+        asked.append((repository, allow_patterns))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert checkpoints.load("hf://org/name/codec").config == {"width": 32}
-    assert asked == ["org/name"]
+    checkpoints.resolve("hf://org/name", ("*.json", "x"))
+    assert asked == [("org/name", ["codec/*"]), ("org/name", ["*.json", "x"])]
+
+
+@pytest.mark.parametrize(
+    ("there", "taken"),
+    [
+        ("config.json: moshi, tokenizer-e3.safetensors, model.safetensors, a.model", "ct"),
+        ("config.json: stt, mimi-pytorch-e3.safetensors, model.safetensors", "cm"),
+        ("config.json: mimi, model.safetensors, preprocessor_config.json, pytorch_model.bin", "cm"),
+        ("config.json: mimi, model-00001-of-2.safetensors, model-00002-of-2.safetensors", "cmm"),
+        ("config.json: encodec, model.safetensors, pytorch_model.bin, tf_model.h5", "cm"),
+        ("config.json: ours, model.safetensors, card.json", "cm"),
+        ("any.safetensors, README.md", "a"),
+        ("config.json: llama, model.safetensors", "c"),
+    ],
+)
+def test_no_more_is_fetched_than_a_codec_is_made_of(
+    there: str, taken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def snapshot(repository: str, allow_patterns: list[str]) -> str:
+        for name, *kind in (entry.split(": ") for entry in there.split(", ")):
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                config = {"kind": "spectral"} if kind == ["ours"] else {"model_type": "".join(kind)}
+                (tmp_path / name).write_text(json.dumps(config))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert locate("hf://org/name") == tmp_path
+    assert "".join(sorted(path.name[0] for path in tmp_path.iterdir())) == taken
 
 
 # --- What is built from a checkpoint --------------------------------------------------------------

@@ -248,6 +248,19 @@ def test_a_balancer_goes_on_from_its_state() -> None:
     assert torch.equal(one(losses, output), other(losses, output))
 
 
+def test_a_gradient_that_is_no_number_does_not_stay_in_the_average() -> None:
+    one, other = (Balancer({"mel": 1.0, "adversarial": 1.0}, "mel") for _ in range(2))
+    output = sound(2, 9).requires_grad_()
+    mel, adversarial = output.abs().sum(), output.square().sum()
+    for balancer in (one, other):
+        balancer({"mel": mel, "adversarial": adversarial}, output)
+    spoilt = one({"mel": mel, "adversarial": float("inf") * adversarial}, output)
+    other({"mel": mel}, output)
+    assert not bool(spoilt.isfinite().all())  # such a gradient is its user's affair
+    again = [b({"mel": mel, "adversarial": adversarial}, output) for b in (one, other)]
+    assert bool(again[0].isfinite().all()) and torch.equal(*again)
+
+
 def test_a_loss_without_a_gradient_is_no_trouble() -> None:
     balancer = Balancer({"mel": 1.0, "adversarial": 1.0}, "mel")
     output = torch.zeros(1, 4).requires_grad_()

@@ -130,10 +130,14 @@ def test_the_numbers_are_those_of_transformers(small: Path, codebooks: int | Non
 
 
 @torch.no_grad()
-def test_in_float32_all_but_ties_agree(small: Path) -> None:
-    peer, codec = Peer.from_pretrained(small).eval(), read_hf(small)
+def test_in_float32_all_but_ties_agree(tmp_path: Path) -> None:
+    # The published 32 codebooks of 2048. A tie that rounding tips may change every later level of
+    # its frame, so the bound stands for 0.8 such frames of 800; on an EPYC it was none of 4000.
+    make_peer({**SMALL, "num_quantizers": 32, "codebook_size": 2048}).save_pretrained(tmp_path)
+    peer, codec = Peer.from_pretrained(tmp_path).eval(), read_hf(tmp_path)
     pcm = noise(8, 1, 100 * SMALL_FRAME, dtype=torch.float32)
     codes = peer.encode(pcm).audio_codes
+    assert codes.shape == (8, 32, 100) and codes.unique().numel() > 1000
     torch.testing.assert_close(codec.encode_latent(pcm), latent_of(peer, pcm), rtol=0, atol=1e-4)
     assert float((codec.encode(pcm) == codes).float().mean()) >= 0.999
     sound = peer.decode(codes).audio_values
@@ -148,16 +152,18 @@ def test_the_true_architecture_has_the_same_numbers_past_ten_seconds(tmp_path: P
     assert isinstance(codec, MimiCodec) and codec.config.num_quantizers == 32
     assert codec.frame_size == 1920 and codec.sample_rate == 24_000
     pcm = 0.3 * noise(1, 1, 150 * 1920)  # 12 s
-    # A tie that rounding tips changes every later level of its frame, so float32 is held to the
-    # eight levels that Moshi uses.
-    for dtype, levels, equal in ((torch.float32, 8, 0.999), (torch.float64, 32, 1.0)):
+    # In float32 a tie at the first level costs all 32 codes of its frame, 0.7% of what is here: one
+    # may. In the eight levels that Moshi uses none did so far, as in all 32 on an EPYC.
+    bounds = {torch.float32: {8: 0.999, 32: 0.99}, torch.float64: {32: 1.0}}
+    for dtype, equal in bounds.items():
         # Read anew: the peer keeps its codebooks in the precision of their first use.
         peer = Peer.from_pretrained(tmp_path / "hf").eval().to(dtype)
         codec, pcm = codec.to(dtype), pcm.to(dtype)
         codes = peer.encode(pcm).audio_codes
         assert codes.shape == (1, 32, 150) and codes.unique().numel() > 1000
-        same = codec.encode(pcm)[:, :levels] == codes[:, :levels]
-        assert float(same.double().mean()) >= equal
+        same = (codec.encode(pcm) == codes).double()
+        for levels, share in equal.items():
+            assert float(same[:, :levels].mean()) >= share
         latent, sound = latent_of(peer, pcm), peer.decode(codes).audio_values
         assert 0.1 < float(latent.std()) < 10 and 0.1 < float(sound.std()) < 10
         torch.testing.assert_close(codec.encode_latent(pcm), latent, rtol=0, atol=1e-4)
@@ -299,30 +305,6 @@ def test_any_number_of_codebooks(small: Path) -> None:
             load_codec(small, count)
 
 
-# --- Training -------------------------------------------------------------------------------------
-
-
-def test_training_matches_encoding_and_decoding(codec: MimiCodec) -> None:
-    pcm = noise(2, 1, 6 * SMALL_FRAME)
-    output = codec(pcm)
-    assert torch.equal(output.codes, codec.encode(pcm))
-    torch.testing.assert_close(output.pcm, codec.decode(output.codes))
-    shallow = codec(pcm, depth=torch.tensor([1, 4]))
-    torch.testing.assert_close(shallow.pcm[:1], codec.decode(output.codes[:1, :2]))
-    torch.testing.assert_close(shallow.pcm[1:], output.pcm[1:])
-
-
-def test_every_parameter_learns() -> None:
-    codec = build(SMALL).float().train().requires_grad_(True)
-    pcm = noise(2, 1, 40 * SMALL_FRAME, dtype=torch.float32)
-    for _ in range(2):  # the first step places the codebooks
-        output = codec(pcm)
-    (output.pcm.square().mean() + output.commitment + output.semantic.mean()).backward()
-    for name, parameter in codec.named_parameters():
-        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
-        assert bool(parameter.grad.any()), f"{name} gets no gradient"
-
-
 # --- The format of transformers -------------------------------------------------------------------
 
 
@@ -368,6 +350,28 @@ def test_a_codec_of_fewer_codebooks_is_written_as_one(small: Path, tmp_path: Pat
         again = load_codec(save_hf(tmp_path / str(count), codec))
         assert again.codebooks == ((16,),) * count
         assert all(map(torch.equal, again.state_dict().values(), codec.state_dict().values()))
+
+
+def test_the_layout_of_one_codebook_goes_both_ways(small: Path, tmp_path: Path) -> None:
+    """The public module then has no acoustic codebooks, but still the projections around them."""
+    cut = {
+        name: tensor
+        for name, tensor in load_file(small / "model.safetensors").items()
+        if ".acoustic_residual_vector_quantizer.layers." not in name
+    }
+    assert sum("acoustic" in name for name in cut) == 2
+    config = json.loads((small / "config.json").read_text())
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps({**config, "num_quantizers": 1}))
+    save_file(cut, tmp_path / "theirs" / "model.safetensors")
+    theirs, kept = load_codec(tmp_path / "theirs"), load_codec(small, 1)
+    pcm = noise(1, 1, 9 * SMALL_FRAME, dtype=torch.float32)
+    for name, codec in (("again", theirs), ("fewer", kept)):
+        assert isinstance(codec, MimiCodec) and codec.codebooks == ((16,),)
+        assert torch.equal(codec.encode(pcm), load_codec(small).encode(pcm)[:, :1])
+        written = load_file(save_hf(tmp_path / name, codec) / "model.safetensors")
+        assert written.keys() == cut.keys()
+        assert not [key for key in cut if not torch.equal(written[key], cut[key])]
 
 
 def test_an_export_never_overwrites_something_else(small: Path, tmp_path: Path) -> None:

@@ -345,13 +345,12 @@ def test_levels_can_be_left_away() -> None:
 # --- Split ----------------------------------------------------------------------------------------
 
 
-def trained_split(levels: int = 4) -> tuple[SplitResidualVQ, Tensor]:
+def trained_split() -> tuple[SplitResidualVQ, Tensor]:
     x = noise(8, 64, 12) @ noise(12, 12, seed=1)
     torch.manual_seed(2)
-    quantizer = SplitResidualVQ(12, 6, (16,) * levels, decay=0.9)
-    draws = generator()
-    for _ in range(20):
-        quantizer(x, generator=draws)
+    quantizer = SplitResidualVQ(12, 6, (16,) * 4).requires_grad_(False)
+    for side in (quantizer.semantic, quantizer.acoustic):
+        side.quantizer(side.down(x), generator=generator())  # places the codes
     return quantizer.eval(), x
 
 
@@ -360,7 +359,6 @@ def test_both_sides_code_the_same_input_and_are_summed() -> None:
     codes = quantizer.encode(x)
     assert codes.shape == (8, 4, 64)
     assert all(book.unique().numel() > 8 for book in codes.unbind(1))
-    assert quantizer.acoustic is not None
     assert torch.equal(
         codes[:, :1], quantizer.semantic.quantizer.encode(quantizer.semantic.down(x))
     )
@@ -374,65 +372,6 @@ def test_both_sides_code_the_same_input_and_are_summed() -> None:
     assert torch.equal(quantizer.encode(x)[:, 1:], codes[:, 1:])
 
 
-@pytest.mark.parametrize("levels", [1, 2, 4])
-def test_split_training_agrees_with_encoding_and_decoding(levels: int) -> None:
-    quantizer, x = trained_split(levels)
-    output = quantizer(x)
-    assert torch.equal(output.codes, quantizer.encode(x))
-    torch.testing.assert_close(output.quantized, quantizer.decode(output.codes))
-    torch.testing.assert_close(output.semantic, quantizer.decode(output.codes[:, :1]))
-    assert float(output.commitment) == 0
-    assert quantizer.train()(x, generator=generator()).commitment.item() > 0
-
-
-def test_the_semantic_code_is_never_dropped() -> None:
-    quantizer, x = trained_split()
-    depth = torch.tensor([0, 1, 2, 3, 3, 0, 1, 2])
-    output = quantizer(x, depth)
-    assert torch.equal(output.codes, quantizer.encode(x))
-    for row, kept in enumerate(depth.tolist()):
-        expected = quantizer.decode(output.codes[row : row + 1, : 1 + kept])[0]
-        torch.testing.assert_close(output.quantized[row], expected, rtol=0, atol=1e-5)
-
-
-def test_rows_may_pass_the_projections_alone() -> None:
-    quantizer, x = trained_split()
-    assert quantizer.acoustic is not None
-    quantized = torch.tensor([True, False] * 4)
-    output = quantizer(x, quantized=quantized)
-    straight = quantizer(x)
-    torch.testing.assert_close(output.quantized[::2], straight.quantized[::2])
-    sides = (quantizer.semantic, quantizer.acoustic)
-    bare = sum(side.up(side.down(x)) for side in sides)
-    torch.testing.assert_close(output.quantized[1::2], bare[1::2])
-    torch.testing.assert_close(output.semantic[1::2], sides[0].up(sides[0].down(x))[1::2])
-    assert torch.equal(output.codes, straight.codes)
-
-
-def test_both_sides_learn() -> None:
-    quantizer = SplitResidualVQ(12, 6, (16,) * 3)
-    x = noise(4, 32, 12).requires_grad_()
-    output = quantizer(x, generator=generator())
-    (output.quantized.square().mean() + output.commitment).backward()
-    assert x.grad is not None and bool(x.grad.any())
-    for name, parameter in quantizer.named_parameters():
-        assert parameter.grad is not None and bool(parameter.grad.any()), name
-    assert all(bool(ready) for name, ready in quantizer.named_buffers() if name.endswith("ready"))
-
-
-def test_the_commitment_is_a_mean_of_all_levels() -> None:
-    quantizer, x = trained_split()
-    assert quantizer.acoustic is not None
-    quantizer.train()
-    # With a decay of 1 a step leaves the codebooks where they are.
-    for level in (*quantizer.semantic.quantizer.levels, *quantizer.acoustic.quantizer.levels):
-        level.decay, level.dead = 1.0, 0.0
-    semantic = quantizer.semantic(x, None, None, None)[2]
-    acoustic = quantizer.acoustic(x, None, None, None)[2]
-    expected = (semantic + 3 * acoustic) / 4
-    torch.testing.assert_close(quantizer(x).commitment, expected)
-
-
 def test_a_split_quantizer_keeps_its_first_codebooks() -> None:
     quantizer, x = trained_split()
     codes = quantizer.encode(x)
@@ -442,7 +381,7 @@ def test_a_split_quantizer_keeps_its_first_codebooks() -> None:
         quantizer.decode(codes[:, :count])
     with pytest.raises(AssertionError, match="4 codebooks"):
         quantizer.decode(codes)
-    with pytest.raises(AssertionError, match="cannot keep 2"):
+    with pytest.raises(AssertionError, match="cannot keep 1 of 0"):
         quantizer.keep(2)
 
 

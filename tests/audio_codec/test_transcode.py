@@ -366,10 +366,66 @@ def test_progress_is_for_terminals(codec: SpectralCodec, tmp_path: Path) -> None
 
 def test_descriptions_agree(codec: SpectralCodec, tmp_path: Path, encoded: bytes) -> None:
     (tmp_path / "a.npz").write_bytes(encoded)
-    model, file = transcode.describe(codec), transcode.describe_file(tmp_path / "a.npz")
+    header = transcode.read_header(tmp_path / "a.npz")
+    model, file = transcode.describe(codec), transcode.describe_codes(header)
     assert all(model[name] == file[name] for name in ("codec", "weights", "bitrate", "codebooks"))
     assert file["length"] == "2.000 s, 48000 samples"
     assert model["codebooks"] == "3 of sizes 9, 16, 16"
+
+
+def info(what: str | Path, stdin: bytes = b"") -> dict[str, str]:
+    def load(name: str) -> SpectralCodec:
+        raise UserError(f"asked for the model {name}")
+
+    return dict(transcode.info(str(what), load, io.BytesIO(stdin)))
+
+
+def test_info_takes_codes_and_sound_from_files_and_pipes(tmp_path: Path, encoded: bytes) -> None:
+    (tmp_path / "a.npz").write_bytes(encoded)
+    soundfile.write(tmp_path / "b.wav", np.zeros((8_000, 2)), 16_000)
+    wav = (tmp_path / "b.wav").read_bytes()
+    codes, talk = info(tmp_path / "a.npz"), info(tmp_path / "b.wav")
+    assert codes["codebooks"] == "3 of sizes 9, 16, 16"
+    assert talk == {
+        "length": "0.500 s", "sample rate": "16000 Hz", "channels": "2", "container": "WAV",
+    }  # fmt: skip
+    assert info("-", encoded) == codes and info("-", wav) == talk
+    (tmp_path / "notes.txt").write_text("no sound at all")
+    for what, stdin in ((tmp_path / "notes.txt", b""), ("-", b""), ("-", encoded[:-5])):
+        with pytest.raises(UserError, match=r"choices: a file of codes or sound, a folder") as told:
+            info(what, stdin)
+        assert "\n" not in str(told.value)
+    for name in ("none.wav", "none.npz"):
+        with pytest.raises(UserError, match="There is no .*file"):
+            info(name)
+    for name in ("tiny", "a.safetensors"):
+        with pytest.raises(UserError, match=f"asked for the model {name}"):
+            info(name)
+
+
+def test_info_tells_a_folder_of_files_from_a_model_s(
+    tmp_path: Path, encoded: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("in/a.npz", "in/deep/b.npz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encoded)
+    audio.save(tmp_path / "in" / "c.wav", sound(0.5))
+    assert info(tmp_path / "in") == {
+        str(tmp_path / "in/a.npz"): "2.00 s of sound in 25 frames of 3 codebooks, 0.14 kbit/s",
+        str(tmp_path / "in/c.wav"): "0.50 s of sound, 24000 Hz, 1 channel, WAV",
+        str(tmp_path / "in/deep/b.npz"): "2.00 s of sound in 25 frames of 3 codebooks, 0.14 kbit/s",
+    }
+    (tmp_path / "in" / "a.npz").write_bytes(encoded[:-5])
+    with pytest.raises(UserError, match="1 of 3 files could not be read"):
+        info(tmp_path / "in")
+    (said,) = caplog.messages
+    assert "a.npz is no whole file of codes" in said
+    (tmp_path / "in" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="asked for the model"):
+        info(tmp_path / "in")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no file to read; looked for \.aac"):
+        info(tmp_path / "empty")
 
 
 def test_a_member_is_readable_by_any_zip_tool(encoded: bytes) -> None:

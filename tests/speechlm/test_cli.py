@@ -412,6 +412,14 @@ def test_codec_works_in_a_pipe(
         assert archive["codes"].shape == (3, 1)
 
 
+def test_codec_info_reads_a_pipe(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    audio.save(tmp_path / "a.wav", np.zeros(2_400, np.float32))
+    wav = io.BytesIO((tmp_path / "a.wav").read_bytes())
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=wav))
+    status, out, _ = run("codec", "info", "-")
+    assert status == 0 and "length       0.100 s\n" in out
+
+
 def test_bench_codec_takes_its_peers_as_one_would_write_them(
     run: Run, room: Callable[..., None], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pocketsphinx
 import pytest
@@ -24,12 +25,14 @@ from torch import Tensor
 from audio_codec import audio
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import SAMPLE_RATE, Pcm
+from audio_codec.encodec import random_encodec
 from audio_codec.errors import UserError
+from audio_codec.mimi import MimiCodec, MimiConfig
 from speechlm.convert import load_codec_of, load_speech_tokenizer_of
 from speechlm.evaluation import abx, fidelity
 from speechlm.evaluation import codec as codec_evaluation
 from speechlm.evaluation import tokenizer as tokenizer_evaluation
-from speechlm.evaluation.report import Sound
+from speechlm.evaluation.report import Paragraph, Sound
 from synth_data.tts import ASSISTANT, speak
 from synth_data.verify import word_errors
 
@@ -345,6 +348,30 @@ def test_recordings_come_with_what_is_known_of_them(tmp_path: Path) -> None:
     assert len(codec_evaluation.recordings(folder, 2, seed=1)) == 2
 
 
+def test_of_a_long_recording_the_beginning_is_measured_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = noise(codec_evaluation.LONGEST + 5)
+    audio.save(tmp_path / "a.flac", long)
+    (tmp_path / "a.txt").write_text("More than is said in half a minute.")
+    (item,) = codec_evaluation.recordings(tmp_path, 9, seed=0)
+    assert (item.name, item.text) == ("a.flac, first 30 s", None)
+    np.testing.assert_allclose(item.pcm, long[: 30 * SAMPLE_RATE], atol=1e-4)
+    assert caplog.messages == [f"only the first 30 s of {tmp_path / 'a.flac'} are measured on"]
+    audio.save(tmp_path / "a.flac", long[: 30 * SAMPLE_RATE])
+    (item,) = codec_evaluation.recordings(tmp_path, 9, seed=0)
+    assert item.name == "a.flac" and item.text and len(item.pcm) == 30 * SAMPLE_RATE
+
+
+def test_every_file_that_is_taken_for_sound_is_measured_on(tmp_path: Path) -> None:
+    audio.save(tmp_path / "a.wav", noise())
+    wav = (tmp_path / "a.wav").read_bytes()
+    for suffix in audio.SUFFIXES:
+        (tmp_path / f"a{suffix}").write_bytes(wav)
+    items = codec_evaluation.recordings(tmp_path, 99, seed=0)
+    assert {item.name for item in items} == {f"a{suffix}" for suffix in audio.SUFFIXES}
+
+
 def test_a_folder_without_sounds_is_one_clear_sentence(tmp_path: Path) -> None:
     for folder, named in ((tmp_path / "none", "no folder"), (tmp_path, "no sound")):
         with pytest.raises(UserError, match=named):
@@ -403,7 +430,9 @@ def comparison() -> codec_evaluation.Comparison:
     codecs = {"wire": Wire(delay=5), "small": small_codec()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fidelity, "pesq_installed", lambda: False)
-        return codec_evaluation.measure(codecs, items, [], source="noise", levels="1,4")
+        return codec_evaluation.measure(
+            codecs, items, [], source="noise", missing=["no 'mimi'."], levels="1,4"
+        )
 
 
 def test_a_codec_that_loses_nothing_scores_the_best(
@@ -425,6 +454,7 @@ def test_a_codec_that_loses_nothing_scores_the_best(
 
 def test_the_report_shows_and_plays_every_codec(comparison: codec_evaluation.Comparison) -> None:
     blocks = comparison.document()
+    assert blocks[1] == Paragraph("Left out: no 'mimi'.")
     sounds = [block for block in blocks if isinstance(block, Sound)]
     # Of each of four sounds: the original, and from either codec the coarsest and the finest.
     assert len(sounds) == 4 * (1 + 2 + 2) and len({sound.name for sound in sounds}) == len(sounds)
@@ -432,11 +462,79 @@ def test_the_report_shows_and_plays_every_codec(comparison: codec_evaluation.Com
     np.testing.assert_allclose(finest.pcm, comparison.items[0].pcm, atol=1e-4)
 
 
-def test_nothing_is_measured_of_a_codec_that_is_missing() -> None:
-    with pytest.raises(UserError, match="nowhere"):
-        codec_evaluation.evaluate(None, codecs=["nowhere"])
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be fetched."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(fidelity, "pesq_installed", lambda: False)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_peer_that_cannot_be_fetched_is_left_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    handed: dict[str, Any] = {}
+    monkeypatch.setattr(codec_evaluation, "abx", SimpleNamespace(sayings=lambda *_: ()))
+    monkeypatch.setattr(
+        codec_evaluation, "measure", lambda codecs, *_, **more: handed.update(more, codecs=codecs)
+    )
+    audio.save(tmp_path / "a.wav", noise())
+    peers = ["encodec:1.5", str(folder), "hf://kyutai/mimi"]
+    codec_evaluation.compare(str(folder), audio=tmp_path, codecs=peers)
+    assert list(handed["codecs"]) == ["codec", "codec_2"]
+    assert len(handed["missing"]) == 2
+    for name, sentence in zip(("encodec", "mimi"), handed["missing"], strict=True):
+        assert name in sentence and "no route to host" in sentence
+    assert caplog.messages == [f"left out: {sentence}" for sentence in handed["missing"]]
+
+
+@pytest.mark.usefixtures("offline")
+def test_nothing_is_measured_of_a_codec_that_is_missing(folder: Path) -> None:
+    for judged in ("nowhere", "encodec", "hf://kyutai/mimi"):
+        for options in ({"model": None, "codecs": [judged]}, {"model": judged}):
+            with pytest.raises(UserError, match=judged):
+                codec_evaluation.evaluate(**options)
+    with pytest.raises(UserError, match="nowhere"):  # a slip of the pen, not a hub out of reach
+        codec_evaluation.evaluate(str(folder), codecs=["nowhere"])
     with pytest.raises(UserError, match="levels"):
         codec_evaluation.evaluate(None, codecs=["nowhere"], levels="most")
+
+
+@torch.no_grad()
+def small_mimi() -> MimiCodec:
+    """Mimi in small with random weights, at the published rates; 16 kbit/s in four codebooks."""
+    torch.manual_seed(0)
+    shape = {"num_filters": 4, "num_hidden_layers": 1, "num_attention_heads": 2}
+    width = {"hidden_size": 16, "upsample_groups": 16, "intermediate_size": 24}
+    codes = {"num_quantizers": 4, "codebook_size": 16, "codebook_dim": 8}
+    inner = {"num_key_value_heads": 2, "vector_quantization_hidden_dimension": 8}
+    return MimiCodec(MimiConfig.model_validate({**shape, **width, **codes, **inner})).eval()
+
+
+def test_public_architectures_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fidelity, "pesq_installed", lambda: False)
+    pair = abx.contrasts()[0]
+    monkeypatch.setattr(abx, "contrasts", lambda: [pair])
+    words = [
+        abx.Saying(word, carrier, voice, noise(0.2, seed), 0.0, 0.2)
+        for seed, (voice, carrier, word) in enumerate(itertools.product("ab", abx.CARRIERS, pair))
+    ]
+    codecs = {"encodec": random_encodec(1.5), "mimi": small_mimi()}
+    items = [codec_evaluation.Item("noise", noise(0.6), None, None)]
+    compared = codec_evaluation.measure(codecs, items, words, source="noise", levels="all")
+    found = compared.metrics()
+    assert found["bitrate_bps"].value == pytest.approx(1500)
+    assert found["mimi_bitrate_bps"].value == pytest.approx(12.5 * 16)
+    assert [list(result.rates) for result in compared.results] == [[1, 2], [1, 2, 3, 4]]
+    for name in ("stoi", "si_sdr_at_750bps", "mimi_mel_distance_at_50bps", "mimi_abx_within"):
+        assert found[name].value is not None, name
+    # Of each frame of 320 samples, or of 1920, a code.
+    assert (found["codebook_usage_1"].n, found["mimi_codebook_usage_3"].n) == (45, 8)
 
 
 def test_recordings_are_measured_without_a_speech_engine(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from kills import rows, train_until
+from kills import rows, spoil, train_until
 from small import CODEC, TOKENIZER, small_codec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -160,6 +160,32 @@ def test_it_learns_in_both_phases(made: Path, tmp_path: Path) -> None:
     assert np.mean(mel[14:24]) < 0.9 * np.mean(mel[:5])
     assert np.mean(mel[-10:]) < np.mean(mel[14:24])
     assert min(told) < 0.95 * told[0]
+
+
+def test_a_gradient_that_is_no_number_changes_nothing_and_is_counted(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The codec's in step 1; from step 2 on the discriminators clip first: theirs in step 4.
+    spoil(monkeypatch, training, {1, 6})
+    adversarial = {**ADVERSARIAL, "update_share": 1.0}
+    moved: list[bool] = []
+    real = Average.update
+
+    def update(self: Average, model: nn.Module, step: int) -> None:
+        real(self, model, step)
+        moved.append(all(bool(weight.isfinite().all()) for weight in self.weights.values()))
+
+    monkeypatch.setattr(Average, "update", update)
+    path = train(config_of(made, tmp_path, adversarial=adversarial))
+    logged = [row for row in rows(tmp_path) if "mel" in row]
+    assert [row["bad_gradients"] for row in logged] == [0, 1, 1, 1, 2, 2]
+    assert not np.isfinite(logged[1]["norm"])
+    assert not np.isfinite(logged[4]["discriminator_norm"])
+    assert moved == [True] * 5
+    assert all(bool(tensor.isfinite().all()) for tensor in checkpoints.load(path).tensors.values())
+    ended = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert ended["bad_gradients"] == 2
+    assert all(bool(t.isfinite().all()) for t in ended["state"]["adversary"]["model"].values())
 
 
 def test_a_run_of_the_first_phase_can_go_on_into_the_second(made: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kills import Killed, rows
+from kills import Killed, rows, spoil
 from small import TOKENIZER, small_text_to_token
 
 from audio_codec import checkpoint
@@ -138,6 +138,17 @@ def test_it_resumes_to_the_same_numbers(
     one, other = checkpoint.load(whole), checkpoint.load(parts)
     assert one.config == other.config
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+
+
+def test_a_gradient_that_is_no_number_changes_nothing_and_is_counted(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, room, {1})
+    path = train(config_of(made, tmp_path))
+    logged = [row["bad_gradients"] for row in rows(tmp_path) if "bad_gradients" in row]
+    assert logged == [0] + [1] * (len(logged) - 1) and len(logged) > 2
+    tensors = checkpoint.load(path).tensors
+    assert all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
 
 
 def test_a_cut_pair_has_the_frames_of_its_words() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from kills import rows, train_until
+from kills import rows, spoil, train_until
 from small import TOKENIZER
 from torch import Tensor
 
@@ -178,6 +178,17 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(made: Path, tmp_path: Pat
     one, other = checkpoints.load(whole).tensors, checkpoints.load(parts).tensors
     assert not [key for key in one if not torch.equal(one[key], other[key])]
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+def test_a_gradient_that_is_no_number_changes_nothing_and_is_counted(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, training, {1})
+    path = train(config_of(made, tmp_path, run={"steps": 3, "eval_every": 3}))
+    logged = [row["bad_gradients"] for row in rows(tmp_path) if "bad_gradients" in row]
+    assert logged == [0] + [1] * (len(logged) - 1) and len(logged) > 2
+    tensors = checkpoints.load(path).tensors
+    assert all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
 
 
 def test_the_vocoder_may_have_discriminators(made: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from hf import LETTERS, save_whisper
-from kills import rows, train_until
+from kills import rows, spoil, train_until
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -318,6 +318,17 @@ def test_text_pieces_are_those_of_the_checkpoint(made: Path, tmp_path: Path) -> 
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="no text pieces"):
         training.WhisperPieces(tmp_path / "bare", 40)
+
+
+def test_a_gradient_that_is_no_number_changes_nothing_and_is_counted(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, training, {1})
+    path = training.train(config(made, tmp_path, run={"steps": 3}))
+    logged = [row["bad_gradients"] for row in rows(tmp_path) if "bad_gradients" in row]
+    assert logged == [0] + [1] * (len(logged) - 1) and len(logged) > 2
+    tensors = checkpoints.load(path).tensors
+    assert all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
 
 
 # --- An encoder alone -----------------------------------------------------------------------------
