@@ -169,8 +169,9 @@ class TokenizerConfig(BaseModel):
         """Q, how many a code stands for, or go on where there is none."""
         if self.bottleneck == "fsq":
             return len(self.levels)
-        free = self.bottleneck == "none" or self.code_dim is None
-        return self.dim if free else self.code_dim
+        if self.bottleneck == "none" or self.code_dim is None:
+            return self.dim
+        return self.code_dim
 
     @property
     def projected(self) -> bool:

@@ -260,8 +260,11 @@ class Tally:
 
     def part(self, chosen: Sequence[int]) -> Tally:
         """Of some of its utterances."""
-        lists = (self.words, self.edits, self.characters)
-        return Tally(*([of[index] for index in chosen] for of in lists))
+        return Tally(
+            [self.words[index] for index in chosen],
+            [self.edits[index] for index in chosen],
+            [self.characters[index] for index in chosen],
+        )
 
     def wer(self) -> Metric:
         """Word error rate."""
@@ -754,7 +757,7 @@ def errors_of(
     tallies: Mapping[str, Tally], group: str, noise: Sequence[int], reason: str
 ) -> dict[str, Metric]:
     """All errors of a group of voices; `reason`: why a way of reading that is not there is not."""
-    found = {}
+    found: dict[str, Metric] = {}
     for way in ("quantized", "unquantized", "twin", *(f"noise_{db}db" for db in noise)):
         if (tally := tallies.get(way)) is not None:
             found |= {f"wer_{way}{group}": tally.wer(), f"cer_{way}{group}": tally.cer()}

@@ -805,11 +805,13 @@ def _pool_past_bottleneck(start: SpeechTokenizer) -> dict[str, Tensor]:
     """
     into, out = start.to_bottleneck, start.from_bottleneck
     assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
-    narrow, shift = into.weight, into.bias
+    slope, mean = torch.ones_like(into.bias), torch.zeros_like(into.bias)
     if isinstance(start.quantizer, FSQ):
-        slope = (math.pi * (start.quantizer.variance + 1e-5)).rsqrt()
-        narrow, shift = slope[:, None] * narrow, slope * (shift - start.quantizer.mean)
-    return {"pool.weight": out.weight @ narrow, "pool.bias": out.weight @ shift + out.bias}
+        slope, mean = (math.pi * (start.quantizer.variance + 1e-5)).rsqrt(), start.quantizer.mean
+    return {
+        "pool.weight": out.weight @ (slope[:, None] * into.weight),
+        "pool.bias": out.weight @ (slope * (into.bias - mean)) + out.bias,
+    }
 
 
 _BOTTLENECK = ("to_bottleneck.", "quantizer.", "from_bottleneck.")
