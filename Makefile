@@ -63,8 +63,9 @@ tiny: setup  ## the whole recipe from nothing at a reduced size, up to a spoken 
 		--engine espeak --assistant espeak:en-us+f2@rate=150
 	$(BIN)/speechlm chat --model runs/tiny/lm/lm --input demo/static/examples/sum.mp3 --output runs/tiny/answer.wav
 
-# Hours on two cores; wants flite, and recordings and texts in ../shared/data.
-shipped: setup  ## the recipe that made the shipped weights, as far as runs/shipped/facts/lm
+# Hours on two cores; wants flite, and recordings and texts in ../shared/data. The shipped weights were
+# trained on over four releases with some values changed: their card.json says which.
+shipped: setup  ## the long recipe from nothing, as far as runs/shipped/facts/lm
 	for part in users assistant recorded noise heldout assistant_heldout; do \
 		$(BIN)/speechlm synth speech configs/synth/speech_$$part.yaml || exit; done
 	$(BIN)/speechlm synth speech configs/synth/speech_users.yaml output=data/shipped/users_b hours=24 seed=21

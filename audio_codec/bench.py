@@ -5,12 +5,18 @@
 
 A turn is a few frames, so that whatever else the machine does slows all contestants alike, and a
 ratio is taken within its round. The first frame of a turn is not counted: it finds the caches of
-the processor full of somebody else's weights, which a codec in service does not.
+the processor full of somebody else's weights, which a codec in service does not. Ours, which is
+several times as fast as the others, gets `OWN_SHARE` times their frames: its turn then takes about
+as long as theirs, and of one frame in a hundred a few hundred can tell. Each figure says of how
+many trials it is (n).
 
 Peers have the true architecture and random weights: speed does not depend on what weights say. All
-compute in float32. Of a peer with several implementations the fastest counts, setting by setting.
-Mimi's are that of `transformers`, ours, and the public package `moshi` where it can be imported;
-it asks for an older torch, but runs with this one when installed apart, without what it asks for:
+compute in float32, but they do not read the same: a live frame of ours runs through compiled loops
+(`kernels`) over weights as they are stored, int8 in the shipped codec, where the peers read float32
+by torch's operations; ours does so too where a whole sound is too wide for the loops. Of a peer
+with several implementations the fastest counts, setting by setting. Mimi's are that of
+`transformers`, ours, and the public package `moshi` where it can be imported; it asks for an older
+torch, but runs with this one when installed apart, without what it asks for:
 
     speechlm bench codec --against encodec mimi
     uv pip install --no-deps --target side moshi einops
@@ -47,8 +53,10 @@ HEADLINE: Final = (2, 1)
 """Threads and batch of the figures without a suffix: one conversation on two cores."""
 
 ROUNDS: Final = 10
+OWN_SHARE: Final = 5
+"""Frames and sounds of ours for each of a peer's."""
 OFFLINE_SECONDS: Final = 2.0
-"""Length of a whole sound; it is coded once a round."""
+"""Length of a whole sound; a peer codes one a round."""
 
 
 @dataclass
@@ -200,22 +208,36 @@ class Figure:
 
 @dataclass
 class Times:
-    """Seconds that one contestant took in one setting."""
+    """Seconds that one contestant took for one kind of trial, round by round."""
 
-    encode: list[list[float]] = field(default_factory=list)  # of a frame; round by round
-    decode: list[list[float]] = field(default_factory=list)  # likewise
-    offline: list[float] = field(default_factory=list)  # both, of a whole sound; round by round
+    encode: list[list[float]] = field(default_factory=list)
+    decode: list[list[float]] = field(default_factory=list)
 
-    def frames(self) -> list[list[float]]:
-        """Encode + decode of each frame, round by round."""
+    def add(self, trials: Sequence[tuple[float, float]]) -> None:
+        """Take in a round: (encoding, decoding) of each trial."""
+        self.encode.append([encoding for encoding, _ in trials])
+        self.decode.append([decoding for _, decoding in trials])
+
+    def both(self) -> list[list[float]]:
+        """Encode + decode of each trial."""
         return [
             [e + d for e, d in zip(*both, strict=True)]
             for both in zip(self.encode, self.decode, strict=True)
         ]
 
     def per_round(self) -> list[float]:
-        """Median frame of each round."""
-        return [float(np.median(frames)) for frames in self.frames()]
+        """Median trial of each round."""
+        return [float(np.median(trials)) for trials in self.both()]
+
+
+@dataclass
+class Contest:
+    """What one contestant took in one setting."""
+
+    frames: Times = field(default_factory=Times)
+    """Of a stream."""
+    sounds: Times = field(default_factory=Times)
+    """Whole ones, `OFFLINE_SECONDS` long."""
 
 
 Setting = tuple[int, int]
@@ -230,14 +252,16 @@ def measure(
 ) -> dict[str, Figure]:
     """Time a codec and its peers, in every setting of threads and batch.
 
-    `frames` are timed of one stream; of a batch, as many frames in sum.
+    `frames` are timed of every peer in every setting, and `OWN_SHARE` times as many of ours.
 
     Gives, on two threads with a batch of one: `speed_vs_PEER`, how many times longer the fastest
     implementation of a peer takes to encode and decode a frame in a stream (the median of the
     rounds' ratios), `offline_speed_vs_PEER` the same for whole sounds, and `frame_ms_p50` and
     `frame_ms_p99` of this codec. Then, for every contestant and setting, with the suffix `_tN_bM`:
-    `encode_ms` and `decode_ms` (p50, p99) and `real_time_factor`, seconds of computing a second of
-    the clock (all streams of the batch in step; below 1 keeps up), streaming and offline.
+    of a frame `encode_ms`, `decode_ms` and `frame_ms` for both (p50, p99), of a whole sound
+    `offline_encode_ms`, `offline_decode_ms` and `offline_ms` (p50, p90: there are fewer), and
+    `real_time_factor`, seconds of computing a second of the clock (all streams of the batch in
+    step; below 1 keeps up), streaming and offline.
 
     Raises UserError for a peer that is not known, and where `load` does.
     """
@@ -250,13 +274,12 @@ def measure(
     for implementations in chosen.values():
         contestants |= {name: build() for name, build in implementations.items()}
     before = torch.get_num_threads()
-    times: dict[Setting, dict[str, Times]] = {}
+    times: dict[Setting, dict[str, Contest]] = {}
     try:
         for threads in THREADS:
             torch.set_num_threads(threads)
             for batch in BATCHES:
-                turn = max(2, frames // ROUNDS // batch)
-                times[threads, batch] = in_turns(contestants, batch, turn)
+                times[threads, batch] = in_turns(contestants, batch, frames // ROUNDS)
     finally:
         torch.set_num_threads(before)
     return figures(times, {peer: list(names) for peer, names in chosen.items()})
@@ -265,45 +288,44 @@ def measure(
 @torch.inference_mode()
 def in_turns(
     contestants: Mapping[str, Codec], batch: int, turn: int, rounds: int = ROUNDS
-) -> dict[str, Times]:
-    """Every round, each contestant streams `turn` frames; then each codes a whole sound."""
+) -> dict[str, Contest]:
+    """Every round, each contestant streams `turn` frames; then each codes a whole sound.
+
+    Ours does `OWN_SHARE` times as much of either.
+    """
     generator = torch.Generator().manual_seed(0)
-    sound = 0.05 * torch.randn(batch, 1, (turn + 1) * FRAME_SIZE, generator=generator)
+    times = {name: OWN_SHARE if name == OURS else 1 for name in contestants}
+    longest = (turn * max(times.values()) + 1) * FRAME_SIZE
+    sound = 0.05 * torch.randn(batch, 1, longest, generator=generator)
     whole_frames = round(OFFLINE_SECONDS * FRAME_RATE)
     whole = 0.05 * torch.randn(batch, 1, whole_frames * FRAME_SIZE, generator=generator)
     states = {}
     for name, codec in contestants.items():
         chunk = FRAME_SIZE // codec.frame_size
         states[name] = codec.new_encoder_state(batch, chunk), codec.new_decoder_state(batch, chunk)
-    times = {name: Times() for name in contestants}
+    found = {name: Contest() for name in contestants}
     for _ in range(rounds):
         for name, codec in contestants.items():
-            encoded, decoded = _stream(codec, sound, *states[name])
-            times[name].encode.append(encoded[1:])
-            times[name].decode.append(decoded[1:])
+            frames = sound[..., : (turn * times[name] + 1) * FRAME_SIZE].split(FRAME_SIZE, 2)
+            found[name].frames.add([_code(codec, frame, *states[name]) for frame in frames][1:])
         for name, codec in contestants.items():
-            begin = time.perf_counter()
-            codec.decode(codec.encode(whole))
-            times[name].offline.append(time.perf_counter() - begin)
-    return times
+            found[name].sounds.add([_code(codec, whole) for _ in range(times[name])])
+    return found
 
 
-def _stream(
-    codec: Codec, sound: Tensor, encoder: State, decoder: State
-) -> tuple[list[float], list[float]]:
-    encoded, decoded = [], []
-    for frame in sound.split(FRAME_SIZE, 2):
-        begin = time.perf_counter()
-        codes = codec.encode(frame, encoder)
-        middle = time.perf_counter()
-        codec.decode(codes, decoder)
-        encoded.append(middle - begin)
-        decoded.append(time.perf_counter() - middle)
-    return encoded, decoded
+def _code(
+    codec: Codec, sound: Tensor, encoder: State | None = None, decoder: State | None = None
+) -> tuple[float, float]:
+    """Seconds that encoding and decoding of a sound [B, 1, S] take."""
+    begin = time.perf_counter()
+    codes = codec.encode(sound, encoder)
+    middle = time.perf_counter()
+    codec.decode(codes, decoder)
+    return middle - begin, time.perf_counter() - middle
 
 
 def figures(
-    times: Mapping[Setting, Mapping[str, Times]], peers: Mapping[str, Sequence[str]]
+    times: Mapping[Setting, Mapping[str, Contest]], peers: Mapping[str, Sequence[str]]
 ) -> dict[str, Figure]:
     """What `measure` gives, from the times of all contestants; `peers`: peer → its names there."""
     threads, batch = HEADLINE
@@ -312,20 +334,24 @@ def figures(
         suffix = f"_t{setting[0]}_b{setting[1]}"
         for peer, names in peers.items():
             rest[f"speed_vs_{peer}{suffix}"] = _ratio(
-                [found[name].per_round() for name in names], found[OURS].per_round()
+                [found[name].frames.per_round() for name in names], found[OURS].frames.per_round()
             )
             rest[f"offline_speed_vs_{peer}{suffix}"] = _ratio(
-                [found[name].offline for name in names], found[OURS].offline
+                [found[name].sounds.per_round() for name in names], found[OURS].sounds.per_round()
             )
         for name, took in found.items():
-            rest |= _percentiles(f"{name}_encode_ms", took.encode, suffix)
-            rest |= _percentiles(f"{name}_decode_ms", took.decode, suffix)
-            rest |= _percentiles(f"{name}_frame_ms", took.frames(), suffix)
+            frames, sounds = took.frames, took.sounds
+            rest |= _percentiles(f"{name}_encode_ms", frames.encode, suffix)
+            rest |= _percentiles(f"{name}_decode_ms", frames.decode, suffix)
+            rest |= _percentiles(f"{name}_frame_ms", frames.both(), suffix)
+            rest |= _percentiles(f"{name}_offline_encode_ms", sounds.encode, suffix, last=90)
+            rest |= _percentiles(f"{name}_offline_decode_ms", sounds.decode, suffix, last=90)
+            rest |= _percentiles(f"{name}_offline_ms", sounds.both(), suffix, last=90)
             rest[f"{name}_real_time_factor{suffix}"] = Figure(
-                float(np.mean(took.frames())) * FRAME_RATE, n=np.size(took.encode)
+                float(np.mean(frames.both())) * FRAME_RATE, n=np.size(frames.encode)
             )
             rest[f"{name}_offline_real_time_factor{suffix}"] = Figure(
-                float(np.median(took.offline)) / OFFLINE_SECONDS, n=len(took.offline)
+                float(np.median(sounds.both())) / OFFLINE_SECONDS, n=np.size(sounds.encode)
             )
     suffix = f"_t{threads}_b{batch}"
     for peer in peers:
@@ -336,12 +362,14 @@ def figures(
     return first | rest
 
 
-def _percentiles(name: str, seconds: list[list[float]], suffix: str) -> dict[str, Figure]:
-    p50, p99 = 1000 * np.percentile(seconds, [50, 99])
+def _percentiles(
+    name: str, seconds: list[list[float]], suffix: str, last: int = 99
+) -> dict[str, Figure]:
+    """The median and the `last` percentile of all rounds together."""
     n = np.size(seconds)
     return {
-        f"{name}_p50{suffix}": Figure(float(p50), n=n, unit="ms"),
-        f"{name}_p99{suffix}": Figure(float(p99), n=n, unit="ms"),
+        f"{name}_p{p}{suffix}": Figure(1000 * float(np.percentile(seconds, p)), n=n, unit="ms")
+        for p in (50, last)
     }
 
 

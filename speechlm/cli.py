@@ -242,7 +242,10 @@ def bench_codec(
         list[str] | None, typer.Option("--against", metavar="PEER", help="encodec, mimi or both.")
     ] = None,
     model: ModelName = "tiny",
-    frames: Annotated[int, typer.Option(min=20, help="Frames of 80 ms to time.")] = 100,
+    frames: Annotated[
+        int,
+        typer.Option(min=20, help="Frames to time of a peer in a setting; of ours, five times."),
+    ] = 100,
     json: Json = None,
 ) -> None:
     """A model's codec against public ones, in turns: --against encodec mimi."""

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
-from audio_codec.audio import SAMPLE_RATE, resample
+from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE, resample
 from audio_codec.errors import UserError
 from audio_codec.speech_tokenizer import SpeechTokenizer
 from speechlm.convert import load_speech_tokenizer_of
@@ -97,7 +97,8 @@ Teacher = TokenizerTeacher | TransformersTeacher
 def load_teacher(name_or_path: str) -> Teacher:
     """The teacher that a config names, in float32 on the CPU.
 
-    Raises UserError when there is no such model, when it is broken, or when it takes no sound.
+    Raises UserError when there is no such model, when it is broken, when it takes no sound, or when
+    it gives no features of it.
     """
     path = checkpoints.resolve(name_or_path)
     if not _is_of_transformers(path):
@@ -117,7 +118,27 @@ def load_teacher(name_or_path: str) -> Teacher:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"teacher.model '{name_or_path}' cannot be loaded: {reason}") from error
-    return TransformersTeacher(network, extractor).eval()
+    return _tried(network, extractor, name_or_path)
+
+
+_TRIAL = 10 * FRAME_SIZE
+"""Samples of the sound on which a teacher is tried."""
+
+
+def _tried(network: Any, extractor: Any, name: str) -> TransformersTeacher:
+    """The teacher, once it has taught a frame: what takes sound need not give features of it."""
+    try:
+        teacher = TransformersTeacher(network, extractor).eval()
+        features = teacher(teacher.prepare(torch.zeros(1, 1, _TRIAL)), _TRIAL)
+        if features.dim() != 3 or features.shape[2] != teacher.width:
+            raise ValueError(f"features of shape {tuple(features.shape)}")
+    except Exception as error:  # whatever a foreign network raises when it is used otherwise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"teacher.model '{name}' is a {network.config.model_type} and does not teach "
+            f"({reason}); choose a speech encoder, as WavLM."
+        ) from error
+    return teacher
 
 
 def _is_of_transformers(path: Path) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from audio_codec import bench
 from audio_codec.audio import FRAME_SIZE
-from audio_codec.bench import OURS, PublicMimi, Times, TransformersMimi
+from audio_codec.bench import OURS, Contest, PublicMimi, Times, TransformersMimi
 from audio_codec.codec import Codec
 from audio_codec.errors import UserError
 from audio_codec.state import State, all_active
@@ -60,17 +60,33 @@ def test_contestants_take_turns() -> None:
     ]
     assert calls == 2 * (streamed + whole)
     for took in times.values():
-        assert [len(frames) for frames in took.frames()] == [3, 3] and len(took.offline) == 2
-        assert all(second > 0 for frames in took.frames() for second in frames)
+        assert [len(frames) for frames in took.frames.both()] == [3, 3]
+        assert [len(sounds) for sounds in took.sounds.both()] == [1, 1]
+        assert all(second > 0 for frames in took.frames.both() for second in frames)
 
 
-def times(encode: float, decode: float, offline: float, slow: Sequence[float] = (1, 2, 1)) -> Times:
-    """Three rounds of four frames; the second round is slow for all alike."""
-    return Times(
-        [[encode * by] * 4 for by in slow],
-        [[decode * by] * 4 for by in slow],
-        [offline * by for by in slow],
+def test_ours_does_more_in_its_turn() -> None:
+    calls: list[Call] = []
+    codecs: dict[str, Codec] = {name: Noted(name, calls) for name in (OURS, "peer")}
+    times = bench.in_turns(codecs, batch=1, turn=2, rounds=3)
+    assert [name for name, what, _, _ in calls if what == "encode"] == 3 * (
+        [OURS] * 11 + ["peer"] * 3 + [OURS] * 5 + ["peer"]
     )
+    ours, peer = times[OURS], times["peer"]
+    assert [len(frames) for frames in ours.frames.both()] == [10, 10, 10]
+    assert [len(frames) for frames in peer.frames.both()] == [2, 2, 2]
+    assert [len(ours.sounds.encode[0]), len(peer.sounds.decode[0])] == [5, 1]
+
+
+def times(
+    encode: float, decode: float, offline: float, slow: Sequence[float] = (1, 2, 1)
+) -> Contest:
+    """Three rounds of four frames and a sound; the second round is slow for all alike."""
+    frames, sounds = Times(), Times()
+    for by in slow:
+        frames.add([(encode * by, decode * by)] * 4)
+        sounds.add([(0.75 * offline * by, 0.25 * offline * by)])
+    return Contest(frames, sounds)
 
 
 def test_figures_are_what_their_names_say() -> None:
@@ -96,6 +112,9 @@ def test_figures_are_what_their_names_say() -> None:
     # A third of 10, 20 and 10 ms a frame of 80 ms; half a second for a sound of two.
     assert made["ours_real_time_factor_t2_b1"].value == pytest.approx(40 / 3 / 80)
     assert made["ours_offline_real_time_factor_t2_b1"].value == pytest.approx(0.25)
+    assert made["ours_offline_encode_ms_p50_t2_b1"].value == pytest.approx(375)
+    assert made["quick_offline_decode_ms_p90_t2_b1"].value == pytest.approx(900)
+    assert made["ours_offline_ms_p50_t2_b1"].n == 3 and "ours_offline_ms_p99_t2_b1" not in made
 
 
 def test_the_whole_bench_covers_every_setting_and_leaves_the_threads_alone() -> None:
@@ -108,7 +127,9 @@ def test_the_whole_bench_covers_every_setting_and_leaves_the_threads_alone() -> 
     before = torch.get_num_threads()
     made = bench.measure(build("o"), ["rival", "rival"], frames=20, peers=peers)
     assert torch.get_num_threads() == before
-    assert made["frame_ms_p99"].n == 20 and "speed_vs_mimi" not in made
+    assert made["frame_ms_p99"].n == 100 and "speed_vs_mimi" not in made
+    assert made["ours_frame_ms_p99_t1_b8"].n == 100 and made["rival_a_frame_ms_p99_t1_b8"].n == 20
+    assert made["ours_offline_decode_ms_p90_t2_b8"].n == 50
     for setting in ("t1_b1", "t1_b8", "t2_b1", "t2_b8"):
         for name in ("ours", "rival_a", "rival_b"):
             assert made[f"{name}_frame_ms_p50_{setting}"].value > 0

@@ -428,6 +428,28 @@ def test_a_teacher_that_is_none_is_a_user_error(made: Path, tmp_path: Path) -> N
             load_teacher(name)
 
 
+@pytest.mark.parametrize("kind", ["mimi", "encodec"])
+def test_a_codec_is_no_teacher(tmp_path: Path, kind: str) -> None:
+    """It takes sound as a speech encoder does, but what it gives back is something else."""
+    import transformers as hf
+
+    if kind == "mimi":
+        model: Any = hf.MimiModel(hf.MimiConfig(
+            hidden_size=16, upsample_groups=16, num_filters=4, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, intermediate_size=16, num_quantizers=2,
+            codebook_size=16, codebook_dim=8, vector_quantization_hidden_dimension=8,
+        ))  # fmt: skip
+    else:
+        model = hf.EncodecModel(hf.EncodecConfig(
+            hidden_size=8, num_filters=4, codebook_size=16, codebook_dim=8, num_lstm_layers=1,
+        ))  # fmt: skip
+    model.save_pretrained(tmp_path)
+    hf.EncodecFeatureExtractor().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"is a {kind} and does not teach .*speech encoder") as told:
+        load_teacher(str(tmp_path))
+    assert "\n" not in str(told.value)
+
+
 # --- Mistakes -------------------------------------------------------------------------------------
 
 
