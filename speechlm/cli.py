@@ -744,10 +744,10 @@ def eval_spoken_qa(
     ] = None,
 ) -> None:
     """Held-out spoken questions: is the answer right, as text and as sound?"""
-    _evaluate(
+    _check(json)
+    metrics = _measure(
         "spoken-qa",
         model,
-        json,
         seed=seed,
         questions=questions,
         unknown=unknown,
@@ -757,6 +757,8 @@ def eval_spoken_qa(
         assistant=assistant,
         recorded=recorded,
     )
+    asked: dict[str, Any] = {} if voices == "panel" else {"options": {"voices": voices}}
+    _report("eval spoken-qa", metrics, json, **asked)
 
 
 @eval_app.command("duplex")

@@ -261,7 +261,10 @@ def test_eval_writes_the_envelope_and_prints_the_table(
     assert status == 0 and "score" in out
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["command"] == f"eval {question}"
-    assert written["metrics"]["score"]["n"] == 10
+    assert written["metrics"]["score"]["n"] == 10 and "options" not in written
+    if question == "spoken-qa":  # a card holds the scores of either way of asking
+        run("eval", question, "--voices", "heldout", "--json", tmp_path / "c.json")
+        assert json.loads((tmp_path / "c.json").read_text())["options"] == {"voices": "heldout"}
     status, out, err = run("eval", question, "--model", "huge", "--json", tmp_path / "b.json")
     assert (status, out, err) == (2, "", "speechlm: There is no model 'huge'; shipped is tiny.\n")
     assert not (tmp_path / "b.json").exists()
