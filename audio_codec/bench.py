@@ -13,9 +13,10 @@ many trials it is (n).
 Peers have the true architecture and random weights: speed does not depend on what weights say. All
 compute in float32, but they do not read the same: a live frame of ours runs through compiled loops
 (`kernels`) over weights as they are stored, int8 in the shipped codec, where the peers read float32
-by torch's operations; ours does so too where a whole sound is too wide for the loops. Of a peer with several implementations the fastest counts, setting by setting.
-Mimi's are that of `transformers`, ours, and the public package `moshi` where it can be imported;
-it asks for an older torch, but runs with this one when installed apart, without what it asks for:
+by torch's operations; ours does so too where a whole sound is too wide for the loops. Of a peer
+with several implementations the fastest counts, setting by setting. Mimi's are that of
+`transformers`, ours, and the public package `moshi` where it can be imported; it asks for an older
+torch, but runs with this one when installed apart, without what it asks for:
 
     speechlm bench codec --against encodec mimi
     uv pip install --no-deps --target side moshi einops
