@@ -74,8 +74,8 @@ shipped: setup  ## the long recipe from nothing, as far as runs/shipped/facts/lm
 	$(BIN)/speechlm synth dialogues configs/synth/dialogues.yaml
 	$(BIN)/speechlm synth dialogues configs/synth/dialogues_heldout.yaml
 	$(BIN)/speechlm train lm configs/lm/shipped.yaml --resume
-	$(BIN)/speechlm synth pairs configs/synth/hear.yaml
-	$(BIN)/speechlm synth pairs configs/synth/hear.yaml output=data/shipped/hear_many hours=20 seed=72 voices=400
+	$(BIN)/speechlm synth pairs configs/synth/pairs_hear.yaml
+	$(BIN)/speechlm synth pairs configs/synth/pairs_hear.yaml output=data/shipped/hear_many hours=20 seed=72 voices=400
 	$(BIN)/speechlm train lm configs/lm/facts.yaml --resume
 
 # Rates and look-aheads have a twin without a bottleneck each, and codebooks that of their rate. The

@@ -696,5 +696,3 @@ def test_the_bottleneck_warms_up(made: Path, tmp_path: Path) -> None:
     shares = [tokenizer_training._share(config, step) for step in range(100)]
     assert shares[:21] == [0.0] * 21 and shares[40:] == [1.0] * 60
     assert shares[30] == pytest.approx(0.5) and shares == sorted(shares)
-    never = config.model_copy(update={"unquantized": True})
-    assert {tokenizer_training._share(never, step) for step in range(100)} == {0.0}
