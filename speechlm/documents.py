@@ -291,6 +291,23 @@ def question_document(
     return Document(_silent(streams, frames), loss, whole=True)
 
 
+def laid_over(
+    document: Document, streams: Streams, codes: Codes, sides: Sequence[Role]
+) -> Document:
+    """The document over codes [sides, K, T] of sides that it has none of; they are not learned.
+
+    What a model knows where no sound is, it need not know where there is some: all codes of a
+    column are embedded into one vector with its text.
+    """
+    columns = document.columns.copy()
+    for role, over in zip(sides, codes, strict=True):
+        side = streams.own if role == "own" else streams.user
+        frames = np.full((streams.count, over.shape[1]), ABSENT, np.int32)
+        frames[side] = over
+        columns[side] = _assemble(streams, frames)[side]
+    return replace(document, columns=columns)
+
+
 def _silent(streams: Streams, columns: Ids) -> Ids:
     """A start column in front of columns [S, T] that stand as they are."""
     return np.concatenate((np.array(streams.sizes, np.int32)[:, None], columns), axis=1)

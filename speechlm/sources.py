@@ -44,15 +44,18 @@ from speechlm.documents import (
     exchanged,
     exchanges,
     interleaved_document,
+    laid_over,
     monologue_document,
     question_document,
     sentence_document,
+    speaking_frames,
     spoken,
     tts_document,
 )
 from speechlm.streams import Streams
 from speechlm.text_tokenizer import TextTokenizer
 from synth_data import quiz, shards
+from synth_data.dialogue import ASSISTANT
 from synth_data.interleave import (
     QUESTION_RULES,
     InterleaveConfig,
@@ -126,6 +129,9 @@ class QuizSource(BaseModel):
     beyond: float = Field(0.0, ge=0, le=1)
     """Share of plus and minus with numbers above those of the world (`quiz.draw_beyond`), too many
     to be remembered."""
+    under: Path | None = None
+    """Conversations whose sound lies under all of it, though it says something else, so that the
+    answer is found among the codes of a conversation too."""
 
     @field_validator("emphasis")
     @classmethod
@@ -188,6 +194,9 @@ class AudioSource(BaseModel):
     order: Order = "shuffled"
     listen: float = Field(0.0, ge=0, le=1)
     """Share of the documents that are heard and written down, instead of being said."""
+    silence: Path | None = None
+    """Conversations from which a listener takes the codes of its own silence; without, it has
+    none, which in a conversation it always has."""
 
 
 PROMPTS = {
@@ -418,6 +427,48 @@ def _joined(samples: Sequence[shards.Sample]) -> shards.Sample:
     )
 
 
+class _Sound:
+    """The sound of conversations, for what lies over it."""
+
+    def __init__(self, path: Path, streams: Streams) -> None:
+        """Raises UserError when there is none that fits the model."""
+        self.talks: list[npt.NDArray[np.uint16]] = []  # [2, K, T]
+        self.silences: list[npt.NDArray[np.uint16]] = []  # [K, T]
+        for sample in shards.read(path, audio=False):
+            if sample.codes is None or sample.codes.shape[:2] != (2, streams.k):
+                continue
+            check_codes(sample, streams)
+            self.talks.append(sample.codes)
+            own = sample.codes[ASSISTANT]
+            near = speaking_frames(sample.words[ASSISTANT], own.shape[1], _HUSH)
+            edges = np.flatnonzero(np.diff(near)) + 1
+            for part, speaks in zip(
+                np.split(own, edges, axis=1), np.split(near, edges), strict=True
+            ):
+                if not speaks[0]:
+                    self.silences.append(part)
+        if not self.talks or not self.silences:
+            raise UserError(
+                f"data: no conversation with {streams.k} codebooks and silence in '{path}'."
+            )
+
+    def talk(self, rng: np.random.Generator, frames: int) -> npt.NDArray[np.uint16]:
+        """Both sides of so much of a conversation, from anywhere in it: [2, K, frames]."""
+        codes = self.talks[int(rng.integers(len(self.talks)))]
+        first = int(rng.integers(codes.shape[2]))
+        return codes.take(range(first, first + frames), axis=2, mode="wrap")
+
+    def silence(self, rng: np.random.Generator, frames: int) -> npt.NDArray[np.uint16]:
+        """So much silence of an assistant: [K, frames]."""
+        parts: list[npt.NDArray[np.uint16]] = []
+        while sum(part.shape[1] for part in parts) < frames:
+            parts.append(self.silences[int(rng.integers(len(self.silences)))])
+        return np.concatenate(parts, axis=1)[:, :frames]
+
+
+_HUSH = 0.4  # Seconds around the assistant's words that are not silence.
+
+
 class _Dialogues:
     def __init__(
         self,
@@ -469,6 +520,7 @@ class _Quiz:
         self.weights, self.seed = weights, seed
         shares = np.cumsum([config.emphasis.get(category, 1.0) for category in quiz.CATEGORIES])
         self.shares = shares / shares[-1]
+        self.sound = None if config.under is None else _Sound(config.under, streams)
 
     def document(self, lane: int, number: int) -> Document:
         rng = np.random.default_rng((self.seed, lane, number))
@@ -484,6 +536,11 @@ class _Quiz:
         made = question_document(
             turns, self.streams, self.tokenizer, self.weights, pace if paced else None
         )
+        if self.sound is not None:
+            codes = self.sound.talk(rng, made.weights.shape[1])
+            made = laid_over(made, self.streams, codes, ("own", "user"))
+            if self.streams.heard:
+                made.weights[self.streams.heard_index] = 0  # nobody can hear it in that
         return replace(made, name=" ".join(question for question, _ in turns))
 
     def _draw(self, rng: np.random.Generator) -> quiz.Question:
@@ -635,6 +692,7 @@ class _Audio:
                 for said in spoken(sample, streams):
                     yield said, said.codes.shape[1], sample.wer
 
+        self.sound = None if config.silence is None else _Sound(config.silence, streams)
         lack = "no sample in '{}' has codes; build its shards with a codec"
         self.utterances, self.pool = _gather(config, seed, read, lack)
 
@@ -645,6 +703,9 @@ class _Audio:
         made = monologue_document(
             said, self.streams, self.tokenizer, self.weights, rng, "user" if listens else "own"
         )
+        if listens and self.sound is not None:
+            hush = self.sound.silence(rng, made.weights.shape[1])
+            made = laid_over(made, self.streams, hush[None], ("own",))
         return replace(made, name=said.name)
 
 

@@ -635,7 +635,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             total = sum(batches[number][0] for number in members)
             for number in members:
                 share, batch = batches[number]
-                loss, found = learn(batch, share / total, whole[number], rng)
+                if config.sources[number].kind not in _TEXT:
+                    batch = masked(batch, rng)
+                loss, found = learn(batch, share / total, whole[number])
                 numbers[names[number]] = {"loss": (loss, 1 / run.world), **found}
                 mean += share * loss
             distributed.drop_untouched(objective)
@@ -644,19 +646,20 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             run.update(chosen, norm)
         return math.hypot(*norms), sum(distributed.collect(mean)), numbers, saw
 
-    def learn(
-        batch: Batch, share: float, mass: Masses, rng: np.random.Generator
-    ) -> tuple[float, Tally]:
+    def masked(batch: Batch, rng: np.random.Generator) -> Batch:
+        """What is seen of sound and its words; of text alone everything is."""
+        seen = mask_heard(batch, streams, config.heard_mask, rng)
+        seen = mask_user(seen, streams, config.user_mask, rng)
+        return mask_text(seen, streams, config.text_mask, rng)
+
+    def learn(batch: Batch, share: float, mass: Masses) -> tuple[float, Tally]:
         """Add the gradient of a source's batch, times its share of the update; loss and numbers.
 
         `mass` is what the batches of all ranks have of each kind of prediction, and the loss is
         this rank's part in theirs.
         """
-        seen = mask_heard(batch, streams, config.heard_mask, rng)
-        seen = mask_user(seen, streams, config.user_mask, rng)
-        seen = mask_text(seen, streams, config.text_mask, rng)
         whole, found = 0.0, Meter()
-        for piece in cut(seen, config.accumulate):
+        for piece in cut(batch, config.accumulate):
             has = masses(piece, streams)
             shares = {kind: has[kind] / mass[kind] if mass[kind] else 0.0 for kind in mass}
             with run.accelerator.autocast():

@@ -308,6 +308,65 @@ class TestJoin:
         assert list(sources.join(samples)) == samples
 
 
+class TestSoundBelow:
+    """Text and sentences among the codes of conversations."""
+
+    def codes_of(self, folder: Path) -> list[Any]:
+        return [s.codes for s in shards.read(folder, audio=False) if s.codes is not None]
+
+    def test_text_lies_over_a_conversation(
+        self, folder: Path, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        plain = QuizSource(kind="quiz", rows=1)
+        under = QuizSource(kind="quiz", rows=1, under=folder)
+        one, other = (
+            sources.open_source(config, streams, tokenizer, WEIGHTS, 3) for config in (plain, under)
+        )
+        talks = [np.tile(codes, (1, 1, 20)) for codes in self.codes_of(folder)]
+        for number in range(6):
+            before, after = one.document(0, number), other.document(0, number)
+            texts = [streams.text_index, streams.heard_index]
+            assert (before.columns[texts] == after.columns[texts]).all()
+            assert (before.weights[streams.text_index] == after.weights[streams.text_index]).all()
+            assert not after.weights[1:].any()  # no code and no transcript is learned
+            assert after.whole and (after.columns[streams.own][0, 1:] >= 0).all()
+            semantic = after.columns[[streams.own.start, streams.user.start], 1:]
+            many = semantic.shape[1]
+            assert any(
+                (talk[:, 0, at : at + many] == semantic).all()
+                for talk in talks
+                for at in range(talk.shape[2] - many + 1)
+            )
+
+    def test_who_listens_is_silent(
+        self, folder: Path, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        config = sources.AudioSource(kind="audio", path=folder, rows=1, listen=1.0, silence=folder)
+        opened = sources.open_source(config, streams, tokenizer, WEIGHTS, 0)
+        quiet = set()
+        for codes in self.codes_of(folder):
+            # The assistant speaks from 2.0 to 2.4 s, in every conversation.
+            own = np.delete(codes[ASSISTANT], np.s_[20:35], axis=1)
+            quiet |= set(map(tuple, own.T.tolist()))
+        for number in range(10):
+            made = opened.document(0, number)
+            frames = streams.undelay(torch.from_numpy(made.columns[:, 1:])).numpy()
+            said = set(map(tuple, frames[streams.own].T.tolist()))
+            assert said <= quiet and not made.weights[streams.own].any()
+            assert made.weights[streams.heard_index].any()
+
+    def test_no_conversation_no_sound(
+        self, folder: Path, tmp_path: Path, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        alone = dialogue("a", 20)
+        assert alone.codes is not None
+        alone = alone.model_copy(update={"codes": alone.codes[:1], "words": alone.words[:1]})
+        shards.write(tmp_path / "speech-000000.tar", [alone.model_copy(update={"voices": ("a",)})])
+        config = QuizSource(kind="quiz", rows=1, under=tmp_path)
+        with pytest.raises(UserError, match="no conversation with 3 codebooks and silence in"):
+            sources.open_source(config, streams, tokenizer, WEIGHTS, 0)
+
+
 class TestUntranscribed:
     """Channels of which nobody wrote down the words."""
 
