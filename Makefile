@@ -64,8 +64,8 @@ tiny: setup  ## the whole recipe from nothing at a reduced size, up to a spoken 
 	$(BIN)/speechlm chat --model runs/tiny/lm/lm --input demo/static/examples/sum.mp3 --output runs/tiny/answer.wav
 
 # Hours on two cores; wants flite, and recordings and texts in ../shared/data. The shipped weights were
-# trained on over four releases with some values changed: their card.json says which.
-shipped: setup  ## the long recipe from nothing, as far as runs/shipped/facts/lm
+# trained on over three releases with some values changed: their card.json says which.
+shipped: setup  ## the long recipe from nothing, as far as runs/shipped/lm/lm
 	for part in users assistant recorded noise heldout assistant_heldout; do \
 		$(BIN)/speechlm synth speech configs/synth/speech_$$part.yaml || exit; done
 	$(BIN)/speechlm synth speech configs/synth/speech_users.yaml output=data/shipped/users_b hours=24 seed=21
@@ -74,9 +74,6 @@ shipped: setup  ## the long recipe from nothing, as far as runs/shipped/facts/lm
 	$(BIN)/speechlm synth dialogues configs/synth/dialogues.yaml
 	$(BIN)/speechlm synth dialogues configs/synth/dialogues_heldout.yaml
 	$(BIN)/speechlm train lm configs/lm/shipped.yaml --resume
-	$(BIN)/speechlm synth pairs configs/synth/pairs_hear.yaml
-	$(BIN)/speechlm synth pairs configs/synth/pairs_hear.yaml output=data/shipped/hear_many hours=20 seed=72 voices=400
-	$(BIN)/speechlm train lm configs/lm/facts.yaml --resume
 
 # Rates and look-aheads have a twin without a bottleneck each, and codebooks that of their rate. The
 # names of variables are those of the runs; a comma of a list would end an argument of `call`.
