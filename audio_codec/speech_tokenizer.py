@@ -256,9 +256,8 @@ class SpeechTokenizer(nn.Module):
             self.stem = Stem(config.whisper, config.mels, config.dim)
         self.before = Transformer(self._transformer(config.layers_before, config.encoder_rate))
         width = config.dim * (self._pool if config.pooling == "linear" else 1)
-        self.pool: Linear | None = (
-            None  # The map into the bottleneck pools, where it alone follows.
-        )
+        # The map into the bottleneck pools by itself, where nothing stands between.
+        self.pool: Linear | None = None
         if config.pooling == "linear" and (
             config.layers_pooled or (self._pool > 1 and not config.projected)
         ):
