@@ -734,10 +734,17 @@ def eval_spoken_qa(
     unknown: Annotated[int, typer.Option(min=1, help="Questions outside the quiz world.")] = 100,
     long: Annotated[bool, typer.Option(help="Also hold ten-minute conversations.")] = True,
     voices: Annotated[
-        str,
-        typer.Option(help="Who asks: panel (ten known, two new) or heldout (none known as it is)."),
-    ] = "panel",
+        list[str] | None,
+        typer.Option(
+            help="Who asks: panel (ten known, two new), heldout (none known as it is), or a voice "
+            "as espeak:en-us; twice for two. [default: panel]"
+        ),
+    ] = None,
     engine: Engines = None,
+    category: Annotated[
+        list[str] | None,
+        typer.Option("--category", help="What is asked about; twice for two. [default: all]"),
+    ] = None,
     assistant: Annotated[str, typer.Option(help="The voice it was trained to have.")] = "flite:rms",
     recorded: Annotated[
         Path | None, typer.Option(help="A data folder with recorded digits, to answer them too.")
@@ -745,6 +752,7 @@ def eval_spoken_qa(
 ) -> None:
     """Held-out spoken questions: is the answer right, as text and as sound?"""
     _check(json)
+    chosen: dict[str, Any] = {"categories": category} if category else {}
     metrics = _measure(
         "spoken-qa",
         model,
@@ -752,13 +760,15 @@ def eval_spoken_qa(
         questions=questions,
         unknown=unknown,
         conversations=8 if long else 0,
-        voices=voices,
+        voices=voices or ["panel"],
         engines=tuple(engine or ("espeak", "flite")),
+        **chosen,
         assistant=assistant,
         recorded=recorded,
     )
-    asked: dict[str, Any] = {} if voices == "panel" else {"options": {"voices": voices}}
-    _report("eval spoken-qa", metrics, json, **asked)
+    asked = {"voices": ",".join(voices or ()), "categories": ",".join(category or ())}
+    unusual = {name: value for name, value in asked.items() if value not in ("", "panel")}
+    _report("eval spoken-qa", metrics, json, **({"options": unusual} if unusual else {}))
 
 
 @eval_app.command("duplex")

@@ -22,7 +22,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PositiveFloat,
     PositiveInt,
     field_validator,
 )
@@ -124,22 +123,14 @@ class QuizSource(BaseModel):
     """Share of the documents with the pace of speech, PADs and all."""
     unknown: float = Field(0.1, ge=0, le=1)
     """Share of the questions that lie outside the world."""
-    emphasis: dict[str, PositiveFloat] = Field(default_factory=dict)
-    """Categories that are asked so many times as often as the others."""
+    categories: quiz.CategoryWeights | None = None
+    """Weights of the quiz categories; None weighs all alike."""
     beyond: float = Field(0.0, ge=0, le=1)
     """Share of plus and minus with numbers above those of the world (`quiz.draw_beyond`), too many
     to be remembered."""
     under: Path | None = None
     """Conversations whose sound lies under all of it, though it says something else, so that the
     answer is found among the codes of a conversation too."""
-
-    @field_validator("emphasis")
-    @classmethod
-    def _known(cls, emphasis: dict[str, float]) -> dict[str, float]:
-        for category in emphasis:
-            if category not in quiz.CATEGORIES:
-                raise ValueError(f"emphasis on {category!r}; choices: {', '.join(quiz.CATEGORIES)}")
-        return emphasis
 
 
 class SentenceSource(BaseModel):
@@ -518,7 +509,9 @@ class _Quiz:
     ) -> None:
         self.config, self.streams, self.tokenizer = config, streams, tokenizer
         self.weights, self.seed = weights, seed
-        shares = np.cumsum([config.emphasis.get(category, 1.0) for category in quiz.CATEGORIES])
+        weights_of = config.categories or dict.fromkeys(quiz.CATEGORIES, 1.0)
+        self.categories = list(weights_of)
+        shares = np.cumsum(list(weights_of.values()))
         self.shares = shares / shares[-1]
         self.sound = None if config.under is None else _Sound(config.under, streams)
 
@@ -546,7 +539,7 @@ class _Quiz:
     def _draw(self, rng: np.random.Generator) -> quiz.Question:
         if rng.random() < self.config.unknown:
             return quiz.draw(rng, "train", quiz.UNKNOWN)
-        category = quiz.CATEGORIES[int(np.searchsorted(self.shares, rng.random(), side="right"))]
+        category = self.categories[int(np.searchsorted(self.shares, rng.random(), side="right"))]
         if category in quiz.BEYOND and rng.random() < self.config.beyond:
             return quiz.draw_beyond(rng, category)
         return quiz.draw(rng, "train", category)

@@ -68,7 +68,7 @@ class DialogueConfig(BaseModel):
     """Length of a conversation; it ends there, in the middle of a word if need be."""
     split: Split = "train"
     """Which questions are asked."""
-    categories: dict[str, float] | None = None
+    categories: quiz.CategoryWeights | None = None
     """Weights of the quiz categories; None weighs all alike."""
     unknown: float = Field(default=0.12, ge=0, le=1)
     """Share of questions from outside the quiz world."""

@@ -26,10 +26,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 import yaml
+from pydantic import AfterValidator, Field, PositiveFloat
 
 from synth_data.text import normalize as word_form
 from synth_data.text import number_words
@@ -542,6 +543,17 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 CATEGORIES: tuple[str, ...] = tuple(GROUPS)
 """The categories of the world, in the order in which they are reported."""
 
+
+def _known(weights: dict[str, float]) -> dict[str, float]:
+    for category in weights:
+        if category not in CATEGORIES:
+            raise ValueError(f"no category {category!r}; choices: {', '.join(CATEGORIES)}")
+    return weights
+
+
+CategoryWeights = Annotated[dict[str, PositiveFloat], Field(min_length=1), AfterValidator(_known)]
+"""In a recipe: how often each category comes up beside the others; one that is not named, never."""
+
 BEYOND = ("plus", "minus")
 """Categories that :func:`draw_beyond` knows."""
 
@@ -790,15 +802,25 @@ def out_of_world(split: Split, n: int, seed: int) -> list[Question]:
     return (list(found.values()) + extra)[:n]
 
 
-def sentences(split: Split, n: int, seed: int) -> list[str]:
+def sentences(
+    split: Split, n: int, seed: int, categories: Mapping[str, float] | None = None
+) -> list[str]:
     """``n`` things that are said in this world: questions, answers, and questions outside it.
 
-    For training recognizers and codecs on its language; words only.
+    For training recognizers and codecs on its language; words only. ``categories`` weighs those of
+    the world; default: all alike.
     """
+    names = list(categories or CATEGORIES)
+    shares = None if categories is None else np.cumsum(list(categories.values()))
     rng = np.random.default_rng([seed, 4 if split == "train" else 5])
     said: list[str] = []
     while len(said) < n:
-        category = UNKNOWN if rng.random() < 0.15 else _pick(rng, CATEGORIES)
+        if rng.random() < 0.15:
+            category = UNKNOWN
+        elif shares is None:
+            category = _pick(rng, names)
+        else:
+            category = names[int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))]
         question = draw(rng, split, category)
         said.append(question.text if rng.random() < 0.6 else question.answer)
     return said

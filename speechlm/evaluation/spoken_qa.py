@@ -35,7 +35,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import torch
@@ -108,15 +108,17 @@ class Reply:
 # --- What is asked --------------------------------------------------------------------------------
 
 
-def draw_questions(count: int, rng: np.random.Generator) -> list[Question]:
+def draw_questions(
+    count: int, rng: np.random.Generator, categories: Sequence[str] = CATEGORIES
+) -> list[Question]:
     """Held-out questions, equally many of each category to within one, in random order.
 
     Half of the arithmetic, to within one, has held-out operands. A question that was drawn before
     is drawn again, up to a limit: some categories have few phrasings.
     """
-    shares = {name: len(range(i, count, len(CATEGORIES))) for i, name in enumerate(CATEGORIES)}
+    shares = {name: len(range(i, count, len(categories))) for i, name in enumerate(categories)}
     # Times tables are all trained, so that plus and minus carry the held-out half of all three.
-    half = sum(shares[name] for name in _ARITHMETIC) // 2
+    half = sum(shares.get(name, 0) for name in _ARITHMETIC) // 2
     heldout = {"plus": (half + 1) // 2, "minus": half // 2}
     drawn: dict[Question, None] = {}
     chosen: list[Question] = []
@@ -149,6 +151,26 @@ def assign(
         )
         for question, voice in zip(questions, rng.permutation(turns), strict=True)
     ]
+
+
+def asking(
+    voices: Sequence[str] = ("panel",), engines: tuple[str, ...] = ("espeak", "flite")
+) -> list[Voice]:
+    """Who asks: `panel`, `heldout` (all of those voices), or voices by name.
+
+    Raises UserError for an unknown voice, and as `user_voices` does.
+    """
+    if list(voices) == ["panel"]:
+        return panel(engines)
+    if list(voices) == ["heldout"]:
+        return user_voices("heldout", engines)
+    for name in voices:
+        if ":" not in name:
+            raise UserError(
+                f"voices '{name}' are unknown; choices: panel, heldout, or voices by name, "
+                "as 'espeak:en-us'."
+            )
+    return [Voice.parse(name) for name in voices]
 
 
 def panel(engines: tuple[str, ...] = ("espeak", "flite")) -> list[Voice]:
@@ -289,7 +311,9 @@ def _text_score(replies: Sequence[Reply]) -> Metric:
     return _score([r.text for r in replies], [r.asked.question for r in replies])
 
 
-def judge_text(inside: Sequence[Reply], outside: Sequence[Reply]) -> dict[str, Metric]:
+def judge_text(
+    inside: Sequence[Reply], outside: Sequence[Reply], categories: Sequence[str] = CATEGORIES
+) -> dict[str, Metric]:
     """The metrics that need no recognizer: replies to questions of the world, and outside it."""
     new = set(new_speakers([r.asked.voice for r in inside]))
     refused = [sum(quiz.is_refusal(r.text) for r in replies) for replies in (outside, inside)]
@@ -299,7 +323,7 @@ def judge_text(inside: Sequence[Reply], outside: Sequence[Reply]) -> dict[str, M
             f"s2t_accuracy_{name}": _text_score(
                 [r for r in inside if r.asked.question.category == name]
             )
-            for name in CATEGORIES
+            for name in categories
         },
         "s2t_accuracy_new_operands": _text_score(
             [
@@ -362,8 +386,9 @@ def evaluate(
     unknown: int = 100,
     conversations: int = 8,
     slots: int = 16,
-    voices: Literal["panel", "heldout"] | str = "panel",
+    voices: Sequence[str] = ("panel",),
     engines: tuple[str, ...] = ("espeak", "flite"),
+    categories: Sequence[str] = CATEGORIES,
     assistant: str = str(ASSISTANT),
     recorded: Path | None = None,
     progress: bool = True,
@@ -378,21 +403,24 @@ def evaluate(
         conversations: of ten minutes each, two or more; 0 leaves them out. They take about twice
             as long as all else.
         slots: conversations at a time.
-        voices: who asks, `panel` or all of `user_voices("heldout")`.
+        voices: who asks, see `asking`.
         engines: speech engines of the users' voices.
+        categories: what is asked about.
         assistant: the voice of the reference answers.
         recorded: a data folder with recorded digits, of which 200 are put to the model.
         progress: show on the terminal how far it has come.
 
     Raises:
-        UserError: there is no such model, voice or recording, or a speech engine is not installed.
+        UserError: there is no such model, voice, category or recording, or a speech engine is not
+            installed.
     """
-    if voices not in ("panel", "heldout"):
-        raise UserError(f"voices '{voices}' are unknown; choices: panel, heldout.")
+    users = asking(voices, engines)
+    for category in categories:
+        if category not in CATEGORIES:
+            raise UserError(f"category '{category}' is unknown; choices: {', '.join(CATEGORIES)}.")
     digits = None
     if recorded is not None:
         digits = recorded_digits(recorded, DIGITS, np.random.default_rng([seed, 2]))
-    users = panel(engines) if voices == "panel" else user_voices("heldout", engines)
     reference = Voice.parse(assistant)
     for voice in (*users, reference):
         speak("one", voice)  # An engine that is not installed shows here, not after an hour.
@@ -408,6 +436,7 @@ def evaluate(
         slots=slots,
         progress=progress,
         tokenizer=getattr(duplex.codec, "tokenizer", None),
+        categories=categories,
     )
     reason = "no folder of recordings was given (--recorded)"
     metrics["digits_accuracy"] = (
@@ -459,19 +488,20 @@ def measure(
     slots: int,
     progress: bool,
     tokenizer: SpeechTokenizer | None = None,
+    categories: Sequence[str] = CATEGORIES,
 ) -> dict[str, Metric]:
     """`evaluate` for a model and voices at hand; `tokenizer` is the one that the model hears by."""
     rng = np.random.default_rng([seed, 0])
-    inside = assign(draw_questions(questions, rng), voices, rng)
+    inside = assign(draw_questions(questions, rng, categories), voices, rng)
     outside = assign(quiz.out_of_world("heldout", unknown, seed), voices, rng)
-    talks = _long_talks(conversations, voices, seed)
+    talks = _long_talks(conversations, voices, seed, categories)
     talks += [
         Talk(_ask_once(asked), _model_seed(seed, conversations + index), _seconds(asked))
         for index, asked in enumerate((*inside, *outside))
     ]
     found = converse(model, talks, slots, "asking", progress)
     long, replies = found[:conversations], [reply for [reply] in found[conversations:]]
-    metrics = judge_text(replies[:questions], replies[questions:])
+    metrics = judge_text(replies[:questions], replies[questions:], categories)
     metrics["heard_wer_ctc"] = (
         Metric(None, reason="the codec has no speech tokenizer in it")
         if tokenizer is None
@@ -482,7 +512,9 @@ def measure(
     return metrics | judge_speech(replies[:questions], assistant, progress)
 
 
-def _long_talks(count: int, voices: Sequence[Voice], seed: int) -> list[Talk[list[Reply]]]:
+def _long_talks(
+    count: int, voices: Sequence[Voice], seed: int, categories: Sequence[str] = CATEGORIES
+) -> list[Talk[list[Reply]]]:
     """Ten-minute conversations, a voice each. What one is asked last, the next is asked first.
 
     So the two minutes differ in nothing but their place, and no model can remember the answer.
@@ -490,12 +522,16 @@ def _long_talks(count: int, voices: Sequence[Voice], seed: int) -> list[Talk[lis
     assert count != 1, "one conversation alone would be asked the same at both of its ends"
     rng = np.random.default_rng([seed, 1])
     # No question takes less than 2 s with its answer and the silence after it.
-    ends = [draw_questions(30, rng) for _ in range(count)]
+    ends = [draw_questions(30, rng, categories) for _ in range(count)]
     talks = []
     for index, voice in enumerate(np.resize(rng.permutation(len(voices)), count)):
         first, between, last = (
             assign(asked, [voices[int(voice)]], rng)
-            for asked in (ends[index], draw_questions(240, rng), ends[(index + 1) % count])
+            for asked in (
+                ends[index],
+                draw_questions(240, rng, categories),
+                ends[(index + 1) % count],
+            )
         )
         script = _ask_for_minutes(first, between, last)
         talks.append(Talk(script, _model_seed(seed, index), LONG_MINUTES * _MINUTE))

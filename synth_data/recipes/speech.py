@@ -74,6 +74,8 @@ class QuizSource(BaseModel):
     split: Literal["train", "heldout"] = "train"
     pool: int = Field(default=20_000, gt=0)
     """Number of sentences to draw from."""
+    categories: quiz.CategoryWeights | None = None
+    """Weights of the quiz categories; None weighs all alike."""
     weight: float = Field(default=1.0, gt=0)
     """Share of the utterances, relative to the other sources."""
 
@@ -280,7 +282,9 @@ def _utterances(
 
 def _sentences(source: TextSource | QuizSource, seed: int) -> list[str]:
     if isinstance(source, QuizSource):
-        sentences: Iterable[str] = quiz.sentences(source.split, source.pool, seed)
+        sentences: Iterable[str] = quiz.sentences(
+            source.split, source.pool, seed, source.categories
+        )
         limit, name = None, "quiz"
     else:
         sentences = sentences_from(source.path)

@@ -540,25 +540,26 @@ class TestQuiz:
         opened = sources.open_source(config, streams, tokenizer, WEIGHTS, 0)
         return [opened.document(0, number).name for number in range(300)]
 
-    def test_emphasis_makes_a_category_more_frequent(
+    def test_a_category_of_more_weight_is_more_frequent(
         self, streams: Streams, tokenizer: TextTokenizer
     ) -> None:
-        many = self.asked(tokenizer, streams, emphasis={"counting": 40})
+        weights = {**dict.fromkeys(quiz.CATEGORIES, 1.0), "counting": 40}
+        many = self.asked(tokenizer, streams, categories=weights)
         few = self.asked(tokenizer, streams)
         assert sum("ount" in text for text in many) > 180 > 40 > sum("ount" in t for t in few)
 
     def test_numbers_beyond_the_world_come_from_a_share(
         self, streams: Streams, tokenizer: TextTokenizer
     ) -> None:
-        sums = {"plus": 1e6, "minus": 1e6}
+        sums = {"plus": 1, "minus": 1}
         large = ("fifty", "sixty", "seventy", "eighty", "ninety")
         for share, least, most in ((0.0, 0, 0), (1.0, 150, 300)):
-            asked = self.asked(tokenizer, streams, emphasis=sums, beyond=share)
+            asked = self.asked(tokenizer, streams, categories=sums, beyond=share)
             assert least <= sum(any(n in text.lower() for n in large) for text in asked) <= most
 
-    def test_emphasis_on_no_category_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="emphasis on 'sums'; choices: plus, minus"):
-            QuizSource(kind="quiz", rows=1, emphasis={"sums": 2})
+    def test_a_category_that_is_not_there_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="no category 'sums'; choices: plus, minus"):
+            QuizSource(kind="quiz", rows=1, categories={"sums": 2})
 
 
 class TestPacking:

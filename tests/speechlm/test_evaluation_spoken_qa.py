@@ -19,6 +19,7 @@ from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig
 from speechlm.evaluation import spoken_qa
 from speechlm.evaluation.spoken_qa import (
     LANGUAGE_MODEL,
+    asking,
     assign,
     chance_scores,
     draw_questions,
@@ -72,20 +73,31 @@ def test_ten_voices_and_two_engine_voices_that_were_never_trained():
 
 
 def test_the_panel_is_ten_known_voices_and_two_new_ones():
-    asking = panel()
-    assert len(asking) == len(set(asking)) == 12
-    assert {(voice.engine, voice.name) for voice in new_speakers(asking)} == {
+    asked_by = panel()
+    assert len(asked_by) == len(set(asked_by)) == 12
+    assert {(voice.engine, voice.name) for voice in new_speakers(asked_by)} == {
         ("flite", "kal16"),
         ("espeak", "en-gb-scotland+steph"),
     }
-    known = [voice for voice in asking if voice in user_voices("train")]
+    known = [voice for voice in asked_by if voice in user_voices("train")]
     assert len(known) == 10 and {voice.engine for voice in known} == {"espeak", "flite"}
     assert {voice.engine for voice in panel(("espeak",))} == {"espeak"}
 
 
 def test_who_asks_is_checked_before_anything_is_loaded():
     with pytest.raises(UserError, match="voices 'all' are unknown; choices: panel, heldout"):
-        spoken_qa.evaluate("none", voices="all")
+        spoken_qa.evaluate("none", voices=["all"])
+    with pytest.raises(UserError, match="category 'sums' is unknown; choices: plus, minus"):
+        spoken_qa.evaluate("none", categories=["days", "sums"])
+
+
+def test_voices_and_categories_are_chosen_by_name():
+    named = ["espeak:en-us@rate=150", "espeak:en-gb"]
+    assert [str(voice) for voice in asking(named)] == named
+    assert asking(["heldout"], ("espeak",)) == user_voices("heldout", ("espeak",))
+    drawn = draw_questions(20, np.random.default_rng(0), ["days", "minus"])
+    assert Counter(question.category for question in drawn) == {"days": 10, "minus": 10}
+    assert sum(question.fact_heldout for question in drawn if question.category == "minus") == 2
 
 
 # --- How it is judged -----------------------------------------------------------------------------
