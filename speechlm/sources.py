@@ -509,10 +509,6 @@ class _Quiz:
     ) -> None:
         self.config, self.streams, self.tokenizer = config, streams, tokenizer
         self.weights, self.seed = weights, seed
-        weights_of = config.categories or dict.fromkeys(quiz.CATEGORIES, 1.0)
-        self.categories = list(weights_of)
-        shares = np.cumsum(list(weights_of.values()))
-        self.shares = shares / shares[-1]
         self.sound = None if config.under is None else _Sound(config.under, streams)
 
     def document(self, lane: int, number: int) -> Document:
@@ -539,7 +535,7 @@ class _Quiz:
     def _draw(self, rng: np.random.Generator) -> quiz.Question:
         if rng.random() < self.config.unknown:
             return quiz.draw(rng, "train", quiz.UNKNOWN)
-        category = self.categories[int(np.searchsorted(self.shares, rng.random(), side="right"))]
+        category = quiz.draw_category(rng, self.config.categories)
         if category in quiz.BEYOND and rng.random() < self.config.beyond:
             return quiz.draw_beyond(rng, category)
         return quiz.draw(rng, "train", category)

@@ -562,6 +562,14 @@ def _pick(rng: np.random.Generator, items: Sequence[_T]) -> _T:
     return items[int(rng.integers(len(items)))]
 
 
+def draw_category(rng: np.random.Generator, weights: Mapping[str, float] | None = None) -> str:
+    """A category of the world, as often as ``weights`` say; default: all alike."""
+    if weights is None:
+        return _pick(rng, CATEGORIES)
+    bounds = np.cumsum(list(weights.values()))
+    return list(weights)[int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))]
+
+
 def _sentence(text: str) -> str:
     """Raise the first letter of each sentence (and leave the rest: names keep their case)."""
     return re.sub(r"(^|[.!?] )([a-z])", lambda m: m.group(1) + m.group(2).upper(), text)
@@ -810,17 +818,10 @@ def sentences(
     For training recognizers and codecs on its language; words only. ``categories`` weighs those of
     the world; default: all alike.
     """
-    names = list(categories or CATEGORIES)
-    shares = None if categories is None else np.cumsum(list(categories.values()))
     rng = np.random.default_rng([seed, 4 if split == "train" else 5])
     said: list[str] = []
     while len(said) < n:
-        if rng.random() < 0.15:
-            category = UNKNOWN
-        elif shares is None:
-            category = _pick(rng, names)
-        else:
-            category = names[int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))]
+        category = UNKNOWN if rng.random() < 0.15 else draw_category(rng, categories)
         question = draw(rng, split, category)
         said.append(question.text if rng.random() < 0.6 else question.answer)
     return said

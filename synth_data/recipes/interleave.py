@@ -111,6 +111,8 @@ class QuestionsSource(BaseModel):
     kind: Literal["quiz"]
     documents: int = Field(gt=0)
     split: Literal["train", "heldout"] = "train"
+    categories: quiz.CategoryWeights | None = None
+    """Weights of the quiz categories; None weighs all alike."""
 
 
 Source = Annotated[DocumentsSource | SentencesSource | QuestionsSource, Field(discriminator="kind")]
@@ -320,7 +322,7 @@ def documents(part: Part, config: InterleaveRecipe) -> Iterator[Document | Dropp
     if isinstance(source, QuestionsSource):
         for name, number in zip(names, itertools.count(part.first)):
             rng = np.random.default_rng([config.seed, part.source, number, 1])
-            category = quiz.CATEGORIES[int(rng.integers(len(quiz.CATEGORIES)))]
+            category = quiz.draw_category(rng, source.categories)
             drawn = quiz.draw(rng, source.split, category)
             said = (spell_out(drawn.text), spell_out(drawn.answer))
             yield Document(name, said, "quiz", "Apache-2.0", human=False)

@@ -255,3 +255,13 @@ def test_weights_and_unknown_names() -> None:
 def test_sentences_are_seeded() -> None:
     assert quiz.sentences("train", 30, seed=1) == quiz.sentences("train", 30, seed=1)
     assert len(set(quiz.sentences("train", 300, seed=1))) > 200
+
+
+def test_a_part_of_the_world_is_spoken_about_as_often_as_weighed():
+    assert quiz.sentences("train", 50, 0) == quiz.sentences("train", 50, 0, None)
+    said = quiz.sentences("train", 400, 0, {"days": 3.0, "next_number": 1.0})
+    days = sum("day" in sentence.lower() for sentence in said)
+    assert 200 <= days <= 300 and not any("capital" in s and "city" in s for s in said)
+    rng = np.random.default_rng(0)
+    drawn = Counter(quiz.draw_category(rng, {"days": 3.0, "plus": 1.0}) for _ in range(400))
+    assert set(drawn) == {"days", "plus"} and 260 <= drawn["days"] <= 340
