@@ -50,6 +50,15 @@ class Codec(Protocol):
 
 AnyCodec = SpectralCodec | MimiCodec | EncodecCodec
 
+
+def coded_by(codec: Codec) -> tuple[float, ...] | None:
+    """The fingerprint of the speech tokenizer in a codec, by which its semantic codes can be told
+    from those of another; None where there is no such tokenizer.
+    """
+    tokenizer = getattr(codec, "tokenizer", None)
+    return tokenizer.fingerprint() if isinstance(tokenizer, SpeechTokenizer) else None
+
+
 Kind = Literal["spectral", "hf", "kyutai", "encodec"]
 """Whose format a codec's checkpoint is in: our own, Mimi's in either public one, or EnCodec's."""
 

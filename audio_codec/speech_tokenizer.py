@@ -549,6 +549,11 @@ def near(one: Sequence[float], other: Sequence[float]) -> bool:
     return math.dist(one, other) < 0.02 * math.hypot(*one)
 
 
+def same_coder(one: Sequence[float] | None, other: Sequence[float] | None) -> bool:
+    """Whether codes of two fingerprints may be of one tokenizer: so, unless both are known."""
+    return one is None or other is None or near(one, other)
+
+
 def encode_whole(tokenizer: SpeechTokenizer, pcm: Tensor) -> Tensor:
     """Codes [B, T] *of* a whole sound [B, 1, S], at the tokenizer's sample rate and in whole codes.
 

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from audio_codec.audio import FRAME_RATE
 from audio_codec.errors import UserError
+from audio_codec.speech_tokenizer import same_coder
 from speechlm.streams import ABSENT, BOS, EOS, EPAD, PAD, SPEECH, TEXT, Streams
 from speechlm.text_tokenizer import TextTokenizer
 from synth_data import shards
@@ -175,6 +176,11 @@ def check_codes(sample: shards.Sample, streams: Streams) -> None:
     if k > streams.k:
         raise UserError(
             f"sample '{sample.id}' has codes of {k} codebooks, but the model has {streams.k}."
+        )
+    if not same_coder(sample.coded_by, streams.coded_by):
+        raise UserError(
+            f"sample '{sample.id}' has semantic codes of another tokenizer than the model's codec: "
+            "make its shards anew with that codec."
         )
     for book, size in enumerate(streams.code_sizes[:k]):
         if sample.codes[:, book].size and (largest := int(sample.codes[:, book].max())) >= size:

@@ -56,6 +56,8 @@ class Streams(BaseModel):
     """Number of text pieces, special pieces included."""
     codebooks: tuple[tuple[PositiveInt, ...], ...]
     """For each codebook its factor sizes, as in `Codec.codebooks`."""
+    coded_by: tuple[float, ...] | None = None
+    """Fingerprint of the speech tokenizer that codebook 0 is of, where it is of one that has it."""
     heard: bool = True
     """Whether the transcript of the user is a stream of its own."""
     acoustic_delay: NonNegativeInt | tuple[NonNegativeInt, ...] = 1

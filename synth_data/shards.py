@@ -88,6 +88,8 @@ class Sample(BaseModel):
     """Sound, float32 [C, S] at 24 kHz."""
     codes: npt.NDArray[np.uint16] | None = Field(default=None, exclude=True, repr=False)
     """Codec codes, uint16 [C, K, T] at 12.5 frames a second."""
+    coded_by: tuple[float, ...] | None = None
+    """Fingerprint of the speech tokenizer that codebook 0 is of; None where it is of none."""
 
     @model_validator(mode="after")
     def _channels_agree(self) -> "Sample":

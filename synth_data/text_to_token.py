@@ -126,7 +126,9 @@ class TextToTokenConfig(ShapeConfig):
     length: tuple[float, float, float, float]
     """Expected frames a letter, a word, a mark and a text; see `fit_length`."""
     tokenizer: str = ""
-    """The tokenizer of the codes that it was trained on, by name."""
+    """The tokenizer of the codes that it was trained on, by name ..."""
+    coded_by: tuple[float, ...] | None = None
+    """... and by its fingerprint."""
 
 
 class GenerationConfig(BaseModel):
@@ -374,6 +376,12 @@ def kept_tokenizer(name: str, device: str) -> SpeechTokenizer:
     """A tokenizer that a worker process loads once and keeps."""
     tune_allocator()
     return load_tokenizer_of(name).to(device)
+
+
+@functools.cache
+def kept_fingerprint(name: str, device: str) -> tuple[float, ...]:
+    """That of `kept_tokenizer`."""
+    return kept_tokenizer(name, device).fingerprint()
 
 
 # --- Generation -----------------------------------------------------------------------------------

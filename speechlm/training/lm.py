@@ -39,7 +39,7 @@ from torch import Tensor
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import FRAME_RATE, SAMPLE_RATE
-from audio_codec.codec import load_codec
+from audio_codec.codec import coded_by, load_codec
 from audio_codec.errors import UserError
 from audio_codec.files import replacing
 from audio_codec.transformer import TransformerConfig
@@ -378,7 +378,8 @@ def build(
 
     It is made inside `scattered()`. Raises UserError when codec, losses and model disagree.
     """
-    codebooks = load_codec(config.codec).codebooks
+    codec = load_codec(config.codec)
+    codebooks = codec.codebooks
     if config.weights.user > 0 and not config.model.predicts_user:
         raise UserError(
             f"weights.user is {config.weights.user:g}, but the model does not predict the user's "
@@ -405,6 +406,7 @@ def build(
         streams = Streams(
             text_size=tokenizer.size,
             codebooks=codebooks,
+            coded_by=coded_by(codec),
             heard=shape.heard,
             acoustic_delay=shape.acoustic_delay,
         )

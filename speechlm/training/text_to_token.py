@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
 from audio_codec.errors import UserError
-from audio_codec.speech_tokenizer import SpeechTokenizer
+from audio_codec.speech_tokenizer import SpeechTokenizer, same_coder
 from speechlm.convert import load_speech_tokenizer_of
 from speechlm.training.run import OptimizerConfig, Run, RunConfig, clip_gradients
 from synth_data import shards
@@ -114,10 +114,16 @@ class Pair:
         return Pair(text, self.codes[begin:end], (), ())
 
 
-def load_pairs(folders: Sequence[Path], size: int, max_seconds: float) -> list[Pair]:
+def load_pairs(
+    folders: Sequence[Path],
+    size: int,
+    max_seconds: float,
+    tokenizer: tuple[float, ...] | None = None,
+) -> list[Pair]:
     """All pairs that fit, in the order of the shards.
 
-    Raises UserError where there is none, or codes of another tokenizer than one of `size` codes.
+    Raises UserError where there is none, or codes of another tokenizer than one of `size` codes
+    and, where it is known, this fingerprint.
     """
     found: list[Pair] = []
     for sample in (s for folder in folders for s in shards.read(folder, audio=False)):
@@ -128,6 +134,11 @@ def load_pairs(folders: Sequence[Path], size: int, max_seconds: float) -> list[P
                 f"sample '{sample.id}' has codes of shape {sample.codes.shape} up to "
                 f"{int(sample.codes.max())}; expected one channel and one codebook of {size}, as "
                 "speechlm synth pairs makes them with the tokenizer of this run."
+            )
+        if not same_coder(sample.coded_by, tokenizer):
+            raise UserError(
+                f"sample '{sample.id}' has codes of another tokenizer than this run's: make its "
+                "shards anew with speechlm synth pairs tokenizer=…"
             )
         tokens, words = tuple(tokenize(sample.text)), sample.words[0]
         if len(tokens) != len(words):
@@ -300,8 +311,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     transcribe(tokenizer, ())  # One that cannot read shows here, before the training.
     run = Run("text-to-token", config.run, config, resume)
     size, data = math.prod(tokenizer.codebook), config.data
-    pairs = load_pairs(data.train, size, data.max_seconds)
-    held_out = load_pairs(data.validation, size, data.max_seconds)
+    coder = tokenizer.fingerprint()
+    pairs = load_pairs(data.train, size, data.max_seconds, coder)
+    held_out = load_pairs(data.validation, size, data.max_seconds, coder)
     picks = np.random.default_rng(0).permutation(len(held_out))[: data.validation_pairs]
     held_out = [held_out[at] for at in sorted(picks)]
     # Of whole texts and of cut ones, in the shares in which they are learned.
@@ -312,6 +324,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         rate=tokenizer.rate,
         length=fit_length((pair.text, len(pair.codes)) for pair in sample),
         tokenizer=config.tokenizer,
+        coded_by=coder,
     )
     model = TextToToken(shape).to(run.device)
     tokenizer.to(run.device)

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
 from audio_codec.audio import normalize as normalize_level
-from audio_codec.codec import Codec, load_codec, locate
+from audio_codec.codec import Codec, coded_by, load_codec, locate
 from audio_codec.errors import UserError
 from audio_codec.precision import Precision, lowered, settle
 from synth_data import augment
@@ -342,6 +342,12 @@ def cached_codec(name: str, device: str) -> Codec:
 
 
 @functools.cache
+def coder(name: str, device: str) -> tuple[float, ...] | None:
+    """What `shards.Sample.coded_by` says of its codes."""
+    return coded_by(cached_codec(name, device))
+
+
+@functools.cache
 def _noises(folders: tuple[Path, ...]) -> tuple[npt.NDArray[np.float32], ...]:
     """Every clip of some noise shards, float32 [S] each."""
     return tuple(
@@ -487,5 +493,6 @@ def _cut(
             events=cut_events(talk.events, start, end),
             meta={"conversation": number, "start": start, "split": config.dialogue.split},
             codes=codes[:, :, first:last],
+            coded_by=coder(config.codec, config.device),
             pcm=pcm[:, first * FRAME_SIZE : last * FRAME_SIZE] if config.keep_sound else None,
         )

@@ -573,6 +573,7 @@ def _interleaved(part: Part, config: InterleaveRecipe) -> Iterator[Sample | Drop
                 "segments": [segment.model_dump() for segment in segments],
             },
             codes=row[None, None],
+            coded_by=model.config.coded_by,
         )
 
 

@@ -31,7 +31,7 @@ from synth_data.recipes.speech import (
     speak_lines,
 )
 from synth_data.shards import Sample
-from synth_data.text_to_token import kept_tokenizer, transcribe
+from synth_data.text_to_token import kept_fingerprint, kept_tokenizer, transcribe
 from synth_data.verify import wer
 
 
@@ -138,6 +138,7 @@ def _pairs(lines: Sequence[Line], config: PairsConfig) -> Iterator[Sample | Drop
     for sample, row, text in zip(heard, codes, read, strict=True):
         update = {
             "codes": row[None, None],
+            "coded_by": kept_fingerprint(config.tokenizer, config.device),
             "meta": {**sample.meta, "tokenizer": config.tokenizer},
         }
         if text is not None and config.drop_above is not None:

@@ -37,7 +37,7 @@ from audio_codec.precision import Precision, settle
 from synth_data.build import BuildReport, Dropped, run_shards
 from synth_data.dialogue import ASSISTANT, UNTRANSCRIBED, USER
 from synth_data.mixture import GuardConfig, Shares
-from synth_data.recipes.dialogues import cached_codec, encode_long
+from synth_data.recipes.dialogues import cached_codec, coder, encode_long
 from synth_data.shards import Folder, Sample
 from synth_data.text import normalize, spell_out
 from synth_data.tts import Word
@@ -227,4 +227,5 @@ def _samples(recordings: Sequence[_Recording], config: StereoConfig) -> Iterator
             seconds=pcm.shape[1] / SAMPLE_RATE,
             meta={UNTRANSCRIBED: [channel for channel, said in enumerate(words) if not said]},
             codes=encode_long(codec, pcm, config.precision),
+            coded_by=coder(config.codec, config.device),
         )

@@ -286,6 +286,14 @@ class TestConversations:
         narrow = Streams(text_size=TOKENIZER.size, codebooks=((6,), (5,)))
         with pytest.raises(UserError, match="3 codebooks, but the model has 2"):
             documents.spoken(wrong, narrow)
+        ours = streams_of().model_copy(update={"coded_by": (1.0, 2.0)})
+        for coded_by, fits in ((None, True), ((1.001, 2.0), True), ((2.0, 1.0), False)):
+            sample = sample_of(0).model_copy(update={"coded_by": coded_by})
+            if fits:
+                documents.encode_dialogue(sample, ours, TOKENIZER, PLAIN)
+                continue
+            with pytest.raises(UserError, match="semantic codes of another tokenizer"):
+                documents.encode_dialogue(sample, ours, TOKENIZER, PLAIN)
 
 
 # ------------------------------------------------------------------------------------ sources

@@ -205,3 +205,8 @@ def test_pairs_of_another_tokenizer_are_refused(made: Path, tmp_path: Path) -> N
         load_pairs([made / "shards"], 4, 10.0)
     with pytest.raises(UserError, match="no pair"):
         load_pairs([made / "shards"], 9, 0.01)
+    coded = [s.model_copy(update={"coded_by": (1.0, 2.0)}) for s in shards.read(made / "shards")]
+    shards.write(tmp_path / "coded-000000.tar", coded)
+    assert len(load_pairs([tmp_path], 9, 10.0, (1.001, 2.0))) == len(TEXTS)
+    with pytest.raises(UserError, match="codes of another tokenizer"):
+        load_pairs([tmp_path], 9, 10.0, (2.0, 1.0))

@@ -59,6 +59,7 @@ def test_pairs_are_the_speech_of_the_same_recipe(tokenizer: Path, tmp_path: Path
         again = tokenize(model, [sound.pcm[0]])[0]
         assert (again == pair.codes[0, 0]).mean() > 0.9
         assert pair.meta["tokenizer"] == str(tokenizer)
+        assert pair.coded_by == model.fingerprint()
 
 
 def test_an_interrupted_build_goes_on_to_the_same_bytes(tokenizer: Path, tmp_path: Path) -> None:
