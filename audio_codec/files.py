@@ -60,11 +60,16 @@ def replacing(path: str | Path | UPath) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in _NO_ROOM or error.filename in _names(temporary, path):
             raise UserError(f"Cannot write {path}: {error.strerror}.") from error
-        raise
+        raise  # of another file, which the body read
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _names(temporary: Path, path: Path) -> set[str | Path]:
+    """How an error may name the file that is written, or the folders made for it."""
+    return {temporary, path, *path.parents, str(temporary), str(path), *map(str, path.parents)}
 
 
 def temporary_pattern(name: str) -> str:

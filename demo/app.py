@@ -100,6 +100,7 @@ def launch(
         raise UserError(f"slots: {slots} is too few; choose 1 or more.")
     from speechlm import convert  # here: `create_app` also serves models that need none of it
 
+    server.listen(host, port).close()  # a taken address shows here, not after the model is loaded
     loaded = convert.load(model)
     card = read_card(checkpoint.resolve(model))
     with Engine(loaded, slots, name=model) as engine:

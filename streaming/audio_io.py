@@ -46,13 +46,21 @@ def sound_device() -> ModuleType:
 
 @contextmanager
 def open_microphone() -> Iterator[AsyncIterator[Pcm]]:
-    """The default microphone: an async iterator of pcm [480]. Raises UserError without one."""
+    """The default microphone: an async iterator of pcm [480]. Raises UserError without one.
+
+    What is taken from it more than a second late is lost from its beginning.
+    """
     device = sound_device()
     loop = asyncio.get_running_loop()
     blocks: asyncio.Queue[Pcm] = asyncio.Queue()
 
+    def arrive(block: Pcm) -> None:
+        blocks.put_nowait(block)
+        while blocks.qsize() * BLOCK > LONGEST:
+            blocks.get_nowait()
+
     def callback(data: Any, frames: int, time: Any, status: Any) -> None:
-        loop.call_soon_threadsafe(blocks.put_nowait, data[:, 0].copy())
+        loop.call_soon_threadsafe(arrive, data[:, 0].copy())
 
     async def iterate() -> AsyncIterator[Pcm]:
         while True:

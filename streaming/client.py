@@ -243,6 +243,9 @@ class Client:
         except TimeoutError as error:
             await self.close()
             raise ClientError(f"no handshake from {self.url} in {self.timeout:g} s") from error
+        except ConnectionClosed as error:
+            await self.close()
+            raise ClientError(f"{self.url}: {error} before its handshake") from error
         except BaseException:
             await self.close()
             raise
@@ -367,9 +370,13 @@ class Client:
 
 
 def _chat_url(url: str, audio_format: AudioFormat, params: SessionParams) -> str:
-    parts = urlsplit(url)
-    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
-    if scheme not in ("ws", "wss") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
+        right = scheme in ("ws", "wss") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is no number, of brackets that do not close
+        right = False
+    if not right:
         raise UserError(f"url={url!r} is not a server; write ws://host:port or wss://host:port.")
     query = dict(parse_qsl(parts.query))
     query |= {name: str(value) for name, value in params.given().items()}
@@ -494,9 +501,13 @@ async def converse(client: Client, microphone: AsyncIterator[Pcm], speaker: Spea
                 case _:
                     pass
 
-    tasks = [asyncio.create_task(send()), asyncio.create_task(receive())]
+    sending, receiving = tasks = [asyncio.create_task(send()), asyncio.create_task(receive())]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if sending in done and sending.exception() is not None:
+            # The server's reason, where it gave one, is among what it sent before it hung up.
+            said, _ = await asyncio.wait([receiving], timeout=1.0)
+            done = said or done
     finally:
         for task in tasks:
             task.cancel()

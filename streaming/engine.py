@@ -210,9 +210,14 @@ class ResponseMeter:
         return self.response_ms
 
     @property
+    def overlapped(self) -> bool:
+        """Whether the output was audible when the input ended, which leaves no time between."""
+        return self._overlapped
+
+    @property
     def response_ms(self) -> float | None:
-        """The response time in milliseconds, if input and output both were heard."""
-        if self.onset_at is None or self.voiced_at is None:
+        """The response time in milliseconds; None unless an answer began after the input's end."""
+        if self.onset_at is None or self.voiced_at is None or self._overlapped:
             return None
         return (self.onset_at - self.voiced_at) * 1000 / SAMPLE_RATE
 
@@ -351,7 +356,8 @@ class Session:
 
     def _ready(self) -> bool:
         """Whether the next step can take a frame: there is input, and room for the output."""
-        return bool(self._input) and len(self._output) < self._engine.queue_frames
+        room = len(self._output) < self._engine.queue_frames
+        return bool(self._input) and room and not self.paused
 
     def _signal(self) -> None:
         if self._loop is None:
@@ -445,11 +451,15 @@ class Session:
 
     def pause(self) -> None:
         """Let the conversation stand still; what is said meanwhile is dropped."""
-        self.paused = True
+        with self._lock:
+            self.paused = True
+            self._signal()  # who waits in `send` for room need not
 
     def resume(self) -> None:
         """Go on after `pause`."""
-        self.paused = False
+        with self._lock:
+            self.paused = False
+            self._lock.notify_all()
 
     def restart(self) -> None:
         """Forget the conversation and begin a new one, in the same slot, with the same seed."""
@@ -458,6 +468,7 @@ class Session:
             self._output.clear()
             self._filled = 0
             self._fresh = True
+            self._signal()  # there is room for input again
 
     def close(self) -> None:
         """Give the slot back; what it held is erased."""
@@ -716,7 +727,7 @@ def chat(
 
     The answer is over after `end_silence` seconds below −40 dBFS since speech began; at most
     `max_seconds` of silence follow the recording. Frames are computed one by one, as live, but
-    without waiting for the clock. An input window counts as voiced within 30 dB of the loudest one.
+    without waiting for the clock. Which input windows count as voiced says `voiced_level`.
     Raises UserError for an empty recording.
     """
     if not len(pcm):
@@ -725,18 +736,20 @@ def chat(
     core.warm_up()
     padded = np.zeros(math.ceil(len(pcm) / FRAME_SIZE) * FRAME_SIZE, np.float32)
     padded[: len(pcm)] = np.clip(pcm, -1, 1)
-    meter = ResponseMeter(voiced_dbfs=max(float(window_levels(padded).max()) - 30, -70))
+    meter = ResponseMeter(voiced_level(padded[: len(pcm)]))
     core.begin(0, replace(params or SessionParams(), seed=seed), meter)
     frames: list[Frame] = []
     quiet = 0.0  # seconds since the last audible output
+    spoken = False  # since the recording was over
     for start in range(0, len(padded) + round(max_seconds * SAMPLE_RATE), FRAME_SIZE):
         recorded = padded[start : start + FRAME_SIZE]
         over = not len(recorded)
-        if over and meter.onset_at is not None and quiet >= end_silence:
+        if over and (spoken or meter.onset_at is not None) and quiet >= end_silence:
             break
         frame = core.step({0: np.zeros(FRAME_SIZE, np.float32) if over else recorded})[0]
         frames.append(frame)
         heard = np.flatnonzero(audible(frame.pcm))
+        spoken = spoken or (over and heard.size > 0)
         windows = FRAME_SIZE // WINDOW
         quiet = (
             (windows - 1 - int(heard[-1])) * WINDOW / SAMPLE_RATE
@@ -746,6 +759,9 @@ def chat(
     stream = np.concatenate([frame.pcm for frame in frames])
     heard = np.flatnonzero(audible(stream))
     first, last = (heard[0], heard[-1] + 1) if heard.size else (0, len(stream) // WINDOW)
+    unmeasured = "the recording is silent" if meter.voiced_at is None else "no audible answer"
+    if meter.overlapped and heard.size:
+        unmeasured = "the answer began before the recording's last words"
     return Answer(
         pcm=stream[first * WINDOW : last * WINDOW],
         text="".join(frame.text for frame in frames).strip(),
@@ -758,12 +774,23 @@ def chat(
                 n=len(frames),
                 unit="ms",
             ),
-            "response_latency_ms": _metric(meter.response_ms, "ms", "no audible answer"),
+            "response_latency_ms": _metric(meter.response_ms, "ms", unmeasured),
             "answer_seconds": Metric(
                 int(last - first) * WINDOW / SAMPLE_RATE if heard.size else 0.0, unit="s"
             ),
         },
     )
+
+
+def voiced_level(pcm: Pcm) -> float:
+    """Level in dBFS above which a window of a recording [S] is somebody's voice.
+
+    That is within 30 dB of the loudest window and 8 dB above the quietest tenth of them, but not
+    above the 12 dB that speech without a pause keeps within.
+    """
+    levels = window_levels(pcm[: len(pcm) // WINDOW * WINDOW]) if len(pcm) >= WINDOW else dbfs(pcm)
+    peak, floor = float(np.max(levels)), float(np.percentile(levels, 10))
+    return max(min(max(peak - 30, floor + 8), peak - 12), -70.0)
 
 
 def pipeline_ms(model: FrameModel[Any], compute_ms: float) -> float:

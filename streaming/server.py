@@ -463,7 +463,8 @@ def run(
             ws_per_message_deflate=False,
             timeout_graceful_shutdown=5,
         )
-        print(f"listening on http://{host}:{listener.getsockname()[1]}", flush=True)
+        name = f"[{host}]" if ":" in host else host
+        print(f"listening on http://{name}:{listener.getsockname()[1]}", flush=True)
         DrainingServer(settings, engine, config.drain_seconds).run(sockets=[listener])
 
 
@@ -476,6 +477,7 @@ def serve(
     config: ServerConfig | None = None,
 ) -> None:
     """Load a model (a name, a folder, `hf://…`, or one in hand) and serve it; blocks."""
+    listen(host, port).close()  # a taken address shows here, not after the model is loaded
     name = model if isinstance(model, str) else type(model).__name__
     with Engine(_load(model) if isinstance(model, str) else model, slots, name=name) as engine:
         run(create_app(engine, config), engine, host, port, config)

@@ -125,6 +125,17 @@ def test_what_stood_there_survives_a_failed_write(tmp_path: Path) -> None:
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
 
 
+def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match="Cannot write /proc/none.json"),
+        replacing(Path("/proc/none.json")) as temporary,
+    ):
+        temporary.write_text("x")
+    # An error of what the body reads is its own.
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "a"):
+        (tmp_path / "missing").read_text()
+
+
 @given(
     rates=st.sampled_from([8_000, 16_000, 22_050, 24_000, 48_000]).flatmap(
         lambda a: st.tuples(st.just(a), st.sampled_from([8_000, 16_000, 24_000]))

@@ -129,6 +129,7 @@ def test_the_key_travels_in_the_header() -> None:
     [
         ([protocol.Handshake(), protocol.Error("I am tired")], 1000, ServerError, "I am tired"),
         ([protocol.Handshake()], 1006, ClientError, "code 1006"),
+        ([], 1013, ClientError, r"\(code 1013\) before its handshake"),
         ([protocol.Handshake(), b"\x02\xff"], 1000, ClientError, "broke the protocol"),
         ([protocol.Handshake(), b"\x01abc" * 9], 1000, ClientError, "not Ogg-Opus"),
     ],
@@ -156,7 +157,9 @@ def test_no_handshake_in_time() -> None:
         run_events(Mute(), timeout=0.05)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8998", "ftp://host", "ws://"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8998", "ftp://host", "ws://", "ws://host:abc", "ws://[::1", "ws://host:0"]
+)
 def test_bad_url_is_one_sentence(url: str) -> None:
     with pytest.raises(UserError, match="is not a server; write ws://host:port"):
         Client(url)
@@ -302,6 +305,10 @@ def test_microphone_and_speaker(sound_card: types.ModuleType) -> None:
             ear, mouth = FakeStream.opened
             ear.callback(np.full((480, 1), 0.5, np.float32), 480, None, None)
             assert (await anext(microphone)).tolist() == [0.5] * 480
+            for block in range(60):  # 1.2 s that nobody takes
+                ear.callback(np.full((480, 1), block, np.float32), 480, None, None)
+            await asyncio.sleep(0)
+            assert (await anext(microphone))[0] == 10  # the last second is kept
             speaker.play(np.ones(1920, np.float32))
             out = np.full((480, 1), 9, np.float32)
             mouth.callback(out, 480, None, None)

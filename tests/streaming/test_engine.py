@@ -27,7 +27,9 @@ from streaming.engine import (
     SessionEnded,
     Status,
     chat,
+    dbfs,
     pipeline_ms,
+    voiced_level,
 )
 from streaming.protocol import FRAME_SIZE, Pcm, SessionParams
 from streaming.testing import EchoModel, EchoOutput, EchoState
@@ -244,6 +246,38 @@ def test_restart_begins_from_silence_and_pause_drops() -> None:
     assert not frame.pcm.any()
 
 
+def test_a_pause_holds_back_what_waits_and_lets_a_sender_go() -> None:
+    async def run() -> None:
+        with Engine(EchoModel(), queue_frames=2) as engine:
+            session = engine.open(SessionParams(seed=0), loop=asyncio.get_running_loop())
+            sender = asyncio.create_task(session.send(noise(12)))
+            await asyncio.sleep(0.05)
+            session.pause()
+            await asyncio.wait_for(sender, 1)  # what found no room is dropped
+            held = session.queued_frames
+            for _ in range(2):
+                session.poll()
+            await asyncio.sleep(0.05)
+            assert session.queued_frames == held == 2 and session.poll() is None
+            session.resume()
+            assert (await asyncio.wait_for(session.receive(), 1)).index == 2
+
+    asyncio.run(run())
+
+
+def test_a_restart_lets_a_sender_go_on() -> None:
+    async def run() -> None:
+        with Engine(EchoModel(), queue_frames=2) as engine:
+            session = engine.open(loop=asyncio.get_running_loop())
+            sender = asyncio.create_task(session.send(noise(6)))
+            await asyncio.sleep(0.05)
+            assert not sender.done()
+            session.restart()
+            await asyncio.wait_for(sender, 1)
+
+    asyncio.run(run())
+
+
 def test_async_send_waits_for_room_and_receive_for_frames() -> None:
     async def run() -> Pcm:
         with Engine(EchoModel(), queue_frames=2) as engine:
@@ -352,6 +386,24 @@ def test_chat_measures_the_answer() -> None:
     assert answer.text == "gabcdefgab"
     assert answer.heard == "+" * 13
     assert answer.metrics["frame_ms_max"].n == 49
+
+
+def test_noise_under_a_recording_is_no_voice() -> None:
+    hiss = np.random.default_rng(0).normal(0, 0.02, 72_000).astype(np.float32)
+    recording = hiss + np.pad(tone(24_000), (0, 48_000))  # 25 dB louder, for the first second
+    answer = chat(Answering(wait=25, frames=10), recording)
+    latency = answer.metrics["response_latency_ms"].value
+    assert latency is not None and 26 * 80 - 1000 <= latency <= 26 * 80 - 1000 + 100
+    assert len(answer.stream) < 62 * FRAME_SIZE  # to the end of the recording and of the silence
+    assert voiced_level(tone(24_000)) < dbfs(tone(24_000))
+    assert voiced_level(np.zeros(24_000, np.float32)) == -70
+
+
+def test_an_answer_that_began_too_early_has_no_latency() -> None:
+    answer = chat(Answering(wait=5, frames=12), tone(24_000))
+    latency = answer.metrics["response_latency_ms"]
+    assert latency.value is None and latency.reason.startswith("the answer began before")
+    assert len(answer.stream) == (17 + 19) * FRAME_SIZE
 
 
 def test_chat_waits_no_longer_than_its_cap() -> None:
