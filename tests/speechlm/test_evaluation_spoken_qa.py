@@ -92,7 +92,7 @@ def test_who_asks_is_checked_before_anything_is_loaded():
 
 
 def test_voices_and_categories_are_chosen_by_name():
-    named = ["espeak:en-us@rate=150", "espeak:en-gb"]
+    named = ["espeak:en-us@rate=150", "espeak:en-gb-x-rp"]
     assert [str(voice) for voice in asking(named)] == named
     assert asking(["heldout"], ("espeak",)) == user_voices("heldout", ("espeak",))
     drawn = draw_questions(20, np.random.default_rng(0), ["days", "minus"])
