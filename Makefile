@@ -21,7 +21,7 @@ help:  ## this list
 setup: $(STAMP)  ## install the locked dependencies and the project into .venv
 
 $(STAMP): requirements.lock pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("speechlm needs Python 3.11 or newer: make setup PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("speechlm needs Python 3.11, 3.12 or 3.13: make setup PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(UV_INSTALL) $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND)) --requirement requirements.lock
@@ -51,8 +51,9 @@ test-all: setup  ## every test that this machine can run
 bench: setup  ## frame times on this machine
 	$(BIN)/speechlm bench
 
-# Each stage goes on where it stopped; a finished one is passed over.
-tiny: setup  ## the whole recipe from nothing at a reduced size, up to a spoken answer
+# Each stage goes on where it stopped; a finished one is passed over. It is asked about what it was
+# trained on, in wordings that it was not.
+tiny: setup  ## a smaller model from nothing, in runs/tiny, up to a spoken answer
 	$(BIN)/speechlm synth speech configs/synth/speech_tiny.yaml
 	$(BIN)/speechlm synth speech configs/synth/speech_tiny_heldout.yaml
 	$(BIN)/speechlm train tokenizer configs/tokenizer/tiny.yaml --resume
@@ -60,8 +61,11 @@ tiny: setup  ## the whole recipe from nothing at a reduced size, up to a spoken 
 	$(BIN)/speechlm synth dialogues configs/synth/dialogues_tiny.yaml
 	$(BIN)/speechlm train lm configs/lm/tiny.yaml --resume
 	$(BIN)/speechlm eval spoken-qa --model runs/tiny/lm/lm --questions 36 --unknown 8 --no-long \
-		--engine espeak --assistant espeak:en-us+f2@rate=150
-	$(BIN)/speechlm chat --model runs/tiny/lm/lm --input demo/static/examples/sum.mp3 --output runs/tiny/answer.wav
+		--voices espeak:en-us --voices espeak:en-gb-x-rp --voices espeak:en-us+m3 \
+		--category next_number --category numbers --category days --category months \
+		--assistant espeak:en-us+f2@rate=150
+	$(BIN)/speechlm synth inspect data/tiny/heldout --sample s1-0000004 --out runs/tiny
+	$(BIN)/speechlm chat --model runs/tiny/lm/lm --input runs/tiny/s1-0000004.wav --output runs/tiny/answer.wav
 
 # Hours on two cores; wants flite, and recordings and texts in ../shared/data. The shipped weights were
 # trained on over three releases with some values changed: their card.json says which.
@@ -87,7 +91,7 @@ define swept
 
 endef
 
-# After `shipped`; about four minutes a run.
+# After `shipped`; about four minutes a run on two cores with AMX.
 sweep: setup  ## tokenizers of many rates, look-aheads and codebooks, with their twins, compared
 	$(foreach shape,$(SHAPES),$(call swept,$(shape),model.$(shape))$(call swept,twin_$(shape),model.$(shape) unquantized=true))
 	$(foreach codebook,fsq_625 fsq_16807 vq_625 vq_4375,$(call swept,$(codebook),$($(codebook))))
@@ -95,7 +99,7 @@ sweep: setup  ## tokenizers of many rates, look-aheads and codebooks, with their
 		--json runs/sweep/scores.json
 
 # What torch's own metadata pins stays out, so that torch's CPU build brings none of it.
-lock: $(BIN)/uv  ## choose the newest versions that pyproject.toml allows
+lock: setup  ## choose the newest versions that pyproject.toml allows
 	$(BIN)/uv pip compile pyproject.toml --extra tts --extra dev --universal --python-version 3.11 \
 		--upgrade --quiet --no-header --no-emit-index-url --no-annotate \
 		| grep -vE '^(nvidia-|cuda-|triton|flash-attn)' > requirements.lock.tmp

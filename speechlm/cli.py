@@ -43,7 +43,7 @@ app.add_typer(scaling_app, name="scaling")
 
 Recipe = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[A.B=C]...", help="Values laid over the YAML's.")
+    list[str] | None, typer.Argument(metavar="A.B=C", help="Values laid over the YAML's.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
 ModelName = Annotated[
@@ -236,7 +236,7 @@ def bench(
 @bench_app.command("codec")
 def bench_codec(
     peers: Annotated[
-        list[str] | None, typer.Argument(metavar="[PEER]...", help="More to run against.")
+        list[str] | None, typer.Argument(metavar="PEER", help="More to run against.")
     ] = None,
     against: Annotated[
         list[str] | None, typer.Option("--against", metavar="PEER", help="encodec, mimi or both.")
@@ -266,7 +266,7 @@ def bench_train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[A.B=C]...",
+            metavar="A.B=C",
             help="Changes of its shape, as temporal.dim=2048; with --recipe, of the recipe.",
         ),
     ] = None,
@@ -276,7 +276,9 @@ def bench_train(
     model: ModelName = "tiny",
     recipe: Annotated[
         Path | None,
-        typer.Option(metavar="CONFIG", help="Train on the sources of this one; default: on noise."),
+        typer.Option(
+            metavar="CONFIG", show_default="noise", help="Train on the sources of this one."
+        ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 3,
     length: Annotated[int, typer.Option(min=1, help="Columns of a row.")] = 750,
@@ -324,7 +326,8 @@ def bench_synth(
         typer.Option("--text-to-token", metavar="FOLDER", help="A model to measure against TTS."),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Whose codes it speaks [default: it knows].")
+        str | None,
+        typer.Option("--tokenizer", show_default="it knows", help="Whose codes it speaks."),
     ] = None,
     decoder: Annotated[
         str | None, typer.Option("--decoder", help="A token decoder that speaks its codes again.")
@@ -403,13 +406,14 @@ def train_plan(
     config: Recipe,
     overrides: Overrides = None,
     device: Annotated[
-        str | None, typer.Option(help="A GPU by name, as H100 [default: this machine].")
+        str | None, typer.Option(show_default="this machine", help="A GPU by name, as H100.")
     ] = None,
     processes: Processes = 1,
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak to reach.")] = 0.4,
     price: Annotated[float | None, typer.Option(min=0, help="Of a device for an hour.")] = None,
     budget: Annotated[
-        float | None, typer.Option(min=1, help="FLOPs for the optimal size [default: this run's].")
+        float | None,
+        typer.Option(min=1, show_default="this run's", help="FLOPs for the optimal size."),
     ] = None,
     json: Json = None,
 ) -> None:
@@ -445,7 +449,9 @@ def train_samples(
 
 @scaling_app.command("fit")
 def scaling_fit(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders of the language model.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Run folders of the language model.")
+    ],
     metric: Annotated[str, typer.Option(help="The loss to fit.")] = "validation/loss",
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw it, as .svg or .png.")
@@ -538,7 +544,8 @@ def synth_stereo(config: Recipe, overrides: Overrides = None, ray: Ray = None) -
 def synth_inspect(
     shard: Annotated[str, typer.Argument(metavar="SHARD", help="A shard or a folder of them.")],
     sample: Annotated[
-        str | None, typer.Option("--sample", metavar="KEY", help="Which one [default: the first].")
+        str | None,
+        typer.Option("--sample", metavar="KEY", show_default="the first", help="Which one."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FOLDER", help="Its sound and a picture too.")
@@ -574,7 +581,7 @@ def synth_inspect(
 
 @synth_app.command("stats")
 def synth_stats(
-    shards: Annotated[list[str], typer.Argument(metavar="SHARDS...", help="Folders or shards.")],
+    shards: Annotated[list[str], typer.Argument(metavar="SHARDS", help="Folders or shards.")],
     against: Annotated[
         str | None,
         typer.Option("--against", metavar="SHARDS", help="What they were made from: how diverse?"),
@@ -630,7 +637,8 @@ def _measure(
 @eval_app.command("codec")
 def eval_codec(
     model: Annotated[
-        str | None, typer.Option("--model", help="Whose codec to measure [default: tiny].")
+        str | None,
+        typer.Option("--model", show_default="tiny", help="Whose codec to measure."),
     ] = None,
     codec: Annotated[
         list[str] | None,
@@ -650,7 +658,8 @@ def eval_codec(
         str | None,
         typer.Option(
             metavar="1,2,4|all",
-            help="Numbers of codebooks of the curve [default: 1,2,4,8,… and all of them].",
+            show_default="1,2,4,8,… and all of them",
+            help="Numbers of codebooks of the curve.",
         ),
     ] = None,
     report: Annotated[
@@ -673,7 +682,9 @@ def eval_codec(
 def eval_tokenizer(
     model: Annotated[
         str | None,
-        typer.Option("--model", help="Whose tokenizer to measure [default: tiny, or the sweep]."),
+        typer.Option(
+            "--model", show_default="tiny, or the sweep", help="Whose tokenizer to measure."
+        ),
     ] = None,
     twin: Annotated[
         str | None, typer.Option("--twin", help="Its twin: trained alike, with unquantized=true.")
@@ -721,7 +732,10 @@ def eval_tokenizer(
 
 
 Engines = Annotated[
-    list[str] | None, typer.Option("--engine", help="Whose voices ask; twice for two.")
+    list[str] | None,
+    typer.Option(
+        "--engine", show_default="espeak and flite", help="Whose voices ask; twice for two."
+    ),
 ]
 
 
@@ -736,14 +750,15 @@ def eval_spoken_qa(
     voices: Annotated[
         list[str] | None,
         typer.Option(
+            show_default="panel",
             help="Who asks: panel (ten known, two new), heldout (none known as it is), or a voice "
-            "as espeak:en-us; twice for two. [default: panel]"
+            "as espeak:en-us; twice for two.",
         ),
     ] = None,
     engine: Engines = None,
     category: Annotated[
         list[str] | None,
-        typer.Option("--category", help="What is asked about; twice for two. [default: all]"),
+        typer.Option("--category", show_default="all", help="What is asked about; twice for two."),
     ] = None,
     assistant: Annotated[str, typer.Option(help="The voice it was trained to have.")] = "flite:rms",
     recorded: Annotated[
@@ -752,6 +767,8 @@ def eval_spoken_qa(
 ) -> None:
     """Held-out spoken questions: is the answer right, as text and as sound?"""
     _check(json)
+    if engine and voices and not {"panel", "heldout"} & set(voices):
+        raise UserError("--engine chooses voices of panel and heldout; voices by name have theirs.")
     chosen: dict[str, Any] = {"categories": category} if category else {}
     metrics = _measure(
         "spoken-qa",
@@ -803,7 +820,7 @@ def merge(
 
 @app.command()
 def card(
-    scores: Annotated[list[Path], typer.Argument(help="Files written by --json.")],
+    scores: Annotated[list[Path], typer.Argument(metavar="FILE", help="Files written by --json.")],
     model: Annotated[Path, typer.Option("--model", help="A checkpoint folder.")],
 ) -> None:
     """Write measured scores into a checkpoint's card.json, each with its command and date."""

@@ -81,7 +81,26 @@ def test_every_recipe_builds(path: Path) -> None:
     assert kind, f"folder or name of {path} must begin with one of {', '.join(RECIPES)}"
     module, name = RECIPES[kind].split(":")
     model: type[BaseModel] = getattr(importlib.import_module(module), name)
-    assert isinstance(load_config(path, [], model), model)
+    config = load_config(path, [], model)
+    assert isinstance(config, model)
+    if kind == "lm" and "eval_every" in config.run.model_fields_set:
+        assert config.validation, "nothing is evaluated without"
+
+
+def test_what_a_recipe_reads_a_command_makes() -> None:
+    recipes = [path.read_text() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+    made = {
+        path
+        for text in [*recipes, (ROOT / "Makefile").read_text()]
+        for line in (r"^output: (\S+)", r"speechlm synth .*output=(\S+)", r"`(\S+)` is yours")
+        for path in re.findall(line, text, re.MULTILINE)
+    }
+    read = {
+        re.sub(r"/[^/]+\.(tar|jsonl)$", "", path)  # of a folder of shards, some
+        for text in recipes
+        for path in re.findall(r"(?<![\w/])data/(?:[\w./*-]|\[\d-\d\])+", re.sub(r"#.*", "", text))
+    }
+    assert len(read) > 20 and read - made == set()
 
 
 def test_configs_hold_yaml_alone() -> None:

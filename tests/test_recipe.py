@@ -87,7 +87,8 @@ def test_from_text_to_a_spoken_answer(root: Path, tmp_path: Path) -> None:
         measured.read_text()
     ).keys()
 
-    question = root / "demo" / "static" / "examples" / "sum.mp3"
+    speechlm(f"synth inspect {heldout} --sample s1-0000004 --out {tmp_path}")
+    question = tmp_path / "s1-0000004.wav"
     answer, report = tmp_path / "answer.wav", tmp_path / "chat.json"
     speechlm(f"chat --model {model} --input {question} --output {answer} --json {report}")
     content = json.loads(report.read_text())

@@ -156,21 +156,24 @@ def assign(
 def asking(
     voices: Sequence[str] = ("panel",), engines: tuple[str, ...] = ("espeak", "flite")
 ) -> list[Voice]:
-    """Who asks: `panel`, `heldout` (all of those voices), or voices by name.
+    """Who asks, each once: `panel`, `heldout` (all of those voices, by `engines`), voices by name.
 
     Raises UserError for an unknown voice, and as `user_voices` does.
     """
-    if list(voices) == ["panel"]:
-        return panel(engines)
-    if list(voices) == ["heldout"]:
-        return user_voices("heldout", engines)
+    found: list[Voice] = []
     for name in voices:
-        if ":" not in name:
+        if name == "panel":
+            found += panel(engines)
+        elif name == "heldout":
+            found += user_voices("heldout", engines)
+        elif ":" in name:
+            found.append(Voice.parse(name))
+        else:
             raise UserError(
                 f"voices '{name}' are unknown; choices: panel, heldout, or voices by name, "
                 "as 'espeak:en-us'."
             )
-    return [Voice.parse(name) for name in voices]
+    return [*dict.fromkeys(found)]
 
 
 def panel(engines: tuple[str, ...] = ("espeak", "flite")) -> list[Voice]:
@@ -404,7 +407,7 @@ def evaluate(
             as long as all else.
         slots: conversations at a time.
         voices: who asks, see `asking`.
-        engines: speech engines of the users' voices.
+        engines: speech engines of `panel` and `heldout`.
         categories: what is asked about.
         assistant: the voice of the reference answers.
         recorded: a data folder with recorded digits, of which 200 are put to the model.

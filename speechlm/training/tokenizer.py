@@ -96,7 +96,7 @@ class DataConfig(BaseModel):
     """Shard folders of noise clips, mixed under the speech beside white noise."""
     batch_seconds: float = Field(128.0, gt=0)
     """Sound in a batch, padding included."""
-    max_seconds: float = 12.0
+    max_seconds: float = Field(12.0, gt=0)
     """Longer utterances are left out."""
     validation_utterances: int = Field(200, gt=0)
 
@@ -117,19 +117,19 @@ class AugmentConfig(BaseModel):
     """In which a room's echo falls by 60 dB."""
     echo_db: tuple[float, float] = (-12.0, 0.0)
     """Energy of all of the echo beside that of the voice itself."""
-    noise_share: float = 0.5
+    noise_share: float = Field(0.5, ge=0, le=1)
     noise_db: tuple[float, float] = (5.0, 35.0)
     """Signal-to-noise ratio."""
-    band_share: float = 0.25
+    band_share: float = Field(0.25, ge=0, le=1)
     band_hz: tuple[float, float] = (3400.0, 8000.0)
     """Upper cut-off."""
-    delay_seconds: float = 0.24
+    delay_seconds: float = Field(0.24, ge=0)
     """Up to so much silence before an utterance, so that no phase of the frame is special."""
-    time_masks: int = 3
-    time_width: int = 24
+    time_masks: int = Field(3, ge=0)
+    time_width: int = Field(24, ge=0)
     """Widest mask, in mel frames of 10 ms."""
-    mel_masks: int = 2
-    mel_width: int = 16
+    mel_masks: int = Field(2, ge=0)
+    mel_width: int = Field(16, ge=0)
 
 
 class TrainConfig(BaseModel):
@@ -142,9 +142,9 @@ class TrainConfig(BaseModel):
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    quantize_from: float = 0.1
+    quantize_from: float = Field(0.1, ge=0, le=1)
     """Share of the steps in which every row bypasses the rounding."""
-    quantize_full: float = 0.3
+    quantize_full: float = Field(0.3, ge=0, le=1)
     """Share of the steps after which every row is quantized."""
     phones: float = Field(0.0, ge=0, lt=1)
     """Share of the loss that the two heads for phones have; the finished model is without them."""
@@ -172,6 +172,16 @@ class TrainConfig(BaseModel):
             raise ValueError("model needs ctc=true or a decoder: no head, no lesson")
         if self.model.whisper is not None and self.model.whisper.public_features:
             raise ValueError("model.whisper.public_features=true cannot be trained on: set false")
+        if self.augment.mel_width >= self.model.mels:
+            raise ValueError(
+                f"augment.mel_width is {self.augment.mel_width}: a mask must be narrower than "
+                f"model.mels, {self.model.mels}"
+            )
+        if self.quantize_from > self.quantize_full and not self.unquantized:
+            raise ValueError(
+                f"quantize_from is {self.quantize_from:g}, quantize_full {self.quantize_full:g}: "
+                "the first row must not be rounded later than all are"
+            )
         if self.init_from is not None and self.encoder_from is not None:
             raise ValueError("init_from and encoder_from both give the encoder: remove one")
         if self.model.bottleneck == "none":

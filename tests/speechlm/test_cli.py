@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from pydantic import BaseModel
 from small import small_codec
 
@@ -97,6 +99,25 @@ def test_the_fixed_commands_exist(run: Run, group: str, commands: list[str]) -> 
         status, out, _ = run(group, command, "--help")
         assert status == 0 and command in out
     assert run(group, "nonsense")[0] == 2
+
+
+def commands(group: Any) -> Iterator[Any]:
+    for command in group.commands.values():
+        yield from commands(command) if hasattr(command, "commands") else [command]
+
+
+def test_help_hides_nothing_as_markup(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in commands(typer.main.get_command(cli.app)):
+        for parameter in command.params:
+            shown = f"{getattr(parameter, 'help', '')} {parameter.metavar}"
+            assert "[" not in shown and "..." not in shown, (command.name, parameter.name)
+    monkeypatch.setenv("COLUMNS", "200")
+    out = run("eval", "spoken-qa", "--help")[1]
+    for default in ("300", "(panel)", "(espeak and flite)", "(all)", "flite:rms"):
+        assert f"[default: {default}]" in out
+    assert "[OPTIONS] {CONFIG} [A.B=C]...\n" in re.sub(
+        " +\n", "\n", run("train", "lm", "--help")[1]
+    )
 
 
 class Config(BaseModel):
@@ -265,6 +286,12 @@ def test_eval_writes_the_envelope_and_prints_the_table(
     if question == "spoken-qa":  # a card holds the scores of either way of asking
         run("eval", question, "--voices", "heldout", "--json", tmp_path / "c.json")
         assert json.loads((tmp_path / "c.json").read_text())["options"] == {"voices": "heldout"}
+        named = ("--voices", "espeak:en-us", "--engine", "espeak")
+        status, _, err = run("eval", question, *named)
+        assert status == 2 and err.startswith(
+            "speechlm: --engine chooses voices of panel and heldo"
+        )
+        assert run("eval", question, *named, "--voices", "panel")[0] == 0
     status, out, err = run("eval", question, "--model", "huge", "--json", tmp_path / "b.json")
     assert (status, out, err) == (2, "", "speechlm: There is no model 'huge'; shipped is tiny.\n")
     assert not (tmp_path / "b.json").exists()

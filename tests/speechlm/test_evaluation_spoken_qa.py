@@ -92,9 +92,10 @@ def test_who_asks_is_checked_before_anything_is_loaded():
 
 
 def test_voices_and_categories_are_chosen_by_name():
-    named = ["espeak:en-us@rate=150", "espeak:en-gb"]
+    named = ["espeak:en-us@rate=150", "espeak:en-gb-x-rp"]
     assert [str(voice) for voice in asking(named)] == named
     assert asking(["heldout"], ("espeak",)) == user_voices("heldout", ("espeak",))
+    assert asking(["panel", named[0], "panel"]) == [*panel(), Voice.parse(named[0])]
     drawn = draw_questions(20, np.random.default_rng(0), ["days", "minus"])
     assert Counter(question.category for question in drawn) == {"days": 10, "minus": 10}
     assert sum(question.fact_heldout for question in drawn if question.category == "minus") == 2

@@ -212,6 +212,22 @@ def test_a_twin_has_no_bottleneck_whatever_its_model_s(made: Path, tmp_path: Pat
         config(made, tmp_path, model={**SMALL, "bottleneck": "none"})
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"augment": {"noise_share": 1.5}}, "less than or equal to 1"),
+        ({"augment": {"time_masks": -1}}, "greater than or equal to 0"),
+        ({"augment": {"mel_width": 80}}, "mel_width is 80: a mask must be narrower"),
+        ({"quantize_from": 0.5}, r"quantize_from is 0\.5, quantize_full 0\.3: the first row"),
+    ],
+)
+def test_shares_and_widths_have_bounds(
+    made: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValidationError, match=said):
+        config(made, tmp_path, **changes)
+
+
 def test_the_card_counts_the_steps_that_were_done(made: Path, tmp_path: Path) -> None:
     path = training.train(config(made, tmp_path / "run", run={"steps": 50, "minutes": 1e-9}))
     card = checkpoints.load(path).card
