@@ -783,8 +783,11 @@ def eval_spoken_qa(
         assistant=assistant,
         recorded=recorded,
     )
-    asked = {"voices": ",".join(voices or ()), "categories": ",".join(category or ())}
-    unusual = {name: value for name, value in asked.items() if value not in ("", "panel")}
+    lists = {"voices": voices, "categories": category, "engines": engine}
+    asked: dict[str, Any] = {name: ",".join(names or ()) for name, names in lists.items()}
+    asked |= {"questions": questions, "unknown": unknown, "seed": seed}
+    usual = {"voices": "panel", "questions": 300, "unknown": 100, "seed": 0}
+    unusual = {name: value for name, value in asked.items() if value not in ("", usual.get(name))}
     _report("eval spoken-qa", metrics, json, **({"options": unusual} if unusual else {}))
 
 

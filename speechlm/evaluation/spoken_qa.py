@@ -119,7 +119,8 @@ def draw_questions(
     shares = {name: len(range(i, count, len(categories))) for i, name in enumerate(categories)}
     # Times tables are all trained, so that plus and minus carry the held-out half of all three.
     half = sum(shares.get(name, 0) for name in _ARITHMETIC) // 2
-    heldout = {"plus": (half + 1) // 2, "minus": half // 2}
+    bearers = [name for name in ("plus", "minus") if name in shares]
+    heldout = {name: len(range(i, half, len(bearers))) for i, name in enumerate(bearers)}
     drawn: dict[Question, None] = {}
     chosen: list[Question] = []
     for category, share in shares.items():
@@ -418,6 +419,7 @@ def evaluate(
             installed.
     """
     users = asking(voices, engines)
+    categories = list(dict.fromkeys(categories))
     for category in categories:
         if category not in CATEGORIES:
             raise UserError(f"category '{category}' is unknown; choices: {', '.join(CATEGORIES)}.")

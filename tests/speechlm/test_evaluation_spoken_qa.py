@@ -98,7 +98,7 @@ def test_voices_and_categories_are_chosen_by_name():
     assert asking(["panel", named[0], "panel"]) == [*panel(), Voice.parse(named[0])]
     drawn = draw_questions(20, np.random.default_rng(0), ["days", "minus"])
     assert Counter(question.category for question in drawn) == {"days": 10, "minus": 10}
-    assert sum(question.fact_heldout for question in drawn if question.category == "minus") == 2
+    assert sum(question.fact_heldout for question in drawn if question.category == "minus") == 5
 
 
 # --- How it is judged -----------------------------------------------------------------------------
