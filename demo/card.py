@@ -105,8 +105,10 @@ def _table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
             f"<td>{interval}</td><td>{count}</td></tr>"
         )
     return (
-        '<div class="scroll"><table><thead><tr><th scope="col">Measure</th><th scope="col">Value'
-        '</th><th scope="col">95% interval</th><th scope="col">n</th></tr></thead>'
+        # A region in the tab order: the keyboard, too, scrolls a table wider than the screen.
+        '<div class="scroll" role="region" aria-label="Measures" tabindex="0">'
+        '<table><thead><tr><th scope="col">Measure</th><th scope="col">Value</th>'
+        '<th scope="col">95% interval</th><th scope="col">n</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 

@@ -81,7 +81,9 @@ def talk_tab(static_url: str, directory: Path = EXAMPLES_DIR) -> gr.HTML:
         # import statically.
         js_on_load=(
             f'import(new URL("{static_url}/talk.js", document.baseURI))'
-            ".then(({ mount }) => mount(element));"
+            ".then(({ mount }) => mount(element), () => {"
+            ' element.querySelector(".state").textContent ='
+            ' "The page\'s script could not be loaded; reload the page."; });'
         ),
         apply_default_css=False,
         examples=examples,

@@ -24,11 +24,20 @@ const SAYS = {
 };
 const LIVE = new Set(["listening", "asking", "speaking"]);
 
+/** The state that shows an error of the client, by its code; "failed" shows any other. */
+const FAILS = { "microphone-refused": "refused", "no-microphone": "deaf", "server-full": "full" };
+
+/** Write only what changes: a screen reader speaks whatever is written. */
+function write(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
 /** The two-sided transcript: pieces of text in, turns out. */
 class Transcript {
-  constructor(list) {
-    this.list = list;
-    this.empty = list.firstElementChild;
+  constructor(log) {
+    this.log = log;
+    this.list = log.querySelector("ol");
+    this.empty = this.list.firstElementChild;
     this.clear();
   }
 
@@ -54,7 +63,7 @@ class Transcript {
     }
     turn.at = now;
     turn.text.append(turn.text.textContent ? piece : piece.trimStart());
-    this.list.scrollTop = this.list.scrollHeight;
+    this.log.scrollTop = this.log.scrollHeight;
   }
 
   begin(side) {
@@ -83,22 +92,26 @@ class TalkPage {
     this.figures = { latency: find(".latency"), response: find(".response") };
     this.startOver = find(".start-over");
     this.note = find(".note");
+    this.hint = this.note.textContent;
+    this.chips = find(".chips");
     this.transcript = new Transcript(find(".log"));
     this.client = null;
-    this.asking = 0; // recordings on their way to the model
+    this.asking = false; // a recording is on its way to the model
     this.soundAt = 0; // ms: when either side was last heard
     this.spokeAt = -Infinity; // ms: when the model was last heard
     this.attended = false; // a microphone is open
 
     this.orb.addEventListener("click", () => (this.client ? this.stop() : this.start(true)));
     this.startOver.addEventListener("click", () => this.clear());
-    for (const chip of root.querySelectorAll("[data-src]")) {
-      chip.addEventListener("click", () => this.askExample(chip));
-    }
+    this.chips.addEventListener("click", (event) => {
+      const chip = event.target.closest("[data-src]");
+      if (this.occupied) event.preventDefault(); // not even the choice of a file
+      else if (chip) this.ask(chip, () => fetchSound(chip.dataset.src));
+    });
     find("input[type=file]").addEventListener("change", ({ target }) => {
       const [file] = target.files;
       target.value = ""; // the same file may be chosen again
-      if (file) this.ask(file, target.closest(".chip"));
+      if (file) this.ask(target.closest(".chip"), () => file);
     });
     addEventListener("pagehide", () => this.stop());
     this.show("idle");
@@ -109,10 +122,20 @@ class TalkPage {
     const live = LIVE.has(state);
     this.root.dataset.state = state;
     this.root.toggleAttribute("data-live", live);
-    // Written only when it changes: a screen reader speaks whatever is written here.
-    if (this.stateLine.textContent !== message) this.stateLine.textContent = message;
-    this.orbLabel.textContent = live ? "Stop" : state === "connecting" ? "Cancel" : "Talk";
+    write(this.stateLine, message);
+    write(this.orbLabel, live ? "Stop" : state === "connecting" ? "Cancel" : "Talk");
     this.orb.toggleAttribute("data-busy", state === "connecting");
+    this.offerChips();
+  }
+
+  /** No recording may be asked now. */
+  get occupied() {
+    return this.asking || this.root.dataset.state === "connecting";
+  }
+
+  offerChips() {
+    // Not `disabled`, which would take the focus from the chip that was pressed.
+    this.chips.setAttribute("aria-disabled", this.occupied);
   }
 
   /** Open a conversation; true when it is live. */
@@ -121,23 +144,24 @@ class TalkPage {
     this.client = client;
     this.attended = microphone;
     this.soundAt = performance.now();
+    write(this.note, this.hint);
     this.show("connecting");
     const on = (type, act) =>
       client.addEventListener(type, ({ detail }) => {
         if (this.client === client) act(detail); // not what a closed call still had to say
       });
-    on("text", ({ text }) => this.write("model", text));
-    on("heard", ({ text }) => this.write("you", text));
+    on("text", ({ text }) => this.say("model", text));
+    on("heard", ({ text }) => this.say("you", text));
     on("level", (levels) => this.level(levels));
     on("latency", (measured) => this.latency(measured));
-    on("error", ({ message }) => this.fail(message));
+    on("error", (error) => this.fail(error));
     try {
       await client.connect({ microphone });
     } catch {
       return false; // told by the error event above, or stopped by hand
     }
     if (this.client !== client) return false;
-    this.show("listening");
+    this.show(this.asking ? "asking" : "listening");
     return true;
   }
 
@@ -149,17 +173,14 @@ class TalkPage {
   }
 
   /** Client and server each say what went wrong in one sentence; the usual ones are put plainer. */
-  fail(message) {
+  fail({ message, code }) {
     this.hangUp();
-    if (/NotAllowedError/.test(message)) this.show("refused");
-    else if (/no microphone/i.test(message)) this.show("deaf");
-    else if (/no free channels/i.test(message)) this.show("full");
-    else this.show("failed", message);
+    const state = FAILS[code] ?? "failed";
+    this.show(state, SAYS[state] ?? message);
   }
 
   hangUp() {
     this.client = null;
-    this.asking = 0;
     this.player?.pause();
     this.transcript.endTurns();
     this.setLevel("you", FLOOR_DB);
@@ -168,43 +189,43 @@ class TalkPage {
 
   clear() {
     this.transcript.clear();
+    // A disabled button loses the focus; the transcript is where one would look next.
+    if (document.activeElement === this.startOver) this.transcript.log.focus();
     this.startOver.disabled = true;
+    this.player?.pause();
     if (LIVE.has(this.root.dataset.state)) this.client.restart();
   }
 
-  async askExample(chip) {
-    const answer = await fetch(chip.dataset.src);
-    if (answer.ok) await this.ask(await answer.blob(), chip);
-    else this.note.textContent = `The example could not be fetched (${answer.status}).`;
-  }
-
-  /** Stream a recording in the microphone's place, and let the visitor hear it. */
-  async ask(recording, chip) {
-    if (this.asking || this.root.dataset.state === "connecting") return;
-    let pcm;
-    try {
-      pcm = await decode(recording);
-    } catch {
-      this.note.textContent = "That file holds no sound that this browser can read. Try another.";
-      return;
-    }
-    if (!this.client && !(await this.start(false))) return;
-    const client = this.client;
-    this.asking += 1;
+  /** Stream the recording that `open` gives in the microphone's place, and let the visitor hear it. */
+  async ask(chip, open) {
+    if (this.occupied) return;
+    const { client } = this;
+    let url;
+    this.asking = true;
     chip.setAttribute("aria-busy", "true");
-    this.show("asking");
-    this.player = new Audio(URL.createObjectURL(recording));
-    this.player.volume = 0.6;
-    this.player.play().catch(() => {}); // to hear it is a courtesy: what is sent does not depend on it
-    await client.feed(pcm, RATE);
-    URL.revokeObjectURL(this.player.src);
-    chip.removeAttribute("aria-busy");
-    if (this.client !== client) return;
-    this.asking -= 1;
-    this.show("listening");
+    write(this.note, this.hint);
+    this.offerChips();
+    try {
+      const recording = await open();
+      const pcm = await decode(recording);
+      if (this.client !== client) return; // stopped, or begun, by hand meanwhile
+      if (!client && !(await this.start(false))) return;
+      url = URL.createObjectURL(recording);
+      this.player = new Audio(url);
+      this.player.volume = 0.6;
+      this.player.play().catch(() => {}); // to hear it is a courtesy: what is sent does not depend on it
+      await this.client.feed(pcm, RATE);
+    } catch ({ message }) {
+      write(this.note, message);
+    } finally {
+      if (url) URL.revokeObjectURL(url);
+      chip.removeAttribute("aria-busy");
+      this.asking = false;
+      this.offerChips();
+    }
   }
 
-  write(side, piece) {
+  say(side, piece) {
     this.transcript.add(side, piece);
     this.startOver.disabled = false;
   }
@@ -224,7 +245,9 @@ class TalkPage {
   setLevel(side, dbfs) {
     const level = Math.min(1, Math.max(0, 1 - dbfs / FLOOR_DB));
     this.root.style.setProperty(`--${side}-level`, level.toFixed(3));
-    this.bars[side].setAttribute("aria-valuenow", Math.round(Math.max(FLOOR_DB, dbfs)));
+    const shown = Math.round(Math.max(FLOOR_DB, dbfs));
+    this.bars[side].setAttribute("aria-valuenow", shown);
+    this.bars[side].setAttribute("aria-valuetext", `${shown} dB`.replace("-", "−"));
   }
 
   latency({ pipeline_ms, response_ms }) {
@@ -233,10 +256,19 @@ class TalkPage {
   }
 }
 
+/** The sound of an example, as a Blob. */
+async function fetchSound(url) {
+  const answer = await fetch(url).catch(() => null);
+  if (answer?.ok) return answer.blob();
+  throw new Error(`The example could not be fetched (${answer?.status ?? "no answer"}).`);
+}
+
 /** Any sound file that the browser reads → mono Float32Array at the wire's rate. */
 async function decode(recording) {
   const offline = new OfflineAudioContext(1, 1, RATE); // decodes to its own rate
-  const sound = await offline.decodeAudioData(await recording.arrayBuffer());
+  const sound = await offline.decodeAudioData(await recording.arrayBuffer()).catch(() => {
+    throw new Error("That file holds no sound that this browser can read. Try another.");
+  });
   const pcm = new Float32Array(sound.length);
   for (let channel = 0; channel < sound.numberOfChannels; channel++) {
     const samples = sound.getChannelData(channel);

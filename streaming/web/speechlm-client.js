@@ -14,7 +14,8 @@
 //   level    {input, output}            dBFS over 40 ms, 25 times a second, measured in the page
 //   latency  {response_ms}              last voiced input → first audible output, in the page; and
 //            {compute_ms, queue_ms, pipeline_ms, playout_ms}   as the server measures them
-//   error    {message}                  one sentence; the connection is then closed
+//   error    {message, code}            one sentence; the connection is then closed. The code is
+//            "microphone-refused", "no-microphone", "server-full", or undefined for the unusual
 //   metadata {…}                        any other JSON the server sends
 
 import { resample } from "./resampler.js";
@@ -24,6 +25,11 @@ const KIND = { handshake: 0, audio: 1, text: 2, control: 3, metadata: 4, error: 
 const ACTION = { start: 0, endTurn: 1, pause: 2, restart: 3 };
 const CONNECT_MS = 10_000;
 const SILENT_MS = 20_000; // the server pings more often than this
+const TRY_LATER = 1013; // the WebSocket's close code of a full server
+
+/** An Error with the code of the error event that tells of it. */
+const coded = (message, code) => Object.assign(new Error(message), { code });
+const stop = (stream) => stream?.getTracks().forEach((track) => track.stop());
 
 /** Samples of a chunk of bytes, for bytes cut anywhere. */
 class PcmDecoder {
@@ -100,23 +106,39 @@ export class SpeechClient extends EventTarget {
    * Opens sound and server; resolves when the conversation is live. Call it inside a click.
    * @param {object} [options]
    * @param {boolean} [options.microphone] false: silence is sent until something is fed
-   * @throws {Error} when the microphone or the server says no; nothing is left open then
+   * @throws {Error} when the microphone or the server says no, or close() is called meanwhile;
+   *   nothing is left open then
    */
   async connect({ microphone = true } = {}) {
     if (this.#state === "connecting" || this.#state === "live") {
       throw new Error(`connect() needs an idle or closed client; this one is ${this.#state}.`);
     }
     this.#enter("connecting");
+    let context = null;
+    let stream = null;
+    // close() may come during any of the waits, and even another connect() after it.
+    const check = () => {
+      if (this.#context === context) return;
+      stop(stream);
+      throw new Error("The client was closed while it connected.");
+    };
     try {
       // Created first and in the caller's task: a browser lets it sound only inside a user gesture.
-      this.#context = new AudioContext({ latencyHint: "interactive" });
-      const running = this.#context.resume();
-      if (microphone) this.#stream = await this.#openMicrophone();
-      await this.#openAudio();
+      context = this.#context = new AudioContext({ latencyHint: "interactive" });
+      const running = context.resume();
+      running.catch(() => {}); // waited for below, unless something else fails first
+      if (microphone) stream = await this.#openMicrophone();
+      check();
+      this.#stream = stream;
+      await context.audioWorklet.addModule(new URL("./speechlm-worklet.js", import.meta.url));
+      check();
+      this.#openAudio();
       await this.#openSocket();
-      await running;
+      await this.#started(running);
+      check();
     } catch (error) {
-      this.#fail(error.message);
+      check();
+      this.#fail(error.message, error.code);
       throw error;
     }
     this.#enter("live");
@@ -137,7 +159,8 @@ export class SpeechClient extends EventTarget {
     return new Promise((resolve) => this.#feeds.set(id, resolve));
   }
 
-  /** Forgets the conversation so far and begins a new one on the same connection. */
+  /** Forgets the conversation so far, and what is left of a recording that is being fed, and begins
+   * a new one on the same connection. */
   restart() {
     this.#control("restart");
     this.#node?.port.postMessage({ type: "flush" });
@@ -157,7 +180,7 @@ export class SpeechClient extends EventTarget {
     clearTimeout(this.#watchdog);
     for (const resolve of this.#feeds.values()) resolve();
     this.#feeds.clear();
-    this.#stream?.getTracks().forEach((track) => track.stop());
+    stop(this.#stream);
     this.#node?.port.postMessage({ type: "close" });
     this.#node?.disconnect();
     if (this.#context && this.#context.state !== "closed") this.#context.close();
@@ -177,9 +200,9 @@ export class SpeechClient extends EventTarget {
     this.dispatchEvent(new CustomEvent(type, { detail }));
   }
 
-  #fail(message) {
+  #fail(message, code) {
     if (this.#state === "closed" || this.#state === "idle") return;
-    this.#emit("error", { message });
+    this.#emit("error", { message, code });
     this.close();
   }
 
@@ -198,17 +221,17 @@ export class SpeechClient extends EventTarget {
         audio: { channelCount: 1, echoCancellation: true, noiseSuppression: true, autoGainControl: true },
       });
     } catch (error) {
-      throw new Error(
-        error.name === "NotFoundError"
-          ? "No microphone was found; connect one, or feed a recording."
-          : `The microphone could not be opened (${error.name}); allow it in the browser, or feed a recording.`,
+      if (error.name === "NotFoundError") {
+        throw coded("No microphone was found; connect one, or feed a recording.", "no-microphone");
+      }
+      throw coded(
+        `The microphone could not be opened (${error.name}); allow it in the browser, or feed a recording.`,
+        error.name === "NotAllowedError" ? "microphone-refused" : undefined,
       );
     }
   }
 
-  async #openAudio() {
-    await this.#context.audioWorklet.addModule(new URL("./speechlm-worklet.js", import.meta.url));
-    if (!this.#context) throw new Error("The client was closed while it connected.");
+  #openAudio() {
     this.#node = new AudioWorkletNode(this.#context, "speechlm", {
       numberOfInputs: 1,
       numberOfOutputs: 1,
@@ -221,6 +244,15 @@ export class SpeechClient extends EventTarget {
     this.#node.onprocessorerror = () => this.#fail("The browser's audio thread stopped.");
     this.#node.connect(this.#context.destination);
     if (this.#stream) this.#context.createMediaStreamSource(this.#stream).connect(this.#node);
+  }
+
+  /** Waits for the sound to run; outside a user gesture it may never do so. */
+  #started(running) {
+    const late = new Promise((_, reject) => {
+      const message = "The browser does not let the page sound; call connect() inside a click.";
+      setTimeout(() => reject(new Error(message)), CONNECT_MS);
+    });
+    return Promise.race([running, late]);
   }
 
   /** Resolves when the server has said which session this is. */
@@ -247,10 +279,10 @@ export class SpeechClient extends EventTarget {
       };
       socket.onclose = ({ code }) => {
         clearTimeout(timer);
-        if (socket !== this.#socket) return; // closed from this side
+        if (socket !== this.#socket) return reject(); // closed from this side, as connect() will say
         const message = refused || `The connection to ${this.url.host} was closed (code ${code}).`;
         if (this.#state === "live") this.#fail(message);
-        else reject(new Error(message));
+        else reject(coded(message, code === TRY_LATER ? "server-full" : undefined));
       };
     });
   }

@@ -138,7 +138,7 @@ class SpeechProcessor extends AudioWorkletProcessor {
     this.port.onmessage = ({ data }) => {
       if (data.type === "play") this.jitter.push(data.pcm);
       else if (data.type === "feed") this.feed.push({ pcm: data.pcm, offset: 0, id: data.id });
-      else if (data.type === "flush") this.jitter.clear();
+      else if (data.type === "flush") this.flush();
       else if (data.type === "close") this.open = false;
     };
   }
@@ -173,6 +173,13 @@ class SpeechProcessor extends AudioWorkletProcessor {
       this.port.postMessage({ type: "fed", id: next.id });
     }
     return x;
+  }
+
+  /** Drops what waits to be played and what waits to be sent. */
+  flush() {
+    this.jitter.clear();
+    for (const { id } of this.feed) this.port.postMessage({ type: "fed", id });
+    this.feed = [];
   }
 
   send() {

@@ -44,6 +44,11 @@ def test_metrics_become_a_table_with_their_interval() -> None:
         assert text in outline.text
 
 
+def test_a_wide_table_is_scrolled_by_keyboard() -> None:
+    html = render({"scores": {"spoken_qa": {"s2t_accuracy": METRIC}}})
+    assert '<div class="scroll" role="region" aria-label="Measures" tabindex="0">' in html
+
+
 def test_a_metric_that_was_not_measured_shows_a_dash() -> None:
     metric = {"value": None, "low": None, "high": None, "n": None, "unit": ""}
     assert "–" in Outline(render({"scores": {"pesq": metric}})).text

@@ -109,9 +109,13 @@ def test_speak_and_be_answered(page: Page, origin: str) -> None:
     page.get_by_role("button", name="Stop").click()
     wait_for_state(page, "idle")
     assert page.get_by_role("meter", name="Model").get_attribute("aria-valuenow") == "-60"
-    page.get_by_role("button", name="Start over").click()
+    assert page.get_by_role("meter", name="Model").get_attribute("aria-valuetext") == "−60 dB"
+    log = page.get_by_role("log", name="Transcript")
+    assert log.get_by_role("list").get_by_role("listitem").count() >= 2
+    page.get_by_role("button", name="Start over").press("Enter")
     assert page.locator(".turn").count() == 0
     assert page.locator(".log .empty").is_visible()
+    assert log.evaluate("log => log === document.activeElement")  # the button has gone
 
 
 def test_an_example_needs_no_microphone(page: Page, origin: str) -> None:
@@ -124,6 +128,37 @@ def test_an_example_needs_no_microphone(page: Page, origin: str) -> None:
     page.get_by_role("button", name="Stop").click()
     wait_for_state(page, "idle")
     assert page.locator(".turn.model .text").first.inner_text().strip()
+
+
+def test_one_question_at_a_time(page: Page, origin: str) -> None:
+    open_page(page, origin)
+    asked = page.evaluate(
+        """
+        () => {
+          const chips = [...document.querySelectorAll("[data-src]")].slice(0, 2);
+          for (const chip of chips) chip.click();
+          return [...chips.map((chip) => chip.ariaBusy), chips[1].parentElement.ariaDisabled];
+        }
+        """
+    )
+    assert asked == ["true", None, "true"]
+    wait_for_state(page, "asking", "speaking")
+    page.wait_for_selector(".chips[aria-disabled=false]")
+
+
+def test_what_cannot_be_fetched_is_said(page: Page, origin: str) -> None:
+    open_page(page, origin)
+    page.route("**/*.mp3", lambda route: route.abort())
+    chip = page.get_by_role("button", name=EXAMPLES[0].text)
+    chip.click()
+    page.wait_for_function("document.querySelector('.note').textContent.includes('no answer')")
+    assert chip.is_enabled()
+    page.get_by_role("button", name="Talk").click()
+    page.wait_for_function("document.querySelector('.note').textContent.startsWith('No micro')")
+    second = page.context.new_page()
+    second.route("**/talk.js", lambda route: route.abort())
+    second.goto(origin)
+    second.get_by_text("The page's script could not be loaded; reload the page.").wait_for()
 
 
 def test_a_recording_is_handed_over(page: Page, origin: str, tmp_path: Path) -> None:

@@ -153,19 +153,82 @@ def test_a_full_server_is_an_error_event(page: Page) -> None:
           const first = new SpeechClient();
           const second = new SpeechClient();
           const told = [];
-          second.addEventListener("error", ({ detail }) => told.push(detail.message));
+          second.addEventListener("error", ({ detail }) => told.push(detail));
           await first.connect({ microphone: false });
-          const thrown = await second.connect({ microphone: false }).catch((e) => e.message);
+          const thrown = await second
+            .connect({ microphone: false })
+            .catch(({ message, code }) => ({ message, code }));
           const early = (() => { try { second.feed(new Float32Array(9)); } catch (e) { return e.message; } })();
           first.close();
           return { thrown, told, early, states: [first.state, second.state] };
         }
         """  # noqa: E501
     )
-    assert "no free channels" in outcome["thrown"]
+    assert "no free channels" in outcome["thrown"]["message"]
+    assert outcome["thrown"]["code"] == "server-full"
     assert outcome["told"] == [outcome["thrown"]]
     assert "needs a live client; this one is closed" in outcome["early"]
     assert outcome["states"] == ["closed", "closed"]
+
+
+def test_closed_while_the_microphone_is_asked_for(page: Page) -> None:
+    outcome = page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          const { stream } = new AudioContext().createMediaStreamDestination();
+          let allow;
+          navigator.mediaDevices.getUserMedia = () =>
+            new Promise((resolve) => { allow = () => resolve(stream); });
+          const client = new SpeechClient();
+          const thrown = client.connect().catch((e) => e.message);
+          client.close();
+          allow();
+          return { thrown: await thrown, track: stream.getTracks()[0].readyState };
+        }
+        """
+    )
+    assert outcome == {"thrown": "The client was closed while it connected.", "track": "ended"}
+
+
+def test_closed_while_the_server_is_asked(page: Page) -> None:
+    thrown = page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          const client = new SpeechClient();
+          window.WebSocket = class extends WebSocket {
+            constructor(url) {
+              super(url);
+              setTimeout(() => client.close());
+            }
+          };
+          const late = new Promise((resolve) => setTimeout(resolve, 5000, "nothing"));
+          const thrown = client.connect({ microphone: false }).catch((e) => e.message);
+          return Promise.race([thrown, late]);
+        }
+        """
+    )
+    assert thrown == "The client was closed while it connected."
+
+
+def test_restart_drops_the_rest_of_a_recording(page: Page) -> None:
+    dropped = page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          const client = new SpeechClient();
+          await client.connect({ microphone: false });
+          const fed = client.feed(new Float32Array(60 * 24000)).then(() => true);
+          client.restart();
+          const late = new Promise((resolve) => setTimeout(resolve, 5000, false));
+          const dropped = await Promise.race([fed, late]);
+          client.close();
+          return dropped;
+        }
+        """
+    )
+    assert dropped
 
 
 @pytest.mark.parametrize(
