@@ -24,6 +24,7 @@ const RATE = 24000;
 const KIND = { handshake: 0, audio: 1, text: 2, control: 3, metadata: 4, error: 5, ping: 6, coloredText: 7 };
 const ACTION = { start: 0, endTurn: 1, pause: 2, restart: 3 };
 const CONNECT_MS = 10_000;
+const BACKLOG = 13; // pieces of 40 ms that may wait to be sent, half a second
 const SILENT_MS = 20_000; // the server pings more often than this
 const TRY_LATER = 1013; // the WebSocket's close code of a full server
 
@@ -297,7 +298,10 @@ export class SpeechClient extends EventTarget {
       this.#playout = data.buffered;
       this.#emit("level", { input: data.input, output: data.output });
       if (this.#state === "live" && this.#socket.readyState === WebSocket.OPEN) {
-        this.#socket.send(audioMessage(data.pcm, this.format));
+        const message = audioMessage(data.pcm, this.format);
+        // A server that cannot keep up must not fall behind for ever: what finds no room is lost.
+        const backlog = this.#socket.bufferedAmount / message.length; // in pieces of 40 ms
+        if (backlog < BACKLOG) this.#socket.send(message);
       }
     } else if (data.type === "response") {
       this.#emit("latency", { response_ms: data.ms + 1000 * (this.#context?.outputLatency ?? 0) });
