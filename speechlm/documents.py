@@ -304,13 +304,21 @@ def laid_over(
 
     What a model knows where no sound is, it need not know where there is some: all codes of a
     column are embedded into one vector with its text.
+
+    With more codes than the document has columns it begins in the middle of them: not with a start
+    column, from which every real conversation begins. Else short documents that lie over sound
+    would say of all beginnings that sound and text have nothing to do with each other.
     """
     columns = document.columns.copy()
+    before = codes.shape[2] - document.weights.shape[1]
     for role, over in zip(sides, codes, strict=True):
         side = streams.own if role == "own" else streams.user
         frames = np.full((streams.count, over.shape[1]), ABSENT, np.int32)
         frames[side] = over
-        columns[side] = _assemble(streams, frames)[side]
+        columns[side] = _assemble(streams, frames)[side, before:]
+    if before:
+        texts = [streams.text_index, *([streams.heard_index] if streams.heard else [])]
+        columns[texts, 0] = PAD
     return replace(document, columns=columns)
 
 

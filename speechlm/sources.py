@@ -51,7 +51,7 @@ from speechlm.documents import (
     spoken,
     tts_document,
 )
-from speechlm.streams import Streams
+from speechlm.streams import EPAD, PAD, Streams
 from speechlm.text_tokenizer import TextTokenizer
 from synth_data import quiz, shards
 from synth_data.dialogue import ASSISTANT
@@ -526,10 +526,14 @@ class _Quiz:
             turns, self.streams, self.tokenizer, self.weights, pace if paced else None
         )
         if self.sound is not None:
-            codes = self.sound.talk(rng, made.weights.shape[1])
+            before = 1 + self.streams.longest_delay
+            codes = self.sound.talk(rng, before + made.weights.shape[1])
             made = laid_over(made, self.streams, codes, ("own", "user"))
             if self.streams.heard:
                 made.weights[self.streams.heard_index] = 0  # nobody can hear it in that
+            # Nor when to speak: what is said is learned here, turns are where sound and text agree.
+            text = self.streams.text_index
+            made.weights[text][np.isin(made.columns[text, 1:], (PAD, EPAD))] = 0
         return replace(made, name=" ".join(question for question, _ in turns))
 
     def _draw(self, rng: np.random.Generator) -> quiz.Question:

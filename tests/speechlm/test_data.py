@@ -326,11 +326,17 @@ class TestSoundBelow:
         for number in range(6):
             before, after = one.document(0, number), other.document(0, number)
             texts = [streams.text_index, streams.heard_index]
-            assert (before.columns[texts] == after.columns[texts]).all()
-            assert (before.weights[streams.text_index] == after.weights[streams.text_index]).all()
+            assert (before.columns[texts, 1:] == after.columns[texts, 1:]).all()
+            # It does not begin where conversations do, but in the middle of one.
+            sides = np.r_[streams.own, streams.user]
+            assert (after.columns[texts, 0] == PAD).all()
+            assert (after.columns[sides] < np.array(streams.sizes)[sides, None]).all()
+            text = streams.text_index
+            pieces = ~np.isin(before.columns[text, 1:], (PAD, EPAD))
+            assert (after.weights[text] == before.weights[text] * pieces).all() and pieces.any()
             assert not after.weights[1:].any()  # no code and no transcript is learned
             assert after.whole and (after.columns[streams.own][0, 1:] >= 0).all()
-            semantic = after.columns[[streams.own.start, streams.user.start], 1:]
+            semantic = after.columns[[streams.own.start, streams.user.start]]
             many = semantic.shape[1]
             assert any(
                 (talk[:, 0, at : at + many] == semantic).all()
