@@ -18,6 +18,7 @@ from audio_codec.errors import UserError
 from audio_codec.files import check_writable
 
 if TYPE_CHECKING:
+    from audio_codec.checkpoint import StoredType
     from audio_codec.transcode import Direction
     from speechlm.evaluation.report import Metric
     from synth_data.build import BuildReport
@@ -811,14 +812,33 @@ def merge(
     dtype: Annotated[str, typer.Option(help="How it is stored: fp32, bf16 or int8.")] = "bf16",
 ) -> None:
     """Add a LoRA adapter to its base: one checkpoint, as fast as the base."""
+    from speechlm import convert
+
+    print(convert.merge_adapter(adapter, output, _stored(dtype)))
+
+
+def _stored(dtype: str) -> StoredType:
     from typing import get_args
 
     from audio_codec.checkpoint import StoredType
-    from speechlm import convert
 
     if dtype not in get_args(StoredType):
         raise UserError(f"--dtype is {dtype}; choices: {', '.join(get_args(StoredType))}.")
-    print(convert.merge_adapter(adapter, output, cast("StoredType", dtype)))
+    return cast("StoredType", dtype)
+
+
+@app.command()
+def average(
+    one: Annotated[str, typer.Argument(metavar="ONE", help="A model, by name or folder.")],
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="Another of the same shape.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new checkpoint.")],
+    share: Annotated[float, typer.Option(help="How far to go from ONE to OTHER, 0 to 1.")] = 0.5,
+    dtype: Annotated[str, typer.Option(help="How it is stored: fp32, bf16 or int8.")] = "bf16",
+) -> None:
+    """Weights between a model's and those it was trained on to: often the best of both."""
+    from speechlm import convert
+
+    print(convert.average(one, other, output, share, _stored(dtype)))
 
 
 @app.command()

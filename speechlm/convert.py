@@ -30,7 +30,7 @@ from audio_codec import checkpoint as checkpoints
 from audio_codec.codec import AnyCodec, kind_of, load_codec, load_tokenizer_of
 from audio_codec.errors import UserError
 from audio_codec.layers import lay_out
-from audio_codec.speech_tokenizer import SpeechTokenizer
+from audio_codec.speech_tokenizer import SpeechTokenizer, same_coder
 from audio_codec.speech_tokenizer import kind_of as kind_of_tokenizer
 from audio_codec.transformer import TransformerConfig
 from speechlm import lora
@@ -170,6 +170,47 @@ def merge_adapter(
         dtype=dtype,
         card=checkpoints.read_json(card) if card.exists() else None,
     )
+
+
+def average(
+    one: str | Path,
+    other: str | Path,
+    directory: str | Path,
+    share: float = 0.5,
+    dtype: checkpoints.StoredType = "bf16",
+) -> Path:
+    """Write a checkpoint whose weights lie between two: `share` of the way from one to the other.
+
+    Of a model and what it was trained on to, the mean often keeps what the first knew and has most
+    of what the second learned (Wortsman et al., 2022, arXiv 2109.01903). Raises UserError when
+    either is no model or an adapter, when their streams or shapes differ, or their text pieces.
+    """
+    if not 0 <= share <= 1:
+        raise UserError(f"share is {share:g}; give a number from 0 to 1.")
+    checkpoints.check_replaceable(directory)
+    for name in (one, other):
+        if lora.base_of(checkpoints.resolve(name)) is not None:
+            raise UserError(f"'{name}' is an adapter; make it a model first: speechlm merge.")
+    (first, pieces), (second, others) = load_lm(one), load_lm(other)
+    streams = [model.config.streams for model in (first, second)]
+    alike = [found.model_copy(update={"coded_by": None}) for found in streams]
+    if alike[0] != alike[1] or not same_coder(streams[0].coded_by, streams[1].coded_by):
+        raise UserError(f"'{one}' and '{other}' have other streams: nothing lies between them.")
+    if pieces.model != others.model:
+        raise UserError(f"'{one}' and '{other}' have other text pieces: nothing lies between them.")
+    weights, towards = first.state_dict(), second.state_dict()
+    checkpoints.check(weights, checkpoints.Checkpoint(Path(other), {}, towards))
+    first.load_state_dict(
+        {
+            name: tensor.lerp(towards[name].to(tensor), share)
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in weights.items()
+        }
+    )
+    first.config = first.config.model_copy(update={"codec": find_codec(one)})
+    said = {"trainee": "lm", "average": [str(one), str(other)], "share": share}
+    return save(directory, first, pieces, dtype=dtype, card=said)
 
 
 # ------------------------------------------------------------------- language models, Hugging Face

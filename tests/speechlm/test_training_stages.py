@@ -226,6 +226,27 @@ def test_an_adapter_resumes_to_the_same_numbers(runs: Path, made: Path, tmp_path
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_what_lies_between_two_models(runs: Path, tmp_path: Path) -> None:
+    post, duplex = (str(runs / name / "lm") for name in ("post", "duplex"))
+    one, other = (convert.load_lm(name)[0].state_dict() for name in (post, duplex))
+    said = CliRunner().invoke(
+        app, ["average", post, duplex, str(tmp_path / "m"), "--share=0.25", "--dtype=fp32"]
+    )
+    assert said.exit_code == 0, said.output
+    between = convert.load_lm(tmp_path / "m")[0].state_dict()
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    for name, tensor in between.items():
+        torch.testing.assert_close(tensor, 0.75 * one[name] + 0.25 * other[name])
+    convert.load(tmp_path / "m")  # with its codec
+    card = json.loads((tmp_path / "m" / "card.json").read_text())
+    assert card["average"] == [post, duplex] and card["share"] == 0.25
+    with pytest.raises(UserError, match=r"share is 1\.5; give a number from 0 to 1"):
+        convert.average(post, duplex, tmp_path / "n", 1.5)
+    with pytest.raises(UserError, match="have other streams"):
+        convert.average(duplex, str(runs / "audio" / "lm"), tmp_path / "n")
+    assert not (tmp_path / "n").exists()
+
+
 def test_broken_adapters_are_named(runs: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     with pytest.raises(UserError, match=r"has no adapter_config\.json; name an adapter"):
