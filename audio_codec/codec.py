@@ -53,10 +53,12 @@ AnyCodec = SpectralCodec | MimiCodec | EncodecCodec
 
 def coded_by(codec: Codec) -> tuple[float, ...] | None:
     """The fingerprint of the speech tokenizer in a codec, by which its semantic codes can be told
-    from those of another; None where there is no such tokenizer.
+    from those of another; None where there is no such tokenizer, or only its shape.
     """
     tokenizer = getattr(codec, "tokenizer", None)
-    return tokenizer.fingerprint() if isinstance(tokenizer, SpeechTokenizer) else None
+    if not isinstance(tokenizer, SpeechTokenizer) or next(tokenizer.parameters()).is_meta:
+        return None
+    return tokenizer.fingerprint()
 
 
 Kind = Literal["spectral", "hf", "kyutai", "encodec"]
