@@ -788,7 +788,7 @@ def voiced_level(pcm: Pcm) -> float:
     That is within 30 dB of the loudest window and 8 dB above the quietest tenth of them, but not
     above the 12 dB that speech without a pause keeps within.
     """
-    levels = window_levels(pcm[: len(pcm) // WINDOW * WINDOW]) if len(pcm) >= WINDOW else dbfs(pcm)
+    levels = window_levels(pcm) if len(pcm) >= WINDOW else dbfs(pcm)
     peak, floor = float(np.max(levels)), float(np.percentile(levels, 10))
     return max(min(max(peak - 30, floor + 8), peak - 12), -70.0)
 
