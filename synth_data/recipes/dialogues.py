@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from audio_codec.audio import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE
 from audio_codec.audio import normalize as normalize_level
@@ -49,7 +49,7 @@ from synth_data.dialogue import (
 from synth_data.mixture import GuardConfig, Shares
 from synth_data.shards import Event, Folder, Reader, Sample
 from synth_data.text import spell_out, tokenize
-from synth_data.tts import Utterance, Voice, speak, user_voices
+from synth_data.tts import Utterance, Voice, sample_voices, speak, user_voices
 
 # Long enough that a codec's cost a call vanishes, short enough that a sliding attention window does
 # not compute much outside itself.
@@ -98,10 +98,11 @@ class DialoguesConfig(BaseModel):
     hours ask for more than there are."""
     sample_seconds: float = Field(default=60.0, gt=0)
     """A conversation is encoded in one piece and cut into samples of this length."""
-    voices: Literal["train", "wide", "heldout"] | tuple[str, ...] = "train"
-    """User voices: a split of ``tts.user_voices``, or voices by name; one a conversation."""
+    voices: Literal["train", "wide", "heldout"] | PositiveInt | tuple[str, ...] = "train"
+    """User voices, one a conversation: a split of ``tts.user_voices``, so many of
+    ``tts.sample_voices``, or by name."""
     engines: tuple[str, ...] = ("espeak", "flite")
-    """Speech engines that a split's voices may use; all must be installed."""
+    """Speech engines that a split's or drawn voices may use; all must be installed."""
     assistant: str = "flite:rms"
     """The assistant's voice."""
     jitter: bool = True
@@ -363,6 +364,8 @@ def _answer(text: str, voice: Voice) -> Utterance:
 def _user_voices(config: DialoguesConfig) -> list[Voice]:
     if isinstance(config.voices, str):
         return user_voices(config.voices, config.engines)
+    if isinstance(config.voices, int):
+        return sample_voices(config.voices, config.seed, config.engines)
     return [Voice.parse(text) for text in config.voices]
 
 
