@@ -248,18 +248,26 @@ def _code_weights(codes: Ids, streams: Streams, config: WeightConfig) -> Weights
     return np.where((codes >= 0) & (codes < sizes), weights, np.float32(0))
 
 
+# Frames after an answer in which nothing more is said, where that is learned without time.
+_AFTER = 4
+
+
 def question_document(
     turns: Sequence[tuple[str, str]],
     streams: Streams,
     tokenizer: TextTokenizer,
     config: WeightConfig,
     pace: Callable[[int], int] | None = None,
+    timed: bool = True,
 ) -> Document:
     """Questions and answers without sound: the question is heard, the answer said.
 
     Without a `pace` a piece takes a frame; with one, a word of n pieces takes `pace(n)` frames, so
     that PADs stand between the words as in a real conversation. A model without a `heard` stream
-    reads the question on its text stream.
+    reads the question on its text stream. An answer whose question is empty stands alone.
+
+    What is not `timed` teaches what is said and where it ends, but not when: of the assistant's
+    frames without a piece only those right after an answer are learned.
     """
     rows: dict[str, list[int]] = {"heard": [], "text": []}
     weights: dict[str, list[float]] = {"heard": [], "text": []}
@@ -276,6 +284,7 @@ def question_document(
             rows[other] += [PAD] * len(run)
             weights[other] += [config.pad] * len(run)
 
+    ends: list[int] = []
     for question, answer in turns:
         say("heard" if streams.heard else "text", question, config.question)
         rows["text"].append(EPAD)
@@ -283,10 +292,16 @@ def question_document(
         rows["heard"].append(PAD)
         weights["heard"].append(config.pad)
         say("text", answer, 1.0)
+        ends.append(1 + max(at for at, piece in enumerate(rows["text"]) if piece != PAD))
     rows["text"].append(PAD)
     weights["text"].append(config.pad)
     rows["heard"].append(PAD)
     weights["heard"].append(config.pad)
+    if not timed:
+        after = {end + frame for end in ends for frame in range(_AFTER)}
+        for at, piece in enumerate(rows["text"]):
+            if piece in (PAD, EPAD):
+                weights["text"][at] = float(piece == PAD and at in after)
     frames = np.full((streams.count, len(rows["text"])), ABSENT, np.int32)
     loss = np.zeros(frames.shape, np.float32)
     frames[streams.text_index] = rows["text"]

@@ -9,7 +9,7 @@ Shapes: S streams, K codebooks, T frames or columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from pydantic import (
     Field,
     PositiveInt,
     field_validator,
+    model_validator,
 )
 
 from audio_codec.audio import FRAME_RATE
@@ -51,7 +52,7 @@ from speechlm.documents import (
     spoken,
     tts_document,
 )
-from speechlm.streams import EPAD, PAD, Streams
+from speechlm.streams import Streams
 from speechlm.text_tokenizer import TextTokenizer
 from synth_data import quiz, shards
 from synth_data.dialogue import ASSISTANT
@@ -128,9 +129,28 @@ class QuizSource(BaseModel):
     beyond: float = Field(0.0, ge=0, le=1)
     """Share of plus and minus with numbers above those of the world (`quiz.draw_beyond`), too many
     to be remembered."""
+    alone: float = Field(0.0, ge=0, le=1)
+    """Share of the documents of answers without their questions, of the categories whose answers
+    say again what was asked and then its key ("seven plus five is twelve"): three times as many of
+    them in a row."""
     under: Path | None = None
     """Conversations whose sound lies under all of it, though it says something else, so that the
     answer is found among the codes of a conversation too."""
+
+    @property
+    def restating(self) -> dict[str, float]:
+        """Weights of the categories whose answers may stand `alone`."""
+        weights = self.categories or dict.fromkeys(quiz.CATEGORIES, 1.0)
+        return {name: weight for name, weight in weights.items() if name in quiz.RESTATING}
+
+    @model_validator(mode="after")
+    def _something_stands_alone(self) -> QuizSource:
+        if self.alone and not self.restating:
+            raise ValueError(
+                f"alone is {self.alone:g}, but categories names none whose answers can stand "
+                f"alone; choices: {', '.join(quiz.RESTATING)}"
+            )
+        return self
 
 
 class SentenceSource(BaseModel):
@@ -509,21 +529,30 @@ class _Quiz:
     ) -> None:
         self.config, self.streams, self.tokenizer = config, streams, tokenizer
         self.weights, self.seed = weights, seed
+        self.restating = config.restating
         self.sound = None if config.under is None else _Sound(config.under, streams)
 
     def document(self, lane: int, number: int) -> Document:
         rng = np.random.default_rng((self.seed, lane, number))
+        # Chance is asked only for what is switched on: a recipe without it keeps its documents.
+        alone = self.config.alone > 0 and rng.random() < self.config.alone
         turns = []
         for _ in range(int(rng.integers(1, self.config.turns + 1))):
-            question = self._draw(rng)
-            turns.append((question.text, question.answer))
+            question = self._draw(rng, self.restating if alone else None)
+            turns.append(("" if alone else question.text, question.answer))
         paced = rng.random() < self.config.paced
 
         def pace(pieces: int) -> int:
             return int(rng.integers(2, 6)) + pieces - 1
 
+        # Over sound nothing says when to speak: turns are where sound and text agree.
         made = question_document(
-            turns, self.streams, self.tokenizer, self.weights, pace if paced else None
+            turns,
+            self.streams,
+            self.tokenizer,
+            self.weights,
+            pace if paced else None,
+            timed=self.sound is None,
         )
         if self.sound is not None:
             before = 1 + self.streams.longest_delay
@@ -531,15 +560,14 @@ class _Quiz:
             made = laid_over(made, self.streams, codes, ("own", "user"))
             if self.streams.heard:
                 made.weights[self.streams.heard_index] = 0  # nobody can hear it in that
-            # Nor when to speak: what is said is learned here, turns are where sound and text agree.
-            text = self.streams.text_index
-            made.weights[text][np.isin(made.columns[text, 1:], (PAD, EPAD))] = 0
-        return replace(made, name=" ".join(question for question, _ in turns))
+        return replace(made, name=" ".join(question or answer for question, answer in turns))
 
-    def _draw(self, rng: np.random.Generator) -> quiz.Question:
-        if rng.random() < self.config.unknown:
+    def _draw(
+        self, rng: np.random.Generator, only: Mapping[str, float] | None = None
+    ) -> quiz.Question:
+        if only is None and rng.random() < self.config.unknown:
             return quiz.draw(rng, "train", quiz.UNKNOWN)
-        category = quiz.draw_category(rng, self.config.categories)
+        category = quiz.draw_category(rng, only or self.config.categories)
         if category in quiz.BEYOND and rng.random() < self.config.beyond:
             return quiz.draw_beyond(rng, category)
         return quiz.draw(rng, "train", category)

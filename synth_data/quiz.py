@@ -554,6 +554,9 @@ def _known(weights: dict[str, float]) -> dict[str, float]:
 CategoryWeights = Annotated[dict[str, PositiveFloat], Field(min_length=1), AfterValidator(_known)]
 """In a recipe: how often each category comes up beside the others; one that is not named, never."""
 
+RESTATING = ("plus", "minus", "times", "opposites", "plurals", "colors", "animals", "capitals")
+"""Categories whose answers say again what was asked, and then the key."""
+
 BEYOND = ("plus", "minus")
 """Categories that :func:`draw_beyond` knows."""
 

@@ -189,6 +189,12 @@ class TrainConfig(BaseModel):
     user_mask: float = Field(0.0, ge=0, le=1)
     """Share of the rows in which of the user's voice only the semantic codes are seen: they are
     alike from one voice to the next, where the acoustic ones let a small corpus be memorized."""
+    user_spans: float = Field(0.0, ge=0, lt=0.5)
+    """Share of the user's frames that are hidden, a few in a row: what was said is to be understood
+    from its surroundings, and no stretch of codes to be known by heart."""
+    audio_share: float = Field(1.0, gt=0, le=1)
+    """Share of the columns whose codes are learned, drawn anew in each step. A quarter takes most
+    of the depth transformer's work away, and is enough to keep or tune a voice."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of an average of the weights that is evaluated and saved in their place; 0: none."""
     average_from: float | None = Field(None, ge=0, lt=1)
@@ -261,6 +267,8 @@ class TrainConfig(BaseModel):
 
 
 LISTEN_FRAMES = 100
+SPAN = 4
+"""Frames of the user's that are hidden in a row, at most."""
 SEEDS_APART = 10**6
 
 
@@ -296,6 +304,61 @@ def mask_user(batch: Batch, streams: Streams, share: float, rng: np.random.Gener
     acoustic = inputs[:, streams.user.start + 1 : streams.user.stop]
     acoustic[hidden] = ABSENT
     return replace(batch, inputs=inputs)
+
+
+def mask_user_spans(
+    batch: Batch, streams: Streams, share: float, rng: np.random.Generator
+) -> Batch:
+    """Hide about such a share of the user's columns, in stretches of 1 to `SPAN` frames.
+
+    After SpecAugment's time masks (arXiv 1904.08779).
+    """
+    if share == 0:
+        return batch
+    inputs = batch.inputs.clone()
+    starts = rng.random((len(inputs), inputs.shape[2])) < 2 * share / (SPAN + 1)
+    left = np.where(starts, rng.integers(1, SPAN + 1, starts.shape), 0)
+    for at in range(1, left.shape[1]):
+        left[:, at] = np.maximum(left[:, at], left[:, at - 1] - 1)
+    hidden = torch.from_numpy(left > 0)[:, None].to(inputs.device)
+    inputs[:, streams.user] = inputs[:, streams.user].masked_fill(hidden, ABSENT)
+    return replace(batch, inputs=inputs)
+
+
+def thin_audio(batch: Batch, streams: Streams, share: float, rng: np.random.Generator) -> Batch:
+    """Learn codes in a random share of the columns, so that the depth transformer sees no others.
+
+    As in Sesame's CSM ("compute amortization"); the mean over what is left stays that over all.
+    """
+    if share == 1:
+        return batch
+    weights = batch.weights.clone()
+    left_out = torch.from_numpy(rng.random((len(weights), 1, weights.shape[2])) >= share)
+    codes = slice(streams.own.start, streams.user.stop)
+    weights[:, codes] = weights[:, codes].masked_fill(left_out.to(weights.device), 0)
+    return replace(batch, weights=weights)
+
+
+def masked(
+    config: TrainConfig,
+    streams: Streams,
+    batches: Sequence[tuple[float, Batch]],
+    rng: np.random.Generator,
+) -> list[tuple[float, Batch]]:
+    """What is seen and learned of the batches of a step, one a source, each with its share.
+
+    Of sound and its words some is hidden, see `TrainConfig`; of text alone nothing is.
+    """
+    found = []
+    for source, (share, batch) in zip(config.sources, batches, strict=True):
+        if source.kind not in _TEXT:
+            batch = mask_heard(batch, streams, config.heard_mask, rng)
+            batch = mask_user(batch, streams, config.user_mask, rng)
+            batch = mask_text(batch, streams, config.text_mask, rng)
+            batch = mask_user_spans(batch, streams, config.user_spans, rng)
+            batch = thin_audio(batch, streams, config.audio_share, rng)
+        found.append((share, batch))
+    return found
 
 
 def make_tokenizer(config: TextConfig, seed: int) -> SentencePieceTokenizer:
@@ -623,7 +686,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         The gradient's norm, the loss, the numbers of each source, what the step saw.
         """
         rate, rng = schedule.rate(step, config.run.steps), run.rng(step)
-        batches = loader.next()
+        batches = masked(config, streams, loader.next(), rng)
         saw = sum((Counts.of(batch, streams) for _, batch in batches), Counts())
         numbers: dict[str, Tally] = {}
         if run.passes_over(step):
@@ -637,8 +700,6 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             total = sum(batches[number][0] for number in members)
             for number in members:
                 share, batch = batches[number]
-                if config.sources[number].kind not in _TEXT:
-                    batch = masked(batch, rng)
                 loss, found = learn(batch, share / total, whole[number])
                 numbers[names[number]] = {"loss": (loss, 1 / run.world), **found}
                 mean += share * loss
@@ -647,12 +708,6 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             norms.append(norm.item())
             run.update(chosen, norm)
         return math.hypot(*norms), sum(distributed.collect(mean)), numbers, saw
-
-    def masked(batch: Batch, rng: np.random.Generator) -> Batch:
-        """What is seen of sound and its words; of text alone everything is."""
-        seen = mask_heard(batch, streams, config.heard_mask, rng)
-        seen = mask_user(seen, streams, config.user_mask, rng)
-        return mask_text(seen, streams, config.text_mask, rng)
 
     def learn(batch: Batch, share: float, mass: Masses) -> tuple[float, Tally]:
         """Add the gradient of a source's batch, times its share of the update; loss and numbers.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from audio_codec.audio import FRAME_RATE
@@ -20,7 +21,7 @@ from audio_codec.transformer import TransformerConfig
 from speechlm.evaluation.report import Metric
 from speechlm.scaling import TEXT, Law
 from speechlm.sources import Exposure
-from speechlm.training.lm import TrainConfig, mixture_of, planned
+from speechlm.training.lm import TrainConfig, masked, mixture_of, planned
 from speechlm.training.work import DENSE_BF16, Counts, body_parameters, peak_flops, work
 
 _PROBE = 4
@@ -67,9 +68,10 @@ def plan(
         mixture = mixture_of(config, model.streams, tokenizer)
     steps = config.run.steps
     exposures = mixture.exposures(steps)
-    seen = Counts()
+    seen, rng = Counts(), np.random.default_rng(config.run.seed)
     for _ in range(_PROBE):
-        seen = sum((Counts.of(batch, model.streams) for _, batch in mixture.next()), seen)
+        batches = masked(config, model.streams, mixture.next(), rng)
+        seen = sum((Counts.of(batch, model.streams) for _, batch in batches), seen)
     columns, frames, tokens, audio = (
         steps * count / _PROBE for count in (seen.columns, seen.frames, seen.tokens, seen.audio)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from audio_codec.errors import UserError
 from speechlm import data, documents, sources
@@ -333,7 +335,7 @@ class TestSoundBelow:
             assert (after.columns[sides] < np.array(streams.sizes)[sides, None]).all()
             text = streams.text_index
             pieces = ~np.isin(before.columns[text, 1:], (PAD, EPAD))
-            assert (after.weights[text] == before.weights[text] * pieces).all() and pieces.any()
+            assert (after.weights[text] == before.weights[text])[pieces].all() and pieces.any()
             assert not after.weights[1:].any()  # no code and no transcript is learned
             assert after.whole and (after.columns[streams.own][0, 1:] >= 0).all()
             semantic = after.columns[[streams.own.start, streams.user.start]]
@@ -545,6 +547,40 @@ class TestQuiz:
         config = QuizSource(kind="quiz", rows=1, turns=1, unknown=0, **options)
         opened = sources.open_source(config, streams, tokenizer, WEIGHTS, 0)
         return [opened.document(0, number).name for number in range(300)]
+
+    def test_without_time_the_end_is_learned_and_no_pace(
+        self, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        turns = [("what is one plus two", "one plus two is three"), ("", "two")]
+        made = documents.question_document(
+            turns, streams, tokenizer, WEIGHTS, lambda n: n + 2, timed=False
+        )
+        text = streams.text_index
+        row, weights = made.columns[text, 1:], made.weights[text]
+        silent = np.isin(row, (PAD, EPAD))
+        assert (weights[~silent] == 1).all()
+        # Two frames after "three" and the two of the pace after "two", with the one that ends all.
+        starts = np.flatnonzero(row == EPAD)
+        assert len(starts) == 2 and not weights[starts].any()
+        learned = np.flatnonzero(silent & (weights > 0))
+        assert (row[learned] == PAD).all()
+        last = [np.flatnonzero(~silent[:end])[-1] for end in (starts[1], len(row))]
+        expected = [at + n for at in last for n in range(1, 5) if at + n < len(row)]
+        assert [at for at in expected if row[at] == PAD] == learned.tolist()
+
+    def test_answers_stand_alone(self, streams: Streams, tokenizer: TextTokenizer) -> None:
+        config = QuizSource(kind="quiz", rows=1, alone=0.5)
+        opened = sources.open_source(config, streams, tokenizer, WEIGHTS, 0)
+        alone = 0
+        for number in range(40):
+            made = opened.document(0, number)
+            asked = (made.columns[streams.heard_index, 1:] != PAD).any()
+            alone += not asked
+            if not asked:
+                assert re.search(r" (plus|minus|times|is|are|make|says|of) ", made.name)
+        assert 10 < alone < 30
+        with pytest.raises(ValidationError, match="alone is 1, but categories names none"):
+            QuizSource(kind="quiz", rows=1, alone=1.0, categories={"repeat": 1})
 
     def test_a_category_of_more_weight_is_more_frequent(
         self, streams: Streams, tokenizer: TextTokenizer

@@ -19,7 +19,15 @@ from speechlm.config import load_config
 from speechlm.model import Batch
 from speechlm.sources import shares_of
 from speechlm.streams import ABSENT, Streams
-from speechlm.training.lm import TrainConfig, mask_heard, mask_user, train
+from speechlm.training.lm import (
+    SPAN,
+    TrainConfig,
+    mask_heard,
+    mask_user,
+    mask_user_spans,
+    thin_audio,
+    train,
+)
 from speechlm.training.run import Average
 from synth_data.mixture import Shares
 
@@ -54,6 +62,39 @@ def test_whole_rows_lose_the_users_acoustic_codes_alone() -> None:
     expected[rows, streams.user.start + 1 : streams.user.stop] = True
     assert torch.equal(lost, expected) and (inputs == 1).all()
     assert mask_user(batch, streams, 0.0, np.random.default_rng(0)) is batch
+
+
+def test_stretches_of_the_users_frames_are_hidden() -> None:
+    streams = Streams(text_size=20, codebooks=((5,), (5,)))
+    inputs = torch.ones(40, streams.count, 500, dtype=torch.long)
+    batch = Batch(inputs, inputs, torch.ones(inputs.shape), None)
+    masked = mask_user_spans(batch, streams, 0.1, np.random.default_rng(0)).inputs
+    lost = masked == ABSENT
+    frames = lost[:, streams.user.start]
+    assert 0.08 < frames.float().mean() < 0.11
+    assert torch.equal(lost[:, streams.user], frames[:, None].expand_as(lost[:, streams.user]))
+    assert int(lost.sum()) == int(lost[:, streams.user].sum())
+    # A stretch is as long as any but where two meet.
+    stretches = [
+        len(run) for run in "".join("01"[int(x)] for x in frames.flatten()).split("0") if run
+    ]
+    share = [stretches.count(n) / len(stretches) for n in range(1, SPAN + 1)]
+    assert min(share) > 0.15 and sum(share) > 0.85
+    assert (inputs == 1).all()
+    assert mask_user_spans(batch, streams, 0.0, np.random.default_rng(0)) is batch
+
+
+def test_the_codes_of_a_random_share_of_the_columns_are_learned() -> None:
+    streams = Streams(text_size=20, codebooks=((5,), (5,)))
+    inputs = torch.ones(8, streams.count, 500, dtype=torch.long)
+    batch = Batch(inputs, inputs, torch.ones(inputs.shape), None)
+    weights = thin_audio(batch, streams, 0.25, np.random.default_rng(0)).weights
+    codes = slice(streams.own.start, streams.user.stop)
+    kept = weights[:, streams.own.start] > 0
+    assert 0.22 < kept.float().mean() < 0.28
+    assert torch.equal(weights[:, codes] > 0, kept[:, None].expand_as(weights[:, codes]))
+    assert (weights[:, streams.text_index] == 1).all() and (batch.weights == 1).all()
+    assert thin_audio(batch, streams, 1.0, np.random.default_rng(0)) is batch
 
 
 def test_a_mixture_of_too_little_that_people_made_is_refused(made: Path, tmp_path: Path) -> None:

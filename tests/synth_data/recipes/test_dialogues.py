@@ -26,6 +26,7 @@ from synth_data.recipes.dialogues import (
     parse_dialogue,
 )
 from synth_data.shards import Sample, read
+from synth_data.tts import sample_voices
 
 pytest.importorskip("espeakng_loader", reason="speech engine espeak is not installed")
 
@@ -120,6 +121,13 @@ def test_samples_are_whole_and_aligned(codec: LevelCodec, tmp_path: Path) -> Non
                     assert loud[a:b].any(), (sample.id, word)
         assert {e.kind for e in sample.events} & {"turn_end", "answer", "silence", "pause"}
     assert max(codec.chunks) <= dialogues._ENCODED_SECONDS * FRAME_RATE
+
+
+def test_voices_are_drawn_by_number(codec: LevelCodec, tmp_path: Path) -> None:
+    changes = {"voices": 3, "jitter": False, "hours": 12 * 24 / 3600}
+    _, samples = built(config(tmp_path, **changes))
+    drawn = {str(voice) for voice in sample_voices(3, 0, ("espeak",))}
+    assert {sample.voices[USER] for sample in samples} == drawn
 
 
 def test_same_seed_same_bytes_and_resume(codec: LevelCodec, tmp_path: Path) -> None:
