@@ -239,7 +239,7 @@ class SpectralCodec(nn.Module):
     def __init__(self, config: SpectralConfig) -> None:
         super().__init__()
         self.config = config
-        self.codes_frozen = False
+        self.frozen_levels: int | None = None
         self.tokenizer = SpeechTokenizer(config.tokenizer) if config.semantic is None else None
         self.analysis = Analysis(config.window)
         self.front_in = Linear(self.analysis.features, config.encoder_dim)
@@ -286,14 +286,19 @@ class SpectralCodec(nn.Module):
         super().train(mode)
         if self.tokenizer is not None:
             self.tokenizer.eval()
-        if self.codes_frozen:
+        if self.frozen_levels is not None:
             for name, part in self.named_children():
                 part.train(mode and name in _DECODER)
+            for level in list(self.quantizer.levels)[self.frozen_levels :]:
+                level.train(mode)
         return self
 
-    def freeze_codes(self) -> None:
-        """From here on training moves the decoder alone: whoever learned the codes keeps them."""
-        self.codes_frozen = True
+    def freeze_codes(self, levels: int | None = None) -> None:
+        """From here on training moves the decoder alone: whoever learned the codes keeps them.
+
+        Residual codebooks beyond the first `levels` learn too; None freezes all.
+        """
+        self.frozen_levels = len(self.config.codebooks) if levels is None else levels
         for name, part in self.named_children():
             part.requires_grad_(name in _DECODER)
         self.train(self.training)

@@ -11,7 +11,8 @@ the one that is heard), are coded and decoded. The criteria, and when they hold:
 What is listened to is balanced by its gradient on the decoded sound. Codebook 0 comes from a frozen
 semantic tokenizer, or, with `model.semantic` and `teacher`, by distillation. Rows keep a random
 number of codebooks at times, so that one codec serves any bitrate. With `learn: decoder` the codes
-of a finished codec stay, and the sound that is made of them gets better. The numbers of an
+of a finished codec stay, and the sound that is made of them gets better; further codebooks may join
+them. The numbers of an
 evaluation, and the checkpoint at the end, are those of a moving average of the weights.
 
     speechlm train codec configs/codec/tiny.yaml [run.steps=…]
@@ -31,7 +32,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from pystoi import stoi
 from torch import Tensor, nn
 
@@ -138,6 +139,9 @@ class TrainConfig(BaseModel):
     learn: Literal["all", "decoder"] = "all"
     """`decoder`: the codes of `init_from` stay as they are, so that a language model of them stays
     valid, and only what makes sound of them learns. `tokenizer`, `model`: those of `init_from`."""
+    more_codebooks: tuple[PositiveInt, ...] = ()
+    """With `learn: decoder`, sizes of residual codebooks beyond those of `init_from`, for a higher
+    bitrate: placed by the first batch, they learn beside the decoder."""
     dtype: checkpoints.StoredType = "fp32"
     """How the weights of the finished checkpoint are stored."""
     output: Path | None = None
@@ -167,6 +171,10 @@ class TrainConfig(BaseModel):
         for name in ("tokenizer", "teacher", "model"):
             if self.learn == "decoder" and name in self.model_fields_set:
                 raise ValueError(f"learn: decoder takes {name} from init_from; leave {name} out")
+        if self.more_codebooks and self.learn != "decoder":
+            raise ValueError(
+                "more_codebooks belongs to learn: decoder; else model.codebooks names them all"
+            )
         return self
 
     @model_validator(mode="after")
@@ -445,6 +453,8 @@ def _whole(config: TrainConfig) -> TrainConfig:
         return config
     source = str(config.init_from)
     shape = configs.build(checkpoints.load(codec_folder(source)).config, SpectralConfig, source)
+    codebooks = (*shape.codebooks, *config.more_codebooks)
+    shape = shape.model_copy(update={"codebooks": codebooks})
     whole = config.model_copy(update={"model": shape})
     try:
         whole.check_reach()
@@ -479,7 +489,7 @@ def _build(config: TrainConfig) -> SpectralCodec:
             codec.tokenizer.load_state_dict(tokenizer.state_dict())
         codec.tokenizer.requires_grad_(False)
     if config.learn == "decoder":
-        codec.freeze_codes()
+        codec.freeze_codes(len(shape.codebooks) - len(config.more_codebooks))
     return codec
 
 

@@ -257,6 +257,27 @@ def test_a_decoder_learns_while_the_codes_stay(made: Path, tmp_path: Path) -> No
         train(TrainConfig.model_validate({**again, "validation_codebooks": [4]}))
 
 
+def test_codebooks_join_those_that_stay(made: Path, tmp_path: Path) -> None:
+    first = train(config_of(made, tmp_path / "first", run={"steps": 3}, dtype="int8"))
+    AcceleratorState._reset_state(True)
+    more = {"init_from": str(first), "learn": "decoder", "more_codebooks": [8, 8]}
+    fields = layout(made, tmp_path / "second", dtype="int8", validation_codebooks=[3, 5], **more)
+    del fields["tokenizer"], fields["model"]
+    second = train(TrainConfig.model_validate(fields))
+    before, after = (checkpoints.load(path).tensors for path in (first, second))
+    assert {name.split(".")[2] for name in after.keys() - before.keys()} == {"2", "3"}
+    assert all(torch.equal(before[name], after[name]) for name in before if "quantizer" in name)
+    assert all(bool(after[f"quantizer.levels.{level}.ready"]) for level in range(4))
+    # Placed by the first batch, they moved with the next.
+    usage = after["quantizer.levels.3.usage"]
+    assert not torch.allclose(usage, usage[:1].expand_as(usage))
+    pcm = 0.2 * torch.randn(1, 1, 20 * FRAME_SIZE)
+    old, new = load_codec(first), load_codec(second)
+    assert new.encode(pcm).shape == (1, 5, 20)
+    assert torch.equal(new.encode(pcm)[:, :3], old.encode(pcm))
+    assert torch.equal(load_codec(second, 3).encode(pcm), old.encode(pcm))
+
+
 # --- Rows, bitrates, codes ------------------------------------------------------------------------
 
 
@@ -469,6 +490,7 @@ def test_a_codec_is_no_teacher(tmp_path: Path, kind: str) -> None:
         ({"bypass_share": 2}, "bypass_share is 2"),
         ({"learn": "decoder"}, "learn: decoder keeps the codes of a codec; name it in init_from"),
         ({"learn": "decoder", "init_from": "x"}, "takes tokenizer from init_from; leave"),
+        ({"more_codebooks": [8]}, "more_codebooks belongs to learn: decoder"),
         ({"ema": 1}, "ema is 1"),
         ({"model": {**DISTILLED, "semantic": {"size": 0}}}, "model.semantic.size is 0"),
     ],
