@@ -89,7 +89,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, made: Path) -> Path:
     """The five stages and the three tasks, trained one after the other by their recipes."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("runs")
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     for name in CHAIN + TASKS:
         train(recipe(root, name, made, path))
     return path
@@ -131,7 +131,7 @@ def test_it_may_begin_at_a_language_model(root: Path, made: Path, tmp_path: Path
 
 def test_an_adapter_is_saved_served_and_merged(runs: Path, made: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     base = runs / "duplex" / "lm"
     config = recipe(
         root, "lora", made, tmp_path, init_from=str(base), optimizer={"lr": 0.1, "warmup": 0}
@@ -201,7 +201,7 @@ def test_an_adapter_of_a_base_in_int8_is_heard_in_live_frames(
 
 def test_an_adapter_resumes_to_the_same_numbers(runs: Path, made: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     base = str(runs / "duplex" / "lm")
 
     def run(name: str, steps: int, resume: bool = False) -> Path:
