@@ -30,7 +30,7 @@ from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig, load_
 from audio_codec.token_decoder import TokenDecoder, TokenDecoderConfig
 from audio_codec.whisper import StemConfig, TextDecoder
 from speechlm.cli import app
-from speechlm.evaluation import abx, report
+from speechlm.evaluation import abx, report, twins
 from speechlm.evaluation import tokenizer as evaluation
 from speechlm.evaluation.report import Metric, bootstrap_ratio, distinct
 from speechlm.evaluation.tokenizer import Candidate, Comparison, Result, Shape, Tally
@@ -623,7 +623,7 @@ def test_a_twin_was_trained_as_its_model_was(
     def check(model: Path, twin: Path) -> None:
         loaded = [load_tokenizer(folder / "tokenizer") for folder in (model, twin)]
         names = [str(folder / "tokenizer") for folder in (model, twin)]
-        evaluation.check_twin(names[0], loaded[0], names[1], loaded[1])
+        twins.check_twin(names[0], loaded[0], names[1], loaded[1])
 
     model = finish(tmp_path / "model", done=4)
     like: dict[str, Any] = {"unquantized": True, "done": 4}
@@ -717,9 +717,9 @@ def test_a_sweep_is_the_finished_runs_with_their_twins(
 def test_one_twin_serves_every_bottleneck(sweep: Path) -> None:
     vq = TOKENIZER.model_copy(update={"bottleneck": "vq", "codes": 12, "code_dim": 8})
     finish(sweep / "vq", model=vq, commitment_weight=0.5)
-    runs = {run.name: run for run in evaluation.finished_runs(sweep)}
+    runs = {run.name: run for run in twins.finished_runs(sweep)}
     for name in ("vq", "deep/large", "small"):
-        twin = evaluation.twin_of(runs[name], list(runs.values()))
+        twin = twins.twin_of(runs[name], list(runs.values()))
         assert twin is not None and twin.name == "twin"
 
 

@@ -25,7 +25,7 @@ from audio_codec.audio import SAMPLE_RATE
 from audio_codec.errors import UserError
 from audio_codec.speech_tokenizer import SpeechTokenizer, load_tokenizer
 from speechlm.config import load_config
-from speechlm.evaluation.tokenizer import Finished, twin_of
+from speechlm.evaluation.twins import Finished, twin_of
 from speechlm.training import tokenizer as training
 from synth_data import shards
 
