@@ -251,10 +251,12 @@ def measure(
     steps: int = 10,
     precision: str = "auto",
     mixture: Mixture | None = None,
+    masked: Callable[[Step], Step] = list,
 ) -> dict[str, Metric]:
     """Train a model of this shape, fresh, for some steps, and its peers in turns.
 
-    The data are noise, `rows` of `length` columns a step, or a `mixture`, which has its own rows.
+    The data are noise, `rows` of `length` columns a step, or a `mixture`, which has its own rows;
+    `masked` is what of a step is seen and learned.
     Gives `tokens_per_second` (learned predictions), `columns_per_second`, `mfu` (against the
     peak that a GPU's maker states), `loader_busy`, and against a peer `train_speedup`, how many
     times longer it takes for a step (the median of the rounds' ratios), `train_speedup_gathered`
@@ -298,7 +300,7 @@ def measure(
     seen, busy, spent = Counts(), 0.0, 0.0
 
     def there(step: Step) -> Step:
-        return [(share, batch.to(device)) for share, batch in step]
+        return [(share, batch.to(device)) for share, batch in masked(step)]
 
     with Loader(feed) as loader:
         # Alone first: while a peer has its turn the loader could read ahead in peace.

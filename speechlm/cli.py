@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -291,20 +292,26 @@ def bench_train(
 ) -> None:
     """How fast a model of this shape trains, and the same in another library, in turns."""
     _check(json)
+    import functools
+
+    import numpy as np
+
     from audio_codec import checkpoint
     from speechlm import bench as room
     from speechlm.config import load_config
     from speechlm.model import LMConfig
     from speechlm.text_tokenizer import load_text_tokenizer
-    from speechlm.training.lm import TrainConfig, mixture_of
+    from speechlm.training.lm import TrainConfig, masked, mixture_of
 
     folder = checkpoint.resolve(model)
     changes = overrides or []
     shape = load_config(folder / "config.json", changes if recipe is None else [], LMConfig)
-    mixture = None
+    data: dict[str, Any] = {}
     if recipe is not None:
         training = load_config(recipe, changes, TrainConfig)
-        mixture = mixture_of(training, shape.streams, load_text_tokenizer(folder))
+        rng = np.random.default_rng(training.run.seed)
+        data["mixture"] = mixture_of(training, shape.streams, load_text_tokenizer(folder))
+        data["masked"] = functools.partial(masked, training, shape.streams, rng=rng)
     _report(
         "bench train",
         room.measure(
@@ -314,7 +321,7 @@ def bench_train(
             length=length,
             steps=steps,
             precision=precision,
-            mixture=mixture,
+            **data,
         ),
         json,
     )
@@ -615,9 +622,24 @@ def _shards(output: object, made: BuildReport) -> None:
     )
 
 
-def _evaluate(question: str, model: str | None, json: Path | None, **options: Any) -> None:
+def _evaluate(
+    question: str,
+    model: str | None,
+    json: Path | None,
+    asked: Mapping[str, Any],
+    said: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """Measure and report; what was `asked`, and is not None, makes it another measurement."""
     _check(json)
-    _report(f"eval {question}", _measure(question, model, **options), json)
+    metrics = _measure(question, model, **options)
+    unusual = {name: value for name, value in asked.items() if value is not None}
+    marked = {"options": unusual} if unusual else {}
+    _report(f"eval {question}", metrics, json, **marked, **(said or {}))
+
+
+def _unless(usual: object, value: object) -> Any:
+    return None if value == usual else value
 
 
 def _measure(
@@ -676,7 +698,9 @@ def eval_codec(
     options: dict[str, Any] = {"seed": seed, "utterances": utterances, "codecs": codec or ()}
     options |= {"audio": audio, "levels": levels}
     options |= {"report": report, "title": "What survives the codec"}
-    _evaluate("codec", first, json, **options)
+    asked = {"seed": _unless(0, seed), "utterances": _unless(100, utterances), "levels": levels}
+    asked |= {"audio": None if audio is None else str(audio)}
+    _evaluate("codec", first, json, asked, **options)
 
 
 @eval_app.command("tokenizer")
@@ -724,12 +748,10 @@ def eval_tokenizer(
     options |= {"twin": twin, "sweep": sweep, "codes": codes, "codes_from": codes_from or ()}
     options |= {"stream_hours": stream_hours, "decoder": decoder}
     options |= {"report": report, "title": "What semantic codes keep"}
-    _check(json)
-    metrics = _measure("tokenizer", first, **options)
-    said: dict[str, Any] = {"options": {"sweep": str(sweep)}} if sweep else {}
-    if codes_from:
-        said["codes_from"] = [str(folder) for folder in codes_from]
-    _report("eval tokenizer", metrics, json, **said)
+    asked = {"seed": _unless(0, seed), "utterances": _unless(300, utterances)}
+    asked |= {"sweep": None if sweep is None else str(sweep)}
+    said = {"codes_from": [str(folder) for folder in codes_from]} if codes_from else None
+    _evaluate("tokenizer", first, json, asked, said, **options)
 
 
 Engines = Annotated[
@@ -767,29 +789,26 @@ def eval_spoken_qa(
     ] = None,
 ) -> None:
     """Held-out spoken questions: is the answer right, as text and as sound?"""
-    _check(json)
     if engine and voices and not {"panel", "heldout"} & set(voices):
         raise UserError("--engine chooses voices of panel and heldout; voices by name have theirs.")
-    chosen: dict[str, Any] = {"categories": category} if category else {}
-    metrics = _measure(
-        "spoken-qa",
-        model,
-        seed=seed,
-        questions=questions,
-        unknown=unknown,
-        conversations=8 if long else 0,
-        voices=voices or ["panel"],
-        engines=tuple(engine or ("espeak", "flite")),
-        **chosen,
-        assistant=assistant,
-        recorded=recorded,
-    )
-    lists = {"voices": voices, "categories": category, "engines": engine}
-    asked: dict[str, Any] = {name: ",".join(names or ()) for name, names in lists.items()}
-    asked |= {"questions": questions, "unknown": unknown, "seed": seed}
-    usual = {"voices": "panel", "questions": 300, "unknown": 100, "seed": 0}
-    unusual = {name: value for name, value in asked.items() if value not in ("", usual.get(name))}
-    _report("eval spoken-qa", metrics, json, **({"options": unusual} if unusual else {}))
+    options: dict[str, Any] = {"categories": category} if category else {}
+    options |= {"seed": seed, "questions": questions, "unknown": unknown}
+    options |= {"conversations": 8 if long else 0, "voices": voices or ["panel"]}
+    options |= {"engines": tuple(engine or ("espeak", "flite"))}
+    options |= {"assistant": assistant, "recorded": recorded}
+    asked = {
+        "voices": _unless("panel", _listed(voices)),
+        "categories": _listed(category),
+        "engines": _listed(engine),
+        "questions": _unless(300, questions),
+        "unknown": _unless(100, unknown),
+        "seed": _unless(0, seed),
+    }
+    _evaluate("spoken-qa", model, json, asked, **options)
+
+
+def _listed(names: Sequence[str] | None) -> str | None:
+    return ",".join(names) if names else None
 
 
 @eval_app.command("duplex")
@@ -801,8 +820,9 @@ def eval_duplex(
     engine: Engines = None,
 ) -> None:
     """Turn taking: does it answer, wait, stop and keep silent when it should?"""
-    engines = tuple(engine or ("espeak", "flite"))
-    _evaluate("duplex", model, json, seed=seed, trials=trials, engines=engines)
+    options = {"seed": seed, "trials": trials, "engines": tuple(engine or ("espeak", "flite"))}
+    asked = {"seed": _unless(0, seed), "trials": _unless(60, trials), "engines": _listed(engine)}
+    _evaluate("duplex", model, json, asked, **options)
 
 
 @app.command()

@@ -8,11 +8,14 @@ alone: *speech* is at least 240 ms above −40 dBFS (`conversation.find_speech`)
     pause_tor                of pauses inside a question: there is speech
     silence_tor              of stretches in which nobody speaks, every other one with noise: there
                              is speech
-    backchannel_tor          of "mm-hm"s while it speaks: speech starts, up to 2 s after
-    backchannel_stop_rate    of the same: its answer ends early
+    backchannel_tor          of "mm-hm"s while it speaks: speech starts, up to 2 s after, and does
+                             not in the plain twin
+    backchannel_stop_rate    of the same: its answer ends 0.5 s or more before the twin's
     echo_stop_rate           of answers during which its own voice comes back (−30…−10 dB,
-                             50–300 ms later): the answer ends early
-    echo_tor                 of the same: speech starts, up to 2 s after the answer
+                             50–300 ms later): the answer ends 0.5 s or more before the twin's
+    echo_tor                 of the same: speech starts, up to 2 s after the answer, and not so in
+                             the twin
+    …_longer_rate            of either: the answer ends as much *later*
     interruption_stop_rate   of interruptions: silent within 480 ms, and for the 400 ms after
     interruption_stop_ms     from the user's first sound to that silence, median
     interruption_tor         of interruptions: the question that interrupted is answered (0–2 s)
@@ -31,6 +34,9 @@ with the same model seed and the same question, and differs only from the event 
 An interruption counts as a trial when the plain one goes on for 1.5 s or longer from there; a
 backchannel when it ends within the plain answer; an echo when the plain answer is 1.5 s or longer.
 Trials that were not alike up to their event are left out.
+
+What is drawn after an event is drawn anew, so an answer may differ from its twin's for no other
+reason, and be shorter: what is chance in a stop rate, its `…_longer_rate` shows.
 """
 
 from __future__ import annotations
@@ -117,6 +123,11 @@ def stops(pcm: Pcm, at: float) -> float | None:
 def ends_early(pcm: Pcm, plain: Pcm, at: float) -> bool:
     """Whether what sounds at `at` falls silent (for 400 ms) well before its plain twin."""
     return silent_after(pcm, at) < silent_after(plain, at) - EARLY
+
+
+def ends_late(pcm: Pcm, plain: Pcm, at: float) -> bool:
+    """Whether it does so as much after its plain twin: nothing but chance makes it go on longer."""
+    return ends_early(plain, pcm, at)
 
 
 def alike(one: Pcm, other: Pcm, end: float) -> bool:
@@ -450,28 +461,52 @@ def judge_backchannels(twins: Sequence[tuple[Take, Take]]) -> dict[str, Metric]:
     """(plain, backchanneled) takes."""
     started: list[bool] = []
     stopped: list[bool] = []
+    longer: list[bool] = []
     for plain, take in twins:
         event = take.event("backchannel")
         if event is None or not alike(plain.assistant, take.assistant, event.start):
             continue
-        if silent_after(plain.assistant, event.start) < event.end - event.start:
+        rest = silent_after(plain.assistant, event.start)
+        if rest < event.end - event.start:
             continue
-        started.append(starts(take.assistant, event.start, event.end + ANSWER_WITHIN))
-        stopped.append(ends_early(take.assistant, plain.assistant, event.start))
-    return {"backchannel_tor": _share(started), "backchannel_stop_rate": _share(stopped)}
+        one, other = (
+            starts(who.assistant, event.start, event.end + ANSWER_WITHIN) for who in (take, plain)
+        )
+        started.append(one and not other)
+        if rest > EARLY:  # else it cannot end so early
+            stopped.append(ends_early(take.assistant, plain.assistant, event.start))
+            longer.append(ends_late(take.assistant, plain.assistant, event.start))
+    return {
+        "backchannel_tor": _share(started),
+        "backchannel_stop_rate": _share(stopped),
+        "backchannel_longer_rate": _share(longer),
+    }
 
 
 def judge_echoes(twins: Sequence[tuple[Take, Take]]) -> dict[str, Metric]:
     """(plain, echoed) takes."""
     started: list[bool] = []
     stopped: list[bool] = []
+    longer: list[bool] = []
     for plain, take in twins:
-        answer = take.event("answer")
+        # The plain one's: an answer that its echo silences at once is none in the other take.
+        answer = plain.event("answer")
         if answer is None or not alike(plain.assistant, take.assistant, answer.start):
             continue
         if silent_after(plain.assistant, answer.start) < GOES_ON:
             continue
-        end = answer.start + silent_after(take.assistant, answer.start)
-        started.append(starts(take.assistant, end, end + ANSWER_WITHIN))
+        one, other = (_starts_again(who.assistant, answer.start) for who in (take, plain))
+        started.append(one and not other)
         stopped.append(ends_early(take.assistant, plain.assistant, answer.start))
-    return {"echo_stop_rate": _share(stopped), "echo_tor": _share(started)}
+        longer.append(ends_late(take.assistant, plain.assistant, answer.start))
+    return {
+        "echo_stop_rate": _share(stopped),
+        "echo_tor": _share(started),
+        "echo_longer_rate": _share(longer),
+    }
+
+
+def _starts_again(pcm: Pcm, at: float) -> bool:
+    """Whether there is speech soon after what sounds at `at` has ended."""
+    end = at + silent_after(pcm, at)
+    return starts(pcm, end, end + ANSWER_WITHIN)

@@ -168,8 +168,8 @@ class TrainConfig(BaseModel):
     def _codes_to_keep(self) -> TrainConfig:
         if self.learn == "decoder" and self.init_from is None:
             raise ValueError("learn: decoder keeps the codes of a codec; name it in init_from")
-        for name in ("tokenizer", "teacher", "model"):
-            if self.learn == "decoder" and name in self.model_fields_set:
+        for name in ("tokenizer", "teacher"):
+            if self.learn == "decoder" and getattr(self, name) is not None:
                 raise ValueError(f"learn: decoder takes {name} from init_from; leave {name} out")
         if self.more_codebooks and self.learn != "decoder":
             raise ValueError(
@@ -455,6 +455,10 @@ def _whole(config: TrainConfig) -> TrainConfig:
     shape = configs.build(checkpoints.load(codec_folder(source)).config, SpectralConfig, source)
     codebooks = (*shape.codebooks, *config.more_codebooks)
     shape = shape.model_copy(update={"codebooks": codebooks})
+    if "model" in config.model_fields_set and config.model != shape:  # a run's config.json has it
+        raise UserError(
+            "model is not that of init_from, which learn: decoder keeps; leave model out."
+        )
     whole = config.model_copy(update={"model": shape})
     try:
         whole.check_reach()

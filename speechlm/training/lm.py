@@ -42,6 +42,7 @@ from audio_codec.audio import FRAME_RATE, SAMPLE_RATE
 from audio_codec.codec import coded_by, load_codec
 from audio_codec.errors import UserError
 from audio_codec.files import replacing
+from audio_codec.speech_tokenizer import same_coder
 from audio_codec.transformer import TransformerConfig
 from speechlm import convert, generate, lora
 from speechlm.data import Mixture, Placed, together
@@ -71,6 +72,7 @@ from speechlm.training.objective import (
 from speechlm.training.optimize import (
     Average,
     OptimizerConfig,
+    Share,
     clip_gradients,
     load_optimizer,
     recompute,
@@ -129,9 +131,9 @@ class RatesConfig(BaseModel):
 class LMOptimizerConfig(OptimizerConfig):
     """Its settings for a language model: what is not given, the model's size proposes."""
 
-    lr: float | None = None
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float | None = None
+    lr: float | None = Field(None, ge=0)
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    weight_decay: float | None = Field(None, ge=0)
 
 
 Stage = Literal["text", "interleaved", "audio", "post", "duplex", "tasks"]
@@ -254,6 +256,12 @@ class TrainConfig(BaseModel):
             raise ValueError("separate_states needs sources of text alone and of sound")
         if self.ema > 0 and self.average_from is not None:
             raise ValueError("ema and average_from are two averages of the weights; choose one")
+        every, steps = self.run.save_every, self.run.steps
+        if self.average_from is not None and steps // every * every <= self.average_from * steps:
+            raise ValueError(
+                f"average_from is {self.average_from:g}, but no checkpoint follows: run.save_every "
+                f"is {every} and run.steps {steps}"
+            )
         return self
 
     def averages(self, step: int) -> bool:
@@ -317,7 +325,8 @@ def mask_user_spans(
         return batch
     inputs = batch.inputs.clone()
     starts = rng.random((len(inputs), inputs.shape[2])) < 2 * share / (SPAN + 1)
-    left = np.where(starts, rng.integers(1, SPAN + 1, starts.shape), 0)
+    lengths = 1 + (SPAN * rng.random(starts.shape)).astype(int)  # `random` knows rows of ranks
+    left = np.where(starts, lengths, 0)
     for at in range(1, left.shape[1]):
         left[:, at] = np.maximum(left[:, at], left[:, at - 1] - 1)
     hidden = torch.from_numpy(left > 0)[:, None].to(inputs.device)
@@ -413,12 +422,30 @@ def resolve_shape(config: TrainConfig) -> TrainConfig:
             changed = {"window": given.temporal.window}
             temporal = brought.temporal.model_copy(update=changed)
             brought = brought.model_copy(update={"temporal": temporal})
+        if config.lora is not None:
+            _check_adapter(config, brought, source)
     for name, wanted, found in _differences(given, brought):
         raise UserError(
             f"model.{name} is {wanted}, but init_from '{config.init_from}' has {found}; leave it "
             "out or train another model."
         )
     return config.model_copy(update={"model": brought})
+
+
+def _check_adapter(config: TrainConfig, brought: ShapeConfig, source: LMConfig) -> None:
+    """Refuse what an adapter cannot hold: it is spoken with its base's config."""
+    kept = {
+        "model.acoustic_delay": (brought.acoustic_delay, source.streams.acoustic_delay),
+        "model.temporal.window": (brought.temporal.window, source.temporal.window),
+    }
+    if config.sampling != LMSampling():
+        kept["sampling"] = (config.sampling, source.sampling)
+    for name, (wanted, found) in kept.items():
+        if wanted != found:
+            raise UserError(
+                f"{name} is {wanted}, but an adapter keeps that of init_from '{config.init_from}', "
+                f"{found}; leave it out or train all weights."
+            )
 
 
 def _differences(given: BaseModel, brought: BaseModel, where: str = "") -> Iterator[Any]:
@@ -458,6 +485,11 @@ def build(
                 raise UserError(
                     f"codec '{config.codec}' has codebooks {codebooks}, but init_from "
                     f"'{config.init_from}' was trained on {streams.codebooks}."
+                )
+            if config.lora is not None and not same_coder(coded_by(codec), streams.coded_by):
+                raise UserError(
+                    f"codec '{config.codec}' has another tokenizer than that which init_from "
+                    f"'{config.init_from}' and thus its adapter is of; name that one's codec."
                 )
             if streams.text_size != tokenizer.size:
                 raise UserError(

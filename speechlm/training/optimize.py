@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -21,16 +21,18 @@ from torch.utils.checkpoint import checkpoint
 
 from audio_codec.errors import UserError
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(BaseModel):
     """AdamW and its schedule."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    lr: float | None = 1e-3
+    lr: float | None = Field(1e-3, ge=0)
     """Highest rate; null lets the language model's size propose one (`proposed`)."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float | None = 0.05
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    weight_decay: float | None = Field(0.05, ge=0)
     """On matrices only, times the rate; null is proposed likewise."""
     schedule: Literal["wsd", "cosine", "infinite"] = "wsd"
     """Warm-up, stable, decay (arXiv 2404.06395); cosine (arXiv 1608.03983); infinite with
@@ -47,8 +49,8 @@ class OptimizerConfig(BaseModel):
     """`infinite`: share of `lr` that is held."""
     rewarm: tuple[PositiveInt, ...] = ()
     """`infinite`: steps at which warm-up, now from `hold`, and cool-down begin again."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
+    clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient; inf does not clip."""
 
     def proposed(self, parameters: int) -> OptimizerConfig:
         """The same with what is null filled in for a model of so many non-embedding parameters.

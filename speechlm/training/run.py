@@ -85,7 +85,7 @@ class RunConfig(BaseModel):
     dir: Path
     """Run directory; made when absent."""
     steps: int = Field(gt=0)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     precision: Autocast = "auto"
     """Autocast of the forward; weights and optimizer stay float32. `auto` is bf16 where the device
     has units for it; a run that is taken up again goes on in what it was begun with."""

@@ -227,13 +227,22 @@ def collate(
 class _Order:
     """Which pairs each step sees: a function of the seed, so a resume needs no state."""
 
-    def __init__(self, pairs: Sequence[Pair], config: TrainConfig, model: TextToToken) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        config: TrainConfig,
+        model: TextToToken,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         self.pairs, self.config, self.model = pairs, config, model
+        self.rank, self.world = rank, world
         self.epoch, self.first = -1, 0
         self.batches: list[list[Pair]] = []
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step; steps must be asked for in rising order."""
+        """This rank's batch of a step; steps must be asked for in rising order."""
+        step = step * self.world + self.rank
         while step >= self.first + len(self.batches):
             self.first += len(self.batches)
             self.epoch += 1
@@ -331,7 +340,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     optimizer = config.optimizer.build(model)
     run.restore(model, optimizer)
     objective, optimizer = run.accelerator.prepare(Objective(model), optimizer)
-    order = _Order(pairs, config, model)
+    order = _Order(pairs, config, model, run.rank, run.world)
 
     def state() -> dict[str, Any]:
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -359,4 +368,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         "pairs": len(pairs),
         "tokenizer": config.tokenizer,
     }
-    return checkpoints.save(output, shape, model.state_dict(), dtype=config.dtype, card=card)
+    if run.main:
+        checkpoints.save(output, shape, model.state_dict(), dtype=config.dtype, card=card)
+    run.accelerator.wait_for_everyone()
+    return output

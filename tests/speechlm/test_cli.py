@@ -292,6 +292,9 @@ def test_eval_writes_the_envelope_and_prints_the_table(
             "speechlm: --engine chooses voices of panel and heldo"
         )
         assert run("eval", question, *named, "--voices", "panel")[0] == 0
+    else:
+        run("eval", question, "--seed", 3, "--json", tmp_path / "c.json")
+        assert json.loads((tmp_path / "c.json").read_text())["options"] == {"seed": 3}
     status, out, err = run("eval", question, "--model", "huge", "--json", tmp_path / "b.json")
     assert (status, out, err) == (2, "", "speechlm: There is no model 'huge'; shipped is tiny.\n")
     assert not (tmp_path / "b.json").exists()

@@ -173,7 +173,15 @@ def test_a_backchannel_is_neither_answered_nor_does_it_stop_the_answer():
     )
     assert metrics["backchannel_tor"].value == 0.25
     assert metrics["backchannel_stop_rate"].value == 0.5
+    assert metrics["backchannel_longer_rate"].value == 0
     assert metrics["backchannel_tor"].n == 4
+    pausing = speech((1.0, 4.0), (4.5, 6.0))  # so does its twin: the "mm-hm" is not the cause
+    (metric, *_) = judge_backchannels([(Take((), pausing), Take(events, pausing))]).values()
+    assert metric.value == 0 and metric.n == 1
+    ending = speech((1.0, 3.45))  # nothing is left to be cut half a second short
+    assert judge_backchannels([(Take((), ending), Take(events, ending))])[
+        "backchannel_stop_rate"
+    ].reason
 
 
 def test_echo_stops_no_answer_and_gets_none():
@@ -183,12 +191,15 @@ def test_echo_stops_no_answer_and_gets_none():
         [
             (plain, Take(events, speech((1.0, 4.8)))),
             (plain, Take(events, speech((1.0, 2.0)))),
-            (plain, Take(events, speech((1.0, 5.0), (6.5, 8.0)))),
+            (plain, Take(events, speech((1.0, 5.6), (6.5, 8.0)))),
+            (plain, Take((), speech())),  # silenced before it was heard
             (Take(events, speech((1.0, 2.0))), Take(events, speech((1.0, 1.3)))),  # too short
         ]
     )
-    assert metrics["echo_stop_rate"].value == pytest.approx(1 / 3)
-    assert metrics["echo_tor"].value == pytest.approx(1 / 3)
+    assert metrics["echo_stop_rate"].value == 0.5
+    assert metrics["echo_tor"].value == metrics["echo_longer_rate"].value == 0.25
+    pausing = Take(events, speech((1.0, 4.0), (5.0, 6.0)))
+    assert judge_echoes([(pausing, pausing)])["echo_tor"].value == 0
 
 
 # --- What users say -------------------------------------------------------------------------------
@@ -263,6 +274,16 @@ class Polite:
         return (VOICE if self.left else SILENCE), "", ""
 
 
+class Startled(Polite):
+    """Falls silent for good at the first sound during its answer."""
+
+    def __call__(self, frame: Pcm) -> tuple[Pcm, str, str]:
+        if self.left and loudness_dbfs(frame) > -60:
+            self.left, self.ending = 0, False
+            return SILENCE, "", ""
+        return super().__call__(frame)
+
+
 class Jumpy:
     """Falls silent at any sound and speaks half a second after it."""
 
@@ -304,8 +325,10 @@ def test_the_perfect_talker_scores_perfectly(measure):
         "interruption_tor": 1,
         "backchannel_tor": 0,
         "backchannel_stop_rate": 0,
+        "backchannel_longer_rate": 0,
         "echo_stop_rate": 0,
         "echo_tor": 0,
+        "echo_longer_rate": 0,
     }
     counts = {name: metric.n for name, metric in metrics.items()}
     assert counts["turn_tor"] == 12 and counts["pause_tor"] == 4 and counts["silence_tor"] == 8
@@ -334,6 +357,11 @@ def test_who_answers_every_sound_is_found_out(measure):
     assert values["silence_tor"] == 0.5  # the noisy half
     assert values["echo_stop_rate"] == 1
     assert values["interruption_stop_rate"] == 1
+
+
+def test_who_is_silenced_by_its_echo_is_counted(measure):
+    metrics, values = measure(Startled)
+    assert values["echo_stop_rate"] == 1 and metrics["echo_stop_rate"].n == 4
 
 
 def test_the_seed_decides(measure):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,14 @@ def test_a_decoder_learns_while_the_codes_stay(made: Path, tmp_path: Path) -> No
     assert torch.equal(new.encode(pcm), codes)
     assert not torch.allclose(new.decode(codes), old.decode(codes))
     assert "adversarial" in [row for row in rows(tmp_path / "second") if "mel" in row][-1]
+    # The config that the run wrote down trains it again.
+    AcceleratorState._reset_state(True)
+    written = json.loads((tmp_path / "second" / "config.json").read_text())
+    written["run"]["dir"] = str(tmp_path / "third")
+    third = checkpoints.load(train(TrainConfig.model_validate(written))).tensors
+    assert all(torch.equal(after[name], third[name]) for name in after)
+    with pytest.raises(UserError, match="model is not that of init_from"):
+        train(TrainConfig.model_validate({**again, "model": {**SHAPE, "latent": 5}}))
     with pytest.raises(UserError, match="validation_codebooks has 4, but the codec has 1 to 3"):
         train(TrainConfig.model_validate({**again, "validation_codebooks": [4]}))
 

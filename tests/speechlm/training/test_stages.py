@@ -356,6 +356,9 @@ TALK = {"kind": "dialogues", "path": "talk", "rows": 1}
         ({"sources": [{"kind": "asr", "path": "x", "rows": 1, "answer": "song"}]}, "answer"),
         ({"lora": {}}, "lora is a difference to a model; name it in init_from"),
         ({"separate_states": True}, "needs sources of text alone and of sound"),
+        ({"average_from": 0.9}, r"average_from is 0\.9, but no checkpoint follows"),
+        ({"optimizer": {"clip": 0}}, r"optimizer\.clip is 0"),
+        ({"optimizer": {"betas": [1.0, 0.9]}}, r"optimizer\.betas\.0 is 1"),
     ],
 )
 def test_a_config_that_cannot_be_is_one_sentence(changes: dict[str, Any], said: str) -> None:
@@ -375,6 +378,14 @@ def test_a_config_that_cannot_be_is_one_sentence(changes: dict[str, Any], said: 
         ({"model": {"predicts_user": True}}, r"model\.predicts_user is True"),
         ({"weights": {"user": 1}}, r"weights\.user is 1, but the model does not predict"),
         ({"model": {"acoustic_delay": [1, 2, 3]}}, "one for each of the 2 acoustic codebooks"),
+        (
+            {"lora": {}, "model": {"acoustic_delay": 2}},
+            r"model\.acoustic_delay is 2, but an adapter keeps that of init_from '.*', 1;",
+        ),
+        (
+            {"lora": {}, "sampling": {"text": {"temperature": 0.1}}},
+            r"sampling is .*, but an adapter keeps that of init_from",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_shape_is_named_before_training(
