@@ -42,6 +42,7 @@ from audio_codec.errors import UserError
 from audio_codec.precision import Precision, has_bf16
 from audio_codec.token_decoder import check_match, load_token_decoder
 from synth_data import quiz
+from synth_data.build import start_worker
 from synth_data.dedup import KEPT, DedupConfig, deduplicate, jaccard, shingles
 from synth_data.recipes.pairs import tokenize
 from synth_data.text_to_token import (
@@ -264,6 +265,11 @@ Rates = dict[str, list[float]]
 """Route → codes a second, round by round."""
 
 
+def _start_worker() -> None:
+    start_worker()
+    torch.set_num_threads(1)
+
+
 def best_route(
     tokenizer: str, voices: Sequence[str], texts: Sequence[str], take: Take, device: str = "cpu"
 ) -> Route:
@@ -317,8 +323,7 @@ def speed(
     with ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
+        initializer=_start_worker,
     ) as pool:
 
         def take(route: Route, texts: Sequence[str]) -> tuple[int, float]:

@@ -268,7 +268,7 @@ def _locally(
     pool = ProcessPoolExecutor(
         min(workers, len(tasks)),
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
+        initializer=start_worker,
     )
     try:
         futures = {
@@ -286,7 +286,8 @@ def _locally(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """What a spawned worker begins with: it ends when its parent does, however that ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

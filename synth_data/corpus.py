@@ -48,6 +48,7 @@ from rich.table import Table
 
 from audio_codec.errors import UserError
 from audio_codec.files import replacing
+from synth_data.build import start_worker
 from synth_data.dedup import EXACT, KEPT, NEAR, DedupConfig, Heldout, duplicates, key_rows, sketch
 from synth_data.quality import (
     Judge,
@@ -682,10 +683,25 @@ def _documents(sources: Iterable[CorpusSource], config: TextConfig) -> Iterator[
     return (made for made in _stream(sources, config) if isinstance(made, Document))
 
 
+_ANY_LENGTH = 2**40
+
+
+def _guarded(sources: Iterable[CorpusSource]) -> Iterator[Document]:
+    """What is held out, whole: a text that the guard misses would be trained on."""
+    for source in sources:
+        for made in read(source, _ANY_LENGTH):
+            if isinstance(made, Document):
+                yield made
+            elif made.reason != "empty":
+                raise UserError(
+                    f"heldout {str(source.path)!r}: {made.reason}; all of it must be readable."
+                )
+
+
 def _prepare(config: TextConfig, work: _Work) -> None:
     """What the workers need to know of the whole: held-out n-grams, the trained judge."""
     if config.heldout and not work.heldout.exists():
-        texts = (document.text for document in _documents(config.heldout, config))
+        texts = (document.text for document in _guarded(config.heldout))
         found = Heldout.of(map(spell_out, texts) if config.spoken else texts, config.heldout_words)
         _save(work.heldout, found.hashes)
     if config.quality is not None and not work.judge.exists():
@@ -754,7 +770,9 @@ def _in_order(
     if workers == 1:
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker
+    )
     pending: deque[Future[Result]] = deque()
     try:
         for item in items:

@@ -24,12 +24,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from synth_data import quiz
 from synth_data.quiz import Question, Split
@@ -59,6 +59,16 @@ _MIN_INTERRUPTED_SECONDS = 0.8  # An answer that ends sooner than this anyway is
 _SILENCE_SECONDS = 2.0  # From here on, nobody speaking is an event.
 
 
+def _ordered(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError(f"{ends[0]:g} is more than {ends[1]:g}; write the smaller end first")
+    return ends
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+"""Both ends of what is drawn uniformly."""
+
+
 class DialogueConfig(BaseModel):
     """How conversations go. Times are in seconds, shares are probabilities."""
 
@@ -74,51 +84,51 @@ class DialogueConfig(BaseModel):
     """Share of questions from outside the quiz world."""
     greeting: float = Field(default=0.0, ge=0, le=1)
     """Share of conversations that the assistant opens."""
-    lead: tuple[float, float] = (0.3, 2.5)
+    lead: Range = (0.3, 2.5)
     """Silence before the first word: uniform."""
     gap_median: float = Field(default=0.22, gt=0)
     """From the end of a question to its answer: log-normal with this median ..."""
     gap_sigma: float = Field(default=0.3, ge=0)
     """... this standard deviation of its logarithm ..."""
-    gap_range: tuple[float, float] = (0.08, 0.7)
+    gap_range: Range = (0.08, 0.7)
     """... and clipped to this."""
     silence_mean: float = Field(default=0.9, ge=0)
     """Between an answer and the next question: 0.25 s plus an exponential of this mean."""
     long_silence: float = Field(default=0.08, ge=0, le=1)
     """Share of turns before which nobody speaks for long ..."""
-    long_silence_range: tuple[float, float] = (3.0, 9.0)
+    long_silence_range: Range = (3.0, 9.0)
     """... namely for this long: uniform."""
     pause: float = Field(default=0.2, ge=0, le=1)
     """Share of questions with a pause inside (of those that can have one, and do not interrupt)
     ..."""
-    pause_range: tuple[float, float] = (0.5, 1.5)
+    pause_range: Range = (0.5, 1.5)
     """... of this length: uniform."""
     interruption: float = Field(default=0.12, ge=0, le=1)
     """Share of answers that the next question interrupts ..."""
-    interruption_at: tuple[float, float] = (0.15, 0.7)
+    interruption_at: Range = (0.15, 0.7)
     """... after this fraction of the answer: uniform ..."""
-    stop_range: tuple[float, float] = (0.16, 0.40)
+    stop_range: Range = (0.16, 0.40)
     """... and the assistant is silent this long after the user began: uniform, 2 to 5 frames."""
     backchannel: float = Field(default=0.15, ge=0, le=1)
     """Share of answers during which the user says "mm-hm" or the like."""
     noise: float = Field(default=0.3, ge=0, le=1)
     """Share of conversations with noise on the user's channel throughout."""
-    noise_snr_db: tuple[float, float] = (5.0, 30.0)
+    noise_snr_db: Range = (5.0, 30.0)
     """Its signal-to-noise ratio: uniform."""
     noise_burst: float = Field(default=0.5, ge=0, le=1)
     """Share of long silences that a noise fills ..."""
-    noise_burst_dbfs: tuple[float, float] = (-50.0, -25.0)
+    noise_burst_dbfs: Range = (-50.0, -25.0)
     """... of this level: uniform."""
     echo: float = Field(default=0.3, ge=0, le=1)
     """Share of conversations in which the assistant's voice returns on the user's channel ..."""
-    echo_gain_db: tuple[float, float] = (-30.0, -10.0)
+    echo_gain_db: Range = (-30.0, -10.0)
     """... at this gain ..."""
-    echo_delay: tuple[float, float] = (0.05, 0.3)
+    echo_delay: Range = (0.05, 0.3)
     """... and after this delay: both uniform."""
     overlap: float = Field(default=0.0, ge=0, le=1)
     """Share of answers that begin before the question has ended (of questions without a pause that
     do not interrupt) ..."""
-    overlap_range: tuple[float, float] = (0.08, 0.5)
+    overlap_range: Range = (0.08, 0.5)
     """... by this much: uniform, and half of the question at most."""
     disfluency: float = Field(default=0.0, ge=0, le=1)
     """Share of questions with a filler, a repetition or a restart (of those without a pause that do
@@ -353,11 +363,17 @@ def _disfluency(rng: np.random.Generator, words: Sequence[str]) -> Disfluency:
     return Disfluency(word, kind, text)
 
 
+def _long_answers(config: DialogueConfig) -> tuple[str, ...]:
+    """The categories with answers long enough to be interrupted, of those that may come up."""
+    return tuple(name for name in _LONG_ANSWERS if name in (config.categories or ()))
+
+
 def _question(
     rng: np.random.Generator, config: DialogueConfig, *, long_answer: bool, interrupts: bool
 ) -> Question:
-    if long_answer:
-        category = _LONG_ANSWERS[int(rng.integers(len(_LONG_ANSWERS)))]
+    named = _LONG_ANSWERS if config.categories is None else _long_answers(config)
+    if long_answer and named:
+        category = named[int(rng.integers(len(named)))]
     elif rng.random() < config.unknown:
         category = quiz.UNKNOWN
     else:
@@ -436,7 +452,8 @@ def arrange(script: Script, synthesize: Synthesize, sample_rate: int = 24_000) -
         if interrupts is None:
             events += _silence_events(quiet_since, begin, turn.noise_dbfs)
         question = _trim(synthesize(spoken(turn), USER))
-        if turn.pause is not None:
+        # Where words begin is a guess with some engines: a pause might fall into one.
+        if turn.pause is not None and not question.estimated:
             question, (start, end) = _with_pause(question, turn.pause)
             events.append(Event(kind="pause", channel=USER, start=begin + start, end=begin + end))
         user.place(question, begin)
@@ -607,7 +624,7 @@ def truncate(utterance: Utterance, seconds: float) -> Utterance:
         for word in utterance.words
         if word.start < seconds - 2 * _FADE_SECONDS
     )
-    return Utterance(pcm, utterance.sample_rate, words)
+    return replace(utterance, pcm=pcm, words=words)
 
 
 def _ramp(samples: int) -> npt.NDArray[np.float32]:
@@ -632,7 +649,7 @@ def _trim(utterance: Utterance) -> Utterance:
         Word(word.text, word.start - first / rate, word.end - first / rate)
         for word in utterance.words
     )
-    return Utterance(pcm, rate, words)
+    return replace(utterance, pcm=pcm, words=words)
 
 
 def _with_pause(utterance: Utterance, pause: Pause) -> tuple[Utterance, tuple[float, float]]:

@@ -177,6 +177,10 @@ class Token(NamedTuple):
     """One past its last character."""
 
 
+_SPELLED = 15
+"""Digits of the longest number that is not read digit by digit."""
+
+
 def number_words(value: int) -> str:
     """Spell an integer in American English ("one hundred five"); digits beyond 10^15 - 1.
 
@@ -190,7 +194,7 @@ def number_words(value: int) -> str:
     if value < 100:
         tens, ones = divmod(value, 10)
         return _TENS[tens] + (f" {_ONES[ones]}" if ones else "")
-    if value >= 10**15:
+    if value >= 10**_SPELLED:
         return " ".join(_ONES[int(digit)] for digit in str(value))
     scale, name = next(pair for pair in _SCALES if value >= pair[0])
     head, rest = divmod(value, scale)
@@ -209,16 +213,28 @@ def ordinal_words(value: int) -> str:
     return " ".join([*head, last])
 
 
+def _integer(digits: str) -> str:
+    """As `number_words` reads it, be it longer than Python makes a number of."""
+    if len(digits) > _SPELLED:
+        return " ".join(_ONES[int(digit)] for digit in digits)
+    return number_words(int(digits))
+
+
 def _decimal(literal: str) -> str:
     whole, _, fraction = literal.replace(",", "").partition(".")
     # A leading zero ("007", a phone number) is read digit by digit.
     digits_apart = len(whole) > 1 and whole.startswith("0")
-    words = (
-        " ".join(_ONES[int(digit)] for digit in whole) if digits_apart else number_words(int(whole))
-    )
+    words = " ".join(_ONES[int(digit)] for digit in whole) if digits_apart else _integer(whole)
     if fraction:
         words += " point " + " ".join(_ONES[int(digit)] for digit in fraction)
     return words
+
+
+def _ordinal(match: re.Match[str]) -> str:
+    digits = match[1].replace(",", "")
+    # Digit by digit, its last one alone is an ordinal.
+    head, last = (digits[:-1], digits[-1]) if len(digits) > _SPELLED else ("", digits)
+    return f"{_integer(head)} {ordinal_words(int(last))}" if head else ordinal_words(int(last))
 
 
 def year_words(value: int) -> str:
@@ -241,7 +257,7 @@ def _money(match: re.Match[str]) -> str:
     if magnitude or len(fraction) not in (0, 2):
         amount = _decimal(f"{whole}.{fraction}")
         return f"{amount} {magnitude} {many}" if magnitude else f"{amount} {many}"
-    words = f"{number_words(int(whole))} {one if int(whole) == 1 else many}"
+    words = f"{_integer(whole)} {one if whole.lstrip('0') == '1' else many}"
     cents = int(fraction or 0)
     if cents:
         words += f" and {number_words(cents)} {hundredth if cents == 1 else hundredths}"
@@ -314,7 +330,7 @@ def spell_out(text: str) -> str:
     text = _dates_and_times(text)
     text = _MONEY.sub(_money, text)
     text = _UNIT.sub(_unit, text)
-    text = _ORDINAL.sub(lambda match: ordinal_words(int(match[1].replace(",", ""))), text)
+    text = _ORDINAL.sub(_ordinal, text)
     text = _MINUS.sub(" minus ", text)
     text = _LETTER_DIGIT.sub(" ", text)
     text = _NUMBER.sub(lambda match: f" {_decimal(match[0])} ", text)
@@ -362,6 +378,15 @@ def normalize(text: str) -> str:
 def sentences_from(path: Path | str) -> Iterator[str]:
     """Yield the sentences of a text file, or of the shards of ``speechlm synth text``, in order.
 
+    Raises UserError as ``labelled_sentences``.
+    """
+    for sentence, _ in labelled_sentences(path):
+        yield sentence
+
+
+def labelled_sentences(path: Path | str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Sentences as of ``sentences_from``, each with its own ``source`` and ``licence`` if told.
+
     Of a ``.txt`` or ``.txt.xz`` file these are its non-empty lines. Of a ``.jsonl`` shard, or a
     folder of them, they are the sentences of each document's text.
 
@@ -371,7 +396,7 @@ def sentences_from(path: Path | str) -> Iterator[str]:
     path = Path(path)
     if path.is_dir() and (shards := sorted(path.glob("*.jsonl"))):
         for shard in shards:
-            yield from sentences_from(shard)
+            yield from labelled_sentences(shard)
         return
     if not path.is_file():
         raise UserError(f"text source {str(path)!r} is not a file")
@@ -381,8 +406,11 @@ def sentences_from(path: Path | str) -> Iterator[str]:
         with lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb") as lines:
             for line in lines:
                 if path.suffix == ".jsonl":
-                    yield from split_sentences(json.loads(line)["text"])
+                    found = json.loads(line)
+                    told = {key: str(found[key]) for key in ("source", "licence") if key in found}
+                    for sentence in split_sentences(found["text"]):
+                        yield sentence, told
                 elif sentence := line.decode("utf-8").strip():
-                    yield sentence
+                    yield sentence, {}
     except (ValueError, KeyError, TypeError, lzma.LZMAError, EOFError) as error:
         raise UserError(f"text source {str(path)!r} cannot be read: {error}") from error

@@ -41,6 +41,7 @@ from synth_data.dialogue import (
     Dialogue,
     DialogueConfig,
     Exchange,
+    Range,
     arrange,
     cut_events,
     cut_words,
@@ -107,7 +108,7 @@ class DialoguesConfig(BaseModel):
     """The assistant's voice."""
     jitter: bool = True
     """Vary the user's rate, pitch and range from one conversation to the next."""
-    user_dbfs: tuple[float, float] = (-36.0, -18.0)
+    user_dbfs: Range = (-36.0, -18.0)
     """Level of the user's speech: uniform."""
     reverberation: float = Field(default=0.15, ge=0, le=1)
     """Share of conversations with the user in a reverberant room."""
@@ -126,7 +127,7 @@ class DialoguesConfig(BaseModel):
     """Store the sound beside the codes."""
     guard: GuardConfig = GuardConfig()
     """The least that people must have made of it."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     shard_size: int = Field(default=16, gt=0)
     """Conversations a shard."""
     workers: int = Field(default=1, gt=0)
@@ -173,6 +174,12 @@ def build_dialogues(config: DialoguesConfig) -> BuildReport:
         inputs.update(path.read_bytes())
     if corpus is not None:
         inputs.update(corpus.digest)
+    for folder in config.noise:
+        clips = _noises((folder,))
+        if not clips:
+            raise UserError(f"noise {str(folder)!r}: its shards hold no sound.")
+        for clip in clips:
+            inputs.update(clip.tobytes())
     for voice in (*_user_voices(config), Voice.parse(config.assistant)):
         speak("one", voice)  # A missing engine or an unknown name shows here.
     if config.hours is not None:
@@ -338,8 +345,17 @@ def encode_long(
 
 @functools.cache
 def cached_codec(name: str, device: str) -> Codec:
-    """A codec by name, loaded once a process."""
-    return load_codec(name).to(device)
+    """A codec by name, loaded once a process.
+
+    Raises UserError when there is none, or its frames are not those of the shards.
+    """
+    codec = load_codec(name)
+    if (codec.sample_rate, codec.frame_size) != (SAMPLE_RATE, FRAME_SIZE):
+        raise UserError(
+            f"codec '{name}' has {codec.sample_rate / codec.frame_size:g} frames a second of "
+            f"{codec.sample_rate} Hz; codes in shards have {FRAME_RATE:g}, of {SAMPLE_RATE} Hz."
+        )
+    return codec.to(device)
 
 
 @functools.cache
@@ -411,7 +427,7 @@ def _converse(number: int, config: DialoguesConfig) -> tuple[str, Dialogue, int]
         if channel == ASSISTANT_CHANNEL:
             return _answer(text, assistant)
         utterance = speak(text, voice)
-        return Utterance(normalize_level(utterance.pcm, dbfs), SAMPLE_RATE, utterance.words)
+        return replace(utterance, pcm=normalize_level(utterance.pcm, dbfs))
 
     talk = arrange(lines, synthesize, SAMPLE_RATE)
     frames = round(config.dialogue.seconds * FRAME_RATE)

@@ -169,7 +169,7 @@ class InterleaveRecipe(BaseModel):
     """Of the products of the model's transformer; `auto`: bf16 where `device` has units for it."""
     device: str = "cpu"
     """Where the model runs."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     shard_size: int = Field(default=1000, gt=0)
     """Documents a shard, before cutting and dropping."""
     workers: int = Field(default=1, gt=0)

@@ -25,7 +25,7 @@ from synth_data import quiz
 from synth_data.build import BuildReport, Dropped, run_shards
 from synth_data.mixture import GuardConfig, Shares
 from synth_data.shards import Folder, Sample
-from synth_data.text import normalize, sentences_from, spell_out
+from synth_data.text import labelled_sentences, normalize, spell_out
 from synth_data.tts import (
     SynthesisConfig,
     Voice,
@@ -57,6 +57,7 @@ class TextSource(BaseModel):
     path: Path
     """A ``.txt`` or ``.txt.xz`` file, one sentence a line, or a folder of ``synth text``."""
     licence: str
+    """Of what does not name its own, as the documents of ``synth text`` do."""
     human: bool = True
     """Whether people wrote it; false for what a language model wrote."""
     weight: float = Field(default=1.0, gt=0)
@@ -146,7 +147,7 @@ class SpeechConfig(BaseModel):
     verify: VerifyConfig | None = None
     guard: GuardConfig = GuardConfig()
     """The least that people must have made of it."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     shard_size: int = Field(default=256, gt=0)
     """Utterances a shard, dropped ones included."""
     workers: int = Field(default=1, gt=0)
@@ -156,6 +157,10 @@ class SpeechConfig(BaseModel):
 
     @model_validator(mode="after")
     def _amount_given(self) -> "SpeechConfig":
+        if self.models and not isinstance(self.voices, int):
+            raise ValueError(
+                f"models are drawn from where voices is a number; voices is {self.voices!r}"
+            )
         spoken = any(source.kind != "recorded" for source in self.sources)
         if spoken and (self.hours is None) == (self.utterances is None):
             raise ValueError("give either hours or utterances")
@@ -260,7 +265,7 @@ def _utterances(
             return
         chosen = int(rng.choice(len(sources), p=weights / weights.sum()))
         source, pool = sources[chosen], pools[chosen]
-        text = pool[orders[chosen][taken[chosen] % len(pool)]]
+        text, told = pool[orders[chosen][taken[chosen] % len(pool)]]
         taken[chosen] += 1
         if rng.random() < config.assistant_share:
             voice = assistant
@@ -273,25 +278,28 @@ def _utterances(
             id=f"s{config.seed}-{number:07d}",
             text=text,
             voice=str(voice),
-            source="quiz" if isinstance(source, QuizSource) else source.path.name,
-            licence="Apache-2.0" if isinstance(source, QuizSource) else source.licence,
+            source=told["source"],
+            licence=told["licence"],
             human_text=not isinstance(source, QuizSource) and source.human,
             seconds=length,
         )
 
 
-def _sentences(source: TextSource | QuizSource, seed: int) -> list[str]:
+def _sentences(source: TextSource | QuizSource, seed: int) -> list[tuple[str, dict[str, str]]]:
+    """Sentences in their spoken form, with where each is from and its licence."""
+    sentences: Iterable[tuple[str, dict[str, str]]]
     if isinstance(source, QuizSource):
-        sentences: Iterable[str] = quiz.sentences(
-            source.split, source.pool, seed, source.categories
-        )
+        asked = quiz.sentences(source.split, source.pool, seed, source.categories)
+        sentences = ((text, {}) for text in asked)
+        usual = {"source": "quiz", "licence": "Apache-2.0"}
         limit, name = None, "quiz"
     else:
-        sentences = sentences_from(source.path)
+        sentences = labelled_sentences(source.path)
+        usual = {"source": source.path.name, "licence": source.licence}
         limit, name = source.max_words, str(source.path)
     spoken = [
-        text
-        for text in map(spell_out, sentences)
+        (text, {**usual, **told} if told else usual)
+        for text, told in ((spell_out(text), told) for text, told in sentences)
         if (words := len(normalize(text).split())) and (limit is None or words <= limit)
     ]
     if not spoken:
@@ -326,6 +334,18 @@ def _recordings(source: RecordedSource) -> Iterator[Line]:
             raise UserError(
                 f"recorded source: unknown set {name!r}; "
                 f"choose from {', '.join(sorted(known - _NEVER_TRAINED))}"
+            )
+    for row in rows:
+        if not row["seconds"].replace(".", "", 1).isdigit():
+            raise UserError(
+                f"manifest {str(source.data / MANIFEST)!r}: seconds of {row['path']!r} is "
+                f"{row['seconds']!r}; it must be a number"
+            )
+    splits = {row["split"] for row in rows if row["set"] in source.sets}
+    for name in source.splits:
+        if name not in splits:
+            raise UserError(
+                f"recorded source: unknown split {name!r}; choose from {', '.join(sorted(splits))}"
             )
     for row in rows:
         if (

@@ -8,6 +8,7 @@ server that asks for one is taken from the variable ``SPEECHLM_TTS_KEY``. Word t
 the same bytes for the same arguments are the server's promise, not ours.
 """
 
+import http.client
 import io
 import json
 import os
@@ -64,7 +65,10 @@ class Endpoint:
             lasting = 400 <= error.code < 500 and error.code not in (408, 429)
             kind = UserError if lasting else EngineFailure
             raise kind(f"voice {str(voice)!r}: the server answered {error}") from error
-        except OSError as error:  # urllib's own errors, time-outs and resets are of this kind.
+        except http.client.InvalidURL as error:
+            raise UserError(f"voice {str(voice)!r} is no address: {error}") from error
+        # urllib's own errors, time-outs and resets; answers that are cut short or not HTTP.
+        except (OSError, http.client.HTTPException) as error:
             raise EngineFailure(f"voice {str(voice)!r}: no answer: {error}") from error
         try:
             pcm, rate = soundfile.read(io.BytesIO(sound), dtype="float32", always_2d=True)

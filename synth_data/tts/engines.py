@@ -16,6 +16,8 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import os
+import signal
 import zipfile
 import zlib
 from collections import Counter
@@ -159,6 +161,9 @@ class Isolated:
     def close(self) -> None:
         """End the child; the next utterance starts another."""
         if self._child is not None and self._pipe is not None:
+            # An engine may be a program of the child's, which has to end with it.
+            if self._child.pid is not None and _leads(self._child.pid):
+                os.killpg(self._child.pid, signal.SIGKILL)
             self._child.kill()
             self._child.join()
             self._child.close()
@@ -198,8 +203,17 @@ class Isolated:
         return self._pipe
 
 
+def _leads(pid: int) -> bool:
+    """Whether a process leads a group of its own, as `_serve` has it do first of all."""
+    try:
+        return os.getpgid(pid) == pid
+    except ProcessLookupError:
+        return False
+
+
 def _serve(pipe: Connection[Any, Any]) -> None:
     """A child's life: texts in, utterances or errors out, until the other end closes."""
+    os.setsid()
     pipe.send("ready")
     while True:
         try:

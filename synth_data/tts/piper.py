@@ -71,8 +71,10 @@ class Piper:
         return Utterance(pcm, rate, words or spread(tokens, pcm, rate), estimated=words is None)
 
     def version(self, voice: Voice) -> str:
-        """Of the package, and a hash of the model."""
-        return f"{importlib.metadata.version('piper-tts')} {_hash(self._path(voice))}"
+        """Of the package, and hashes of the model and its settings."""
+        path = self._path(voice)
+        settings = path.with_name(path.name + ".json")
+        return f"{importlib.metadata.version('piper-tts')} {_hash(path)} {_hash(settings)}"
 
     def _path(self, voice: Voice) -> Path:
         path = Path(model_and_speaker(voice)[0])

@@ -310,6 +310,10 @@ def sample_voices(
     ]
     if not spans:
         raise UserError("engines and models are empty; name one of either")
+    held = {voice.speaker for voice in new_speakers(user_voices("heldout"))}
+    for voice in (voice for text in models for voice in _speakers(text)):
+        if voice.speaker in held:
+            raise UserError(f"models: {str(voice)!r} is a held-out speaker; leave it out")
     rng = np.random.default_rng(seed)
     drawn: dict[Voice, None] = {}
     for _ in range(20 * count):
@@ -356,4 +360,6 @@ def _speakers(text: str) -> list[Voice]:
     span = re.fullmatch(r"(.+#)(\d+)\.\.(\d+)", text)
     if span is None:
         return [Voice.parse(text)]
-    return [Voice.parse(f"{span[1]}{n}") for n in range(int(span[2]), int(span[3]) + 1)]
+    if not (found := [f"{span[1]}{n}" for n in range(int(span[2]), int(span[3]) + 1)]):
+        raise UserError(f"models: {text!r} counts down; write the smaller number first")
+    return [Voice.parse(name) for name in found]

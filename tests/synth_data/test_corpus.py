@@ -302,6 +302,26 @@ def test_a_build_keeps_what_is_good_and_says_why_not(config: TextConfig) -> None
     assert next(sentences_from(config.output)) == records[0]["text"]
 
 
+@pytest.mark.parametrize(
+    ("record", "reason"), [({"question": "How far is it?"}, "no text"), ({"text": "\0"}, "binary")]
+)
+def test_what_is_held_out_must_be_readable(
+    config: TextConfig, tmp_path: Path, record: dict[str, str], reason: str
+) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=f"heldout '.*held.jsonl': {reason}"):
+        build_text(config.model_copy(update={"heldout": (source(held),)}))
+
+
+def test_a_long_text_is_held_out_whole(config: TextConfig, tmp_path: Path) -> None:
+    held = tmp_path / "held.txt"
+    held.write_text("\n".join(sentences_of(config)[:60]))
+    changes = {"heldout": (source(held, unit="file"),), "max_characters": 200}
+    report = build_text(config.model_copy(update=changes))
+    assert report.removed["plain.txt"]["held out"] >= 60
+
+
 def test_the_bytes_do_not_depend_on_the_workers(config: TextConfig, tmp_path: Path) -> None:
     one = build_text(config)
     two = build_text(config.model_copy(update={"output": tmp_path / "two", "workers": 2}))

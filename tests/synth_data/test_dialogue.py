@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from synth_data import dialogue, quiz
 from synth_data.dialogue import (
@@ -299,6 +301,27 @@ def test_scripts_are_seeded_and_make_about_ten_turns_a_minute() -> None:
     assert one != script(np.random.default_rng(6), config)
     turns = len(of_kind(arrange(one, speak, RATE), "turn_end")) / 10
     assert 7 <= turns <= 14
+
+
+def test_only_named_categories_come_up() -> None:
+    for named in ({"days": 1.0, "counting": 1.0}, {"days": 1.0}):
+        config = DialogueConfig(seconds=400, categories=named, interruption=0.5, unknown=0)
+        made = script(np.random.default_rng(0), config)
+        assert {turn.question.category for turn in made.turns} == set(named)
+
+
+def test_a_range_is_written_in_order() -> None:
+    with pytest.raises(ValidationError, match="0.7 is more than 0.2; write the smaller end first"):
+        DialogueConfig(gap_range=(0.7, 0.2))
+
+
+def test_no_pause_falls_where_words_are_guessed() -> None:
+    def guess(text: str, channel: int) -> Utterance:
+        return replace(speak(text, channel), estimated=True)
+
+    made = script(np.random.default_rng(0), DialogueConfig(seconds=200, pause=1.0))
+    assert of_kind(arrange(made, speak, RATE), "pause")
+    assert not of_kind(arrange(made, guess, RATE), "pause")
 
 
 def test_gaps_are_human() -> None:

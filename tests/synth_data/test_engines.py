@@ -278,6 +278,8 @@ class Handler(BaseHTTPRequestHandler):
         sound = io.BytesIO()
         soundfile.write(sound, pcm, 16_000, format="WAV", subtype="PCM_16")
         self.send_response(200)
+        if what == "short":  # it promises more than it sends
+            self.send_header("Content-Length", "999999")
         self.end_headers()
         self.wfile.write(b"no sound" if what == "noise" else sound.getvalue())
 
@@ -311,7 +313,14 @@ def test_a_server_speaks(server: Server, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("what", "passing"),
-    [("404", False), ("400", False), ("429", True), ("503", True), ("noise", True)],
+    [
+        ("404", False),
+        ("400", False),
+        ("429", True),
+        ("503", True),
+        ("noise", True),
+        ("short", True),
+    ],
 )
 def test_a_server_that_fails(server: Server, what: str, passing: bool) -> None:
     server.script = [what]
@@ -323,6 +332,8 @@ def test_a_server_that_fails(server: Server, what: str, passing: bool) -> None:
 def test_a_server_that_is_not_there() -> None:
     with pytest.raises(EngineFailure, match="no answer"):
         get_engine("http").synthesize("hello", Voice("http", "http://127.0.0.1:9/speech#ann"))
+    with pytest.raises(UserError, match="is no address"):
+        get_engine("http").synthesize("hello", Voice("http", "http://127.0.0.1:8o0/speech#ann"))
     with pytest.raises(UserError, match="begin with http"):
         get_engine("http").synthesize("hello", Voice("http", "host/speech#ann"))
     with pytest.raises(UserError, match="no word"):

@@ -37,6 +37,13 @@ def test_integers(value: int, words: str) -> None:
     assert number_words(value) == words
 
 
+def test_numbers_of_any_length_are_read() -> None:
+    # Python makes no number of more than 4300 digits.
+    assert spell_out("7" * 5000) == " ".join(["seven"] * 5000)
+    assert spell_out("$" + "1" * 4400).endswith("one one dollars")
+    assert spell_out("2" * 4999 + "3rd").endswith("two two third")
+
+
 @given(st.integers(0, 10**15 - 1))
 def test_every_integer_has_its_own_words(value: int) -> None:
     units = {number_words(n): n for n in range(100)}

@@ -146,7 +146,13 @@ def test_timbres_of_models() -> None:
         "piper",
         "transformers",
     }
-    for wrong in ({"engines": ()}, {"engines": ("piper",)}, {"engines": (), "models": ("rms",)}):
+    for wrong in (
+        {"engines": ()},
+        {"engines": ("piper",)},
+        {"engines": (), "models": ("rms",)},
+        {"models": ("flite:kal16",)},
+        {"models": ("piper:libritts.onnx#9..0",)},
+    ):
         with pytest.raises(UserError):
             sample_voices(3, **wrong)  # type: ignore[arg-type]
 

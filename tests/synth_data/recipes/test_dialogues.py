@@ -25,7 +25,7 @@ from synth_data.recipes.dialogues import (
     encode_long,
     parse_dialogue,
 )
-from synth_data.shards import Sample, read
+from synth_data.shards import Sample, read, write
 from synth_data.tts import sample_voices
 
 pytest.importorskip("espeakng_loader", reason="speech engine espeak is not installed")
@@ -151,6 +151,25 @@ def test_shards_of_another_codec_are_refused(codec: LevelCodec, tmp_path: Path) 
     build_dialogues(config(tmp_path))
     (tmp_path / "codec" / "model.safetensors").write_bytes(b"others")
     with pytest.raises(UserError, match="another plan"):
+        build_dialogues(config(tmp_path))
+
+
+def test_noise_that_is_none_is_refused_before_the_work(codec: LevelCodec, tmp_path: Path) -> None:
+    folder = tmp_path / "noise"
+    with pytest.raises(UserError, match="noise"):
+        build_dialogues(config(tmp_path, noise=(folder,)))
+    codes = Sample(id="a", text="", words=((),), voices=("x",), source="x", licence="x",
+                   synthetic=True, human_text=False, seconds=0.08,
+                   codes=np.zeros((1, 2, 1), np.uint16))  # fmt: skip
+    write(folder / "noise-000000.tar", [codes])
+    dialogues._noises.cache_clear()
+    with pytest.raises(UserError, match="noise '.*': its shards hold no sound"):
+        build_dialogues(config(tmp_path, noise=(folder,)))
+
+
+def test_a_codec_of_other_frames_is_refused(codec: LevelCodec, tmp_path: Path) -> None:
+    codec.frame_size = 320
+    with pytest.raises(UserError, match="has 75 frames a second of 24000 Hz; codes in shards"):
         build_dialogues(config(tmp_path))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,24 @@ def test_a_broken_manifest_is_one_sentence(tmp_path: Path, recordings: Path, dam
     settings = SpeechConfig.model_validate({"output": tmp_path / "out", "sources": [source]})
     with pytest.raises(UserError, match=r"manifest .*(cannot be read|has no column 'split')"):
         build_speech(settings)
+
+
+def test_an_unknown_split_names_the_choices(tmp_path: Path, recordings: Path) -> None:
+    source = {"kind": "recorded", "data": recordings, "sets": ["people"], "splits": ["valid"]}
+    settings = SpeechConfig.model_validate({"output": tmp_path / "out", "sources": [source]})
+    with pytest.raises(UserError, match="unknown split 'valid'; choose from "):
+        build_speech(settings)
+
+
+def test_a_document_keeps_its_own_licence(tmp_path: Path, sentences: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    lines = [{"text": "One two.", "source": "book", "licence": "MIT"}, {"text": "Three four."}]
+    (folder / "text-000000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = {"sources": ({"kind": "text", "path": folder, "licence": "CC0-1.0"},)}
+    plan = plan_speech(config(tmp_path, sentences, **changes))
+    told = {(line.text, line.source, line.licence) for line in plan}
+    assert told == {("One two.", "book", "MIT"), ("Three four.", "text", "CC0-1.0")}
 
 
 def test_an_unknown_set_names_the_choices(tmp_path: Path, recordings: Path) -> None:
