@@ -105,11 +105,15 @@ def load_blocks(
     yield from resample_blocks(blocks, rate, sample_rate)
 
 
+# A name that ends in .raw is taken for headerless sound, whose rate would have to be told.
+_UNREADABLE = (soundfile.LibsndfileError, RuntimeError, TypeError)
+
+
 def duration(path: str | Path) -> float | None:
     """Seconds that a sound file's header says it lasts; None where libsndfile cannot tell."""
     try:
         return float(soundfile.info(path).duration)
-    except (soundfile.LibsndfileError, RuntimeError):
+    except _UNREADABLE:
         return None
 
 
@@ -138,7 +142,7 @@ def read_header(path: str | Path) -> SoundHeader:
     try:
         info = soundfile.info(path)
         return SoundHeader(info.duration, info.samplerate, info.channels, info.format)
-    except (soundfile.LibsndfileError, RuntimeError):
+    except _UNREADABLE:
         samples, rate, container = next(_decode(path, math.inf))
         return SoundHeader(samples.shape[1] / rate, rate, len(samples), container)
 
@@ -155,7 +159,7 @@ def _decode(path: Path, seconds: float) -> Iterator[tuple[Pcm, int, str]]:
                     return
                 begun = True
                 yield samples, file.samplerate, file.format
-    except (soundfile.LibsndfileError, RuntimeError) as first:
+    except _UNREADABLE as first:
         if begun:
             raise UserError(f"{path} cannot be decoded as sound to its end: {first}") from first
         try:  # libsndfile knows no AAC or MP4; Symphonia, inside sphn, does
@@ -206,18 +210,21 @@ def saving(
     path = Path(path)
     check_writable(path)
     container, subtype = _WRITABLE[path.suffix.lower()]
-    with (
-        files.replacing(path) as temporary,
-        soundfile.SoundFile(temporary, "w", sample_rate, 1, subtype, format=container) as file,
-    ):
+    try:
+        with (
+            files.replacing(path) as temporary,
+            soundfile.SoundFile(temporary, "w", sample_rate, 1, subtype, format=container) as file,
+        ):
 
-        def write(pcm: npt.ArrayLike) -> None:
-            samples = np.asarray(pcm, dtype=np.float32)
-            assert samples.ndim == 1, f"pcm is [S], got shape {samples.shape}"
-            assert np.isfinite(samples).all(), "pcm must be finite"
-            file.write(samples.clip(-1, 1))
+            def write(pcm: npt.ArrayLike) -> None:
+                samples = np.asarray(pcm, dtype=np.float32)
+                assert samples.ndim == 1, f"pcm is [S], got shape {samples.shape}"
+                assert np.isfinite(samples).all(), "pcm must be finite"
+                file.write(samples.clip(-1, 1))
 
-        yield write
+            yield write
+    except soundfile.LibsndfileError as error:  # A full disk is one too, not an OSError.
+        raise UserError(f"Cannot write {path}: {error}") from error
 
 
 def resample(pcm: Pcm, source_rate: int, target_rate: int) -> Pcm:

@@ -89,7 +89,8 @@ class SpectralConfig(BaseModel):
     @model_validator(mode="after")
     def _one_code_a_frame(self) -> SpectralConfig:
         heard = self.tokenizer
-        now = (heard.rate, heard.frame_size, heard.lookahead_ms, heard.causal)
+        causal = heard.causal and (heard.whisper is None or heard.whisper.causal)
+        now = (heard.rate, heard.frame_size, heard.lookahead_ms, causal)
         if now != (12.5, FRAME_SIZE, 0, True):
             raise ValueError(
                 "tokenizer must give a code a frame at once: rate=12.5, causal=true, "

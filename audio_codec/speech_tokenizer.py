@@ -99,8 +99,8 @@ class TokenizerConfig(BaseModel):
     """After the bottleneck, at that rate; 0: the codes are all there is, and no head."""
     window_seconds: float = Field(4.0, ge=0.08)
     """How far any of the transformers looks back."""
-    mels: PositiveInt = 80
-    """Bands of the features."""
+    mels: int = Field(80, ge=1, le=255)
+    """Bands of the features; of more, some would hold no bin of the spectrum."""
     whisper: StemConfig | None = None
     """The encoder is Whisper's; None: the one drawn above, to which the `front_` fields belong."""
     rate: float = FRAME_RATE
@@ -336,7 +336,9 @@ class SpeechTokenizer(nn.Module):
             return math.inf
         if config.block_ms is not None:
             return config.block_ms - 1000 / config.rate
-        return float(config.lookahead_ms)
+        # A convolution of Whisper's that is not causal hears a frame of features ahead.
+        ahead = config.whisper is not None and not config.whisper.causal
+        return float(config.lookahead_ms + 10 * ahead)
 
     @property
     def past_seconds(self) -> float:
@@ -350,7 +352,9 @@ class SpeechTokenizer(nn.Module):
     @property
     def streams(self) -> bool:
         """Whether it codes a sound that is still going on."""
-        return self.config.causal and isinstance(self.mel, LogMel)
+        whisper = self.config.whisper
+        causal = self.config.causal and (whisper is None or whisper.causal)
+        return causal and isinstance(self.mel, LogMel)
 
     def _coder(self) -> FSQ | EMAVQ:
         """What makes codes; UserError where nothing does."""
@@ -423,7 +427,7 @@ class SpeechTokenizer(nn.Module):
             mel = self.mel(pcm, None if state is None else state.mel)
             return self.discretize(self.features(mel, state))
         assert state is None, "public features need the whole sound: stream `features`"
-        longest = len(self.stem.positions) * 2 * self.mel.stride
+        longest = len(self.stem.positions) // self._pool * self._pool * 2 * self.mel.stride
         pieces = [self.features(self.mel(piece)) for piece in pcm.split(longest, dim=-1)]
         return self.discretize(torch.cat(pieces, dim=1))
 

@@ -526,7 +526,9 @@ def run(
         if target == PIPE:
             place = f"{spool}/standard-output{direction.writes}"
         todo = pairs(direction, origin, place)
-        done = _work_off(direction, load(), todo, codebooks, console)
+        codec = load()
+        sizes_of(codec, codebooks)  # A wrong number is no file's fault.
+        done = _work_off(direction, codec, todo, codebooks, console)
         if target == PIPE:
             with open(place, "rb") as file:
                 shutil.copyfileobj(file, stdout)

@@ -547,7 +547,8 @@ class Transformer(nn.Module):
         Without a window a stream has no end and the ring no size, so a window is required.
 
         `length`, less than the window: the stream ends after so many positions. A ring of that size
-        never wraps and costs as little as what it holds; its chunks may be of any size.
+        never wraps and costs as little as what it holds; its chunks may be of any size. All its
+        rows move together: what a frozen one still sees would be written over.
         """
         assert self.config.window is not None, "streaming needs a transformer with a window"
         assert self.config.causal, "a transformer that is not causal cannot stream"

@@ -31,6 +31,7 @@ from audio_codec.audio import SAMPLE_RATE, resample
 from audio_codec.codec import load_tokenizer_of
 from audio_codec.errors import UserError
 from audio_codec.files import replacing
+from audio_codec.speech_tokenizer import encode_whole
 from synth_data.phones import DICTIONARY, pronunciations
 from synth_data.text import normalize
 from synth_data.tts import Utterance
@@ -276,6 +277,10 @@ class TokenizerRecognizer:
     def __init__(self, name_or_path: str) -> None:
         """Load a tokenizer, or a codec around one; UserError when there is none or it is broken."""
         self._tokenizer = load_tokenizer_of(name_or_path)
+        if self._tokenizer.head is None:
+            raise UserError(
+                f"recognizer 'tokenizer:{name_or_path}' has no CTC head, so it reads no text."
+            )
 
     @torch.inference_mode()
     def transcribe(self, pcm: npt.NDArray[np.float32]) -> str:
@@ -284,8 +289,8 @@ class TokenizerRecognizer:
         if not len(pcm):
             return ""
         sound = resample(pcm, SAMPLE_RATE, self._tokenizer.sample_rate)
-        whole = np.pad(sound, (0, -len(sound) % self._tokenizer.frame_size))
-        codes = self._tokenizer.encode(torch.from_numpy(whole)[None, None])
+        whole = np.pad(sound, (0, -len(sound) % self._tokenizer.config.code_size))
+        codes = encode_whole(self._tokenizer, torch.from_numpy(whole)[None, None])
         return normalize(self._tokenizer.transcribe(codes)[0])
 
 

@@ -678,6 +678,21 @@ def piece_loss(logits: Tensor, pieces: Classes) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), told.flatten(), ignore_index=-1)
 
 
+def check_lengths(
+    utterances: Sequence[Utterance], vocabulary: Vocabulary | None, shape: TokenizerConfig
+) -> None:
+    """Raise UserError when a text is longer than the attention decoder has positions."""
+    if vocabulary is None or shape.decoder is None:
+        return
+    longest = max(utterances, key=lambda utterance: len(utterance.text))
+    needed, positions = len(vocabulary.encode(longest.text)) - 1, shape.decoder.positions
+    if needed > positions:
+        raise UserError(
+            f"model.decoder.positions is {positions}, but a text has {needed} pieces "
+            f"({longest.text[:40]!r} …); raise it, or lower data.max_seconds."
+        )
+
+
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train and write a checkpoint directory; returns its path. Raises UserError on bad data."""
     output_dir = config.output or config.run.dir / "tokenizer"
@@ -690,6 +705,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     held_out = [held_out[i] for i in sorted(picks[: config.data.validation_utterances])]
     noise = load_noise(config.data.noise, mels)
     vocabulary = make_vocabulary(config)
+    check_lengths(utterances, vocabulary, config.shape)
     tokenizer = SpeechTokenizer(config.shape)
     if config.init_from is not None:
         start_from(tokenizer, config.init_from)

@@ -78,6 +78,7 @@ def test_bad_files_are_one_sentence(tmp_path: Path) -> None:
     broken = tone(24_000)
     broken[7] = np.nan
     soundfile.write(tmp_path / "nan.wav", broken, 24_000, subtype="FLOAT")
+    (tmp_path / "headerless.raw").write_bytes(rng.bytes(5_000))
     whole = tmp_path / "whole.flac"
     audio.save(whole, tone(24_000))
     (tmp_path / "cut.flac").write_bytes(whole.read_bytes()[:100])
@@ -91,6 +92,7 @@ def test_bad_files_are_one_sentence(tmp_path: Path) -> None:
         "one.wav": "1 sample;",
         "nan.wav": "NaN",
         "cut.flac": "cut.flac",
+        "headerless.raw": "decoded",
     }.items():
         with pytest.raises(UserError, match=says) as caught:
             audio.load(tmp_path / name)
@@ -126,6 +128,9 @@ def test_what_stood_there_survives_a_failed_write(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Cannot write .*odd\.opus"):
+        audio.save(tmp_path / "odd.opus", tone(24_000), 32_000)
+    assert not list(tmp_path.iterdir())
     with (
         pytest.raises(UserError, match="Cannot write /proc/none.json"),
         replacing(Path("/proc/none.json")) as temporary,

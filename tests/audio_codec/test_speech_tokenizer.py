@@ -335,7 +335,14 @@ def test_a_shape_that_cannot_be_is_refused(changes: dict[str, Any], said: str) -
 
 
 @pytest.mark.parametrize(
-    "changes", [{"rate": 25}, {"block_ms": 160}, {"lookahead_ms": 80}, {"causal": False}]
+    "changes",
+    [
+        {"rate": 25},
+        {"block_ms": 160},
+        {"lookahead_ms": 80},
+        {"causal": False},
+        {"whisper": {"causal": False}},
+    ],
 )
 def test_a_codec_takes_a_tokenizer_of_a_code_a_frame_at_once(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="a code a frame at once"):
