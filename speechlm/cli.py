@@ -820,7 +820,8 @@ def eval_duplex(
     engine: Engines = None,
 ) -> None:
     """Turn taking: does it answer, wait, stop and keep silent when it should?"""
-    options = {"seed": seed, "trials": trials, "engines": tuple(engine or ("espeak", "flite"))}
+    options: dict[str, Any] = {"seed": seed, "trials": trials}
+    options |= {"engines": tuple(engine or ("espeak", "flite"))}
     asked = {"seed": _unless(0, seed), "trials": _unless(60, trials), "engines": _listed(engine)}
     _evaluate("duplex", model, json, asked, **options)
 

@@ -434,7 +434,7 @@ def resolve_shape(config: TrainConfig) -> TrainConfig:
 
 def _check_adapter(config: TrainConfig, brought: ShapeConfig, source: LMConfig) -> None:
     """Refuse what an adapter cannot hold: it is spoken with its base's config."""
-    kept = {
+    kept: dict[str, tuple[Any, Any]] = {
         "model.acoustic_delay": (brought.acoustic_delay, source.streams.acoustic_delay),
         "model.temporal.window": (brought.temporal.window, source.temporal.window),
     }
@@ -874,7 +874,7 @@ def samples(config: TrainConfig, step: int) -> list[tuple[str, Placed]]:
     with planned(config) as (model, tokenizer):
         mixture = mixture_of(config, model.streams, tokenizer)
     begin = 0
-    kept = {
+    kept: dict[str, tuple[Any, Any]] = {
         int(path.stem.partition("-")[2]): path for path in config.run.dir.glob("checkpoint-*.pt")
     }
     if before := [number for number in kept if number <= step]:
