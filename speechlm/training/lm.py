@@ -874,7 +874,7 @@ def samples(config: TrainConfig, step: int) -> list[tuple[str, Placed]]:
     with planned(config) as (model, tokenizer):
         mixture = mixture_of(config, model.streams, tokenizer)
     begin = 0
-    kept: dict[str, tuple[Any, Any]] = {
+    kept = {
         int(path.stem.partition("-")[2]): path for path in config.run.dir.glob("checkpoint-*.pt")
     }
     if before := [number for number in kept if number <= step]:
