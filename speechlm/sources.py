@@ -131,8 +131,8 @@ class QuizSource(BaseModel):
     to be remembered."""
     alone: float = Field(0.0, ge=0, le=1)
     """Share of the documents of answers without their questions, of the categories whose answers
-    say again what was asked and then its key ("seven plus five is twelve"): three times as many of
-    them in a row."""
+    say again what was asked and then its key ("seven plus five is twelve"): many more of them in
+    a row."""
     under: Path | None = None
     """Conversations whose sound lies under all of it, though it says something else, so that the
     answer is found among the codes of a conversation too."""

@@ -363,17 +363,13 @@ def _disfluency(rng: np.random.Generator, words: Sequence[str]) -> Disfluency:
     return Disfluency(word, kind, text)
 
 
-def _long_answers(config: DialogueConfig) -> tuple[str, ...]:
-    """The categories with answers long enough to be interrupted, of those that may come up."""
-    return tuple(name for name in _LONG_ANSWERS if name in (config.categories or ()))
-
-
 def _question(
     rng: np.random.Generator, config: DialogueConfig, *, long_answer: bool, interrupts: bool
 ) -> Question:
-    named = _LONG_ANSWERS if config.categories is None else _long_answers(config)
-    if long_answer and named:
-        category = named[int(rng.integers(len(named)))]
+    may = config.categories
+    long_ones = [name for name in _LONG_ANSWERS if may is None or name in may]
+    if long_answer and long_ones:
+        category = long_ones[int(rng.integers(len(long_ones)))]
     elif rng.random() < config.unknown:
         category = quiz.UNKNOWN
     else:
