@@ -414,7 +414,7 @@ class SpeechLM(nn.Module):
                 ("pad", nll, ~said),
             ):
                 if bool(mask.any()):
-                    parts[f"{name}_{part}"] = of[mask].float().mean()
+                    parts[f"{name}_{part}"] = of[mask].to(nll.dtype).mean()
                     counts[f"{name}_{part}"] = mask.sum()
 
         voices = {"": self._voice(batch, hidden, streams.own, streams.text_index)}
