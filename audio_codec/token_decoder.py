@@ -17,6 +17,9 @@ along what it learned lead from new noise to a new spectrum. The steps are short
 path is decided, and grow: t = 1 − cos(π u / 2) for even u. *Guidance* (arXiv 2207.12598) follows
 the velocity v past what it would be without tokens and voice, v₀: v + g (v − v₀).
 
+*Mean.* The condition holds the mean of the spectra that its tokens and voice let expect (the prior
+of Grad-TTS, arXiv 2105.06337), which is learned directly; the flow adds what no mean can tell.
+
 *Blocks.* Attention is block-causal: a position sees its own block whole, and a window back.
 
     tokens          |0 … 9|10 … 19|20 … 29|
@@ -278,6 +281,8 @@ class TokenDecoder(nn.Module):
         self.up = nn.Linear(config.dim, config.ratio * config.dim)
         self.table = nn.Embedding(len(config.voices), config.dim)
         self.voice_encoder = VoiceEncoder(config.dim, config.voice_blocks)
+        self.expected = nn.Linear(config.dim, PATCH * BANDS)
+        self.recalled = nn.Linear(PATCH * BANDS, config.dim, bias=False)
         self.flow = Flow(config)
         self.vocoder = Vocoder(config.vocoder_dim, config.vocoder_blocks)
 
@@ -292,6 +297,15 @@ class TokenDecoder(nn.Module):
         """What is said where: codes [B, T] → [B, N, C]."""
         x = self.up(self.encoder(self.embed(codes), state))
         return x.reshape(x.shape[0], x.shape[1] * self.config.ratio, -1)
+
+    def foresee(self, said: Tensor, voice: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoded tokens [B, N, C] and a voice [B, C] → condition [B, N, C] and mean [B, N, P].
+
+        The mean is that of the spectra which the two let expect; it is part of the condition.
+        """
+        condition = said + voice[:, None]
+        mean = self.expected(condition)
+        return condition + self.recalled(mean), mean
 
     def voice(self, name: str) -> Tensor:
         """A voice of the table: [C]. Raises UserError when there is none of that name."""
@@ -331,7 +345,8 @@ class TokenDecoder(nn.Module):
         number = torch.arange(PATCH * BANDS, device=like.device)
         counter = place[:, :, None] * len(number) + number
         x = normal(seed[:, None, None], counter).to(like.dtype)
-        condition = self.encode(codes, None if state is None else state.encoder) + voice[:, None]
+        said = self.encode(codes, None if state is None else state.encoder)
+        condition, _ = self.foresee(said, voice)
         nothing = torch.zeros_like(condition)
         times = path_time(torch.linspace(0, 1, config.steps + 1, dtype=torch.float64)).tolist()
         for step, (now, then) in enumerate(zip(times, times[1:], strict=False)):

@@ -5,7 +5,7 @@ the one that will speak), go through a frozen tokenizer. From what it says of th
 learns their spectra; the vocoder learns their sound from the true spectra, at the same time and
 apart: neither sees a gradient of the other's.
 
-    crop ─┬─ tokenizer, frozen ═ codes ─ condition ─┐
+    crop ─┬─ tokenizer, frozen ═ codes ─ condition ─┬─ mean spectrum             | mean square
           │  voice: table, or another crop ─────────┴─ flow network ─ velocity   | mean square
           └─ log-mel ─┬─ with noise, at a random time of the path ──┘            |
                       └─ vocoder ─ sound                                         | multi-scale mel
@@ -87,6 +87,8 @@ class TrainConfig(BaseModel):
     vocoder_tokens: int = Field(15, gt=0)
     """The vocoder learns from the last so many tokens of a crop: it needs less sound than the flow,
     and no long past."""
+    mean_weight: float = Field(1.0, ge=0)
+    """Of the error of the mean spectrum, beside the flow's."""
     prompt_tokens: int = Field(20, gt=0)
     gain_db: tuple[float, float] = (0.0, 0.0)
     """No token tells a level: one that varies would be spoken at random."""
@@ -205,8 +207,8 @@ class Objective(nn.Module):
         self.decoder = decoder
         self.frames = vocoder_tokens * decoder.config.ratio * PATCH
 
-    def forward(self, batch: Batch, codes: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """Error of the velocity, and what the vocoder makes of the end of each crop [B, 1, S'].
+    def forward(self, batch: Batch, codes: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Errors of velocity and mean, and what the vocoder makes of each crop's end [B, 1, S'].
 
         `codes` [B, T] are those of the crops, `prompt` those of the prompts.
         """
@@ -214,13 +216,15 @@ class Objective(nn.Module):
         mel = decoder.spectrum(batch.pcm)
         imitated = decoder.imitate(batch.prompt, prompt)
         voice = torch.where(batch.prompted[:, None], imitated, decoder.table(batch.voice))
-        condition = decoder.encode(codes) + (voice * batch.named[:, None])[:, None]
+        condition, mean = decoder.foresee(decoder.encode(codes), voice * batch.named[:, None])
         condition = condition * batch.heard[:, None, None]
         target = pack(mel)
+        off = (mean - target).square().mean((1, 2))
+        expected = (off * batch.heard).sum() / batch.heard.sum().clamp(min=1)
         x = torch.lerp(batch.noise, target, batch.time[:, None, None])
         velocity = decoder.flow(x, batch.time, condition)
         error = F.mse_loss(velocity, target - batch.noise)
-        return error, decoder.vocoder(mel[:, -self.frames :])
+        return error, expected, decoder.vocoder(mel[:, -self.frames :])
 
 
 def tokenize(tokenizer: SpeechTokenizer, pcm: Tensor) -> Tensor:
@@ -319,14 +323,14 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         pcm = batch.pcm[..., :-AHEAD]
         with torch.no_grad(), run.accelerator.autocast():
             codes, prompt = (tokenize(tokenizer, sound) for sound in (pcm, batch.prompt))
-        flow, decoded = objective(batch, codes, prompt)
+        flow, expected, decoded = objective(batch, codes, prompt)
         decoded, original = decoded[:, 0], pcm[:, 0, -decoded.shape[-1] :]
         sound, told = judge_sound(step, decoded, original, criterion, 1.0, adversary)
-        run.accelerator.backward(flow + sound)
+        run.accelerator.backward(flow + config.mean_weight * expected + sound)
         norm = clip_gradients(objective, config.optimizer.clip)
         if run.update(optimizer, norm) and average is not None:
             average.update(decoder, step)
-        return {"flow": flow.detach(), **told, "norm": norm}
+        return {"flow": flow.detach(), "mean": expected.detach(), **told, "norm": norm}
 
     objective.train()
     with ThreadPoolExecutor(1) as ahead:
