@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any, Final
 
@@ -27,6 +27,10 @@ JITTER: Final = 1200
 """Samples (50 ms) held back before playback begins, against uneven arrival."""
 LONGEST: Final = SAMPLE_RATE
 """More than a second of waiting sound is cut down: a conversation must not fall behind."""
+LATE: Final = JITTER + round(0.24 * SAMPLE_RATE)
+"""Samples waiting past which silence is left out, until what was held up is caught up with."""
+SILENT: Final = 1e-5
+"""Mean power of silence, −50 dBFS."""
 
 
 def sound_device() -> ModuleType:
@@ -80,8 +84,10 @@ class JitterBuffer:
         self._playing = False
 
     def push(self, pcm: Pcm) -> None:
-        """Append sound [S]; past a second of backlog the oldest is dropped."""
+        """Append sound [S]; late, silence is left out; past a second the oldest is dropped."""
         with self._lock:
+            if self._length > LATE and float(np.square(pcm).mean()) < SILENT:
+                return
             self._chunks.append(pcm)
             self._length += len(pcm)
             while self._length > LONGEST and len(self._chunks) > 1:
@@ -136,11 +142,16 @@ def open_speaker() -> Iterator[LoudSpeaker]:
 
 @contextmanager
 def _open(device: ModuleType, stream: Any, callback: Any, what: str) -> Iterator[None]:
-    try:
-        opened = stream(
-            samplerate=SAMPLE_RATE, channels=1, dtype="float32", blocksize=BLOCK, callback=callback
-        )
-    except device.PortAudioError as error:
-        raise UserError(f"The {what} cannot be opened: {error}.") from error
-    with opened:
+    with ExitStack() as stack:
+        try:
+            opened = stream(
+                samplerate=SAMPLE_RATE,
+                channels=1,
+                dtype="float32",
+                blocksize=BLOCK,
+                callback=callback,
+            )
+            stack.enter_context(opened)  # which starts it
+        except device.PortAudioError as error:
+            raise UserError(f"The {what} cannot be opened: {error}.") from error
         yield

@@ -32,10 +32,21 @@ import websockets.asyncio.client
 
 from audio_codec.errors import UserError
 from streaming import protocol
-from streaming.protocol import FRAME_SIZE, Action, AudioFormat, Pcm, SessionParams
+from streaming.protocol import (
+    FRAME_SIZE,
+    SAMPLE_RATE,
+    Action,
+    AudioFormat,
+    Pcm,
+    SessionParams,
+)
 
 CHUNK: Final = FRAME_SIZE
 """Samples a message at most."""
+LATE: Final = round(1.25 * SAMPLE_RATE)
+"""Samples under way, of which a quarter of a second is that of a good connection."""
+MISSED_PINGS: Final = 4
+"""So many in a row, and the server is gone."""
 
 T = TypeVar("T")
 
@@ -174,6 +185,8 @@ class WebSocketTransport:
                 additional_headers=dict(headers),
                 compression=None,
                 close_timeout=0.5,
+                # A pong waits behind sound that is held back; servers send pings of the protocol.
+                ping_interval=None,
             )
         except websockets.InvalidStatus as error:
             status = error.response.status_code
@@ -257,15 +270,20 @@ class Client:
         if self.format is AudioFormat.OPUS:
             return  # a public server may say nothing until it has sound
         message = await self._receive()
-        if isinstance(message, protocol.Metadata) and message.data.get("type") == "session":
-            self.session = message.data
+        if isinstance(message, protocol.Metadata):
+            self._metadata(message.data)
         if self.session.get("format") != self.format:
             raise ClientError(f"{self.url} does not speak {self.format}; use format opus")
 
     async def _receive(self) -> protocol.Message:
         connection = self._open_connection()
+        pings = self.session.get("ping_seconds")  # of our own servers
+        patience = MISSED_PINGS * pings if isinstance(pings, int | float) else None
         try:
-            message = protocol.decode(await connection.receive())
+            async with asyncio.timeout(patience):
+                message = protocol.decode(await connection.receive())
+        except TimeoutError as error:
+            raise ClientError(f"{self.url}: nothing came for {patience:g} s") from error
         except protocol.ProtocolError as error:
             raise ClientError(f"{self.url} broke the protocol: {error}") from error
         if isinstance(message, protocol.Error):
@@ -305,21 +323,21 @@ class Client:
     async def receive(self) -> Event | None:
         """The next event; None when the server has ended the conversation in good order.
 
-        Raises ServerError with the server's reason, ClientError for a connection that broke.
+        Raises ServerError with the server's reason, ClientError for a connection that broke or a
+        server that broke the protocol. Either way the client has hung up then.
         """
         while True:
             try:
-                message = await self._receive()
+                event = self._event(await self._receive())
             except ConnectionClosed as error:
                 hung_up = self.state is ClientState.CLOSED  # by `close`, from another task
                 await self.close()
                 if hung_up or error.code in (1000, 1001):
                     return None
                 raise ClientError(f"{self.url}: {error}") from error
-            except ServerError:
+            except ClientError:
                 await self.close()
                 raise
-            event = self._event(message)
             if event is not None:
                 return event
 
@@ -412,6 +430,7 @@ class SyncClient:
         """Open the conversation. Raises ServerError when refused, ClientError otherwise."""
         if self._loop is not None:
             raise ClientError("connect() needs an idle client; this one is connected")
+        self._events, self._reader = queue.SimpleQueue(), None  # none of an earlier conversation
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
         self._thread.start()
@@ -485,16 +504,27 @@ class SyncClient:
 
 
 async def converse(client: Client, microphone: AsyncIterator[Pcm], speaker: Speaker) -> None:
-    """Carry sound between a microphone, an open client and a speaker until either side ends."""
+    """Carry sound between a microphone, an open client and a speaker until either side ends.
+
+    What a slow server would hear more than a second late is lost: buffers on the way hold minutes.
+    """
+    unanswered = 0  # samples sent, less those that came back
 
     async def send() -> None:
+        nonlocal unanswered
         async for pcm in microphone:
+            # Of our own servers alone it is known that they answer every sample with one.
+            if client.session and unanswered > LATE:
+                continue
+            unanswered += len(pcm)
             await client.send(pcm)
 
     async def receive() -> None:
+        nonlocal unanswered
         async for event in client:
             match event:
                 case Speech(pcm):
+                    unanswered -= len(pcm)
                     speaker.play(pcm)
                 case Said(text):
                     speaker.show(text)

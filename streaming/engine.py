@@ -719,7 +719,6 @@ def chat(
     pcm: Pcm,
     *,
     seed: int = 0,
-    params: SessionParams | None = None,
     end_silence: float = 1.5,
     max_seconds: float = 20.0,
 ) -> Answer:
@@ -737,7 +736,7 @@ def chat(
     padded = np.zeros(math.ceil(len(pcm) / FRAME_SIZE) * FRAME_SIZE, np.float32)
     padded[: len(pcm)] = np.clip(pcm, -1, 1)
     meter = ResponseMeter(voiced_level(padded[: len(pcm)]))
-    core.begin(0, replace(params or SessionParams(), seed=seed), meter)
+    core.begin(0, SessionParams(seed=seed), meter)
     frames: list[Frame] = []
     quiet = 0.0  # seconds since the last audible output
     spoken = False  # since the recording was over

@@ -9,6 +9,7 @@ levels, latencies) travels as JSON in kind 4, an object whose `type` names it:
     {"type": "heard", "text": "…"}                              what the model heard, piece by piece
     {"type": "level", "input_dbfs": -31.2, "output_dbfs": -80}  a few times a second
     {"type": "latency", "compute_ms": 31.0, …}                  a few times a second
+    {"type": "restarted"}                                       a new conversation begins after it
     {"type": "draining", "seconds": 30}                         the server will go away
 
 Sound (kind 1) is mono at 24 kHz: Ogg-Opus pages, or raw little-endian PCM when the client asked for
@@ -307,6 +308,11 @@ class OpusEncoder:
 class OpusDecoder:
     """The inverse of `OpusEncoder`, for bytes cut anywhere."""
 
+    SLICE: Final = 1024
+    """Bytes that the reader is given at a time: it completes no more than 5 s at once."""
+    LONGEST: Final = 120
+    """Seconds of sound in a message; silence packs so well that bytes alone bound nothing."""
+
     def __init__(self) -> None:
         import sphn
 
@@ -314,11 +320,16 @@ class OpusDecoder:
 
     def decode(self, data: bytes) -> Pcm:
         """The sound of the packets that are whole by now. Raises ProtocolError for a bad page."""
-        try:
-            pcm: Pcm = self._reader.append_bytes(data)
-        except ValueError as error:  # the reader cannot be used after this
-            raise ProtocolError(f"the sound is not Ogg-Opus ({error})") from error
-        return pcm
+        parts, samples = [np.zeros(0, np.float32)], 0
+        for start in range(0, len(data), self.SLICE):
+            try:
+                parts.append(self._reader.append_bytes(data[start : start + self.SLICE]))
+            except ValueError as error:  # the reader cannot be used after this
+                raise ProtocolError(f"the sound is not Ogg-Opus ({error})") from error
+            samples += len(parts[-1])
+            if samples > self.LONGEST * SAMPLE_RATE:
+                raise ProtocolError(f"a message holds at most {self.LONGEST} s of sound")
+        return np.concatenate(parts)
 
 
 def audio_encoder(audio_format: AudioFormat) -> AudioEncoder:

@@ -10,8 +10,8 @@ Who comes when every slot is taken is told so (kind 5) and closed with code 1013
 valid key is turned away with 401 before the WebSocket opens. On SIGTERM the server takes no new
 calls, tells those that live, and leaves when the last has ended or `drain_seconds` have passed.
 
-One task reads a socket, one writes it; neither computes. Opus, which costs milliseconds a frame,
-runs in asyncio's thread pool.
+One task reads a socket, one writes it; neither computes, but for Opus: a millisecond or two a
+frame, in which its library lets no other thread run, so that one of its own would gain nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.websockets import WebSocketState
 
 from audio_codec.errors import UserError
@@ -56,6 +56,8 @@ from streaming.protocol import Action, AudioFormat, Message
 WEB: Final = Path(__file__).parent / "web"
 LEVEL_FRAMES: Final = 5
 """Levels and latencies are sent with every fifth frame, every 0.4 s."""
+_LONG: Final = 16 * 1024
+"""Bytes past which a message is decoded beside the event loop: seconds of Opus."""
 
 # WebSocket close codes (RFC 6455 and its registry).
 GOING_AWAY: Final = 1001
@@ -69,7 +71,7 @@ logger = logging.getLogger(__name__)
 
 
 class ServerConfig(BaseModel):
-    """Limits and keys of a server."""
+    """Limits and keys of a server. Raises UserError for an empty key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -85,7 +87,18 @@ class ServerConfig(BaseModel):
     drain_seconds: float = Field(30.0, ge=0)
     """How long SIGTERM waits for the calls that live."""
     max_message_bytes: int = Field(256 * 1024, gt=0)
-    """The longest message that is read (1.3 s of raw float32)."""
+    """The longest message that is read (2.7 s of raw float32); a longer one ends the call with
+    close code 1009."""
+
+    @field_validator("api_keys")
+    @classmethod
+    def _not_empty(cls, keys: frozenset[str]) -> frozenset[str]:
+        # An empty one would open the door to whoever brings none.
+        if not all(key.strip() for key in keys):
+            raise UserError(
+                "api_keys: one is empty; give each a value, or name none to let all in."
+            )
+        return keys
 
 
 # ------------------------------------------------------------------------------------- one call
@@ -119,6 +132,8 @@ class _Call:
         self._decoder = protocol.audio_decoder(query.format)
         self._encoder = protocol.audio_encoder(query.format)
         self._heard_from = time.monotonic()
+        self._full = False  # sound waits for room, for the client does not take its answers
+        self._begun = 0  # conversations before this one, ended by a restart
         # Reader, writer and clock share one socket; messages go out whole, one after the other.
         self._sending = asyncio.Lock()
 
@@ -147,17 +162,20 @@ class _Call:
             "sample_rate": protocol.SAMPLE_RATE,
             "frame_size": protocol.FRAME_SIZE,
             "delay_ms": pipeline_ms(model, 0.0),
+            "ping_seconds": self._config.ping_seconds,
             "ignored": list(self._query.ignored),
             **self._session.params.given(),
         }
 
-    async def _send(self, *messages: Message) -> None:
+    async def _send(self, message: Message) -> None:
         async with self._sending:
-            for message in messages:
-                try:
-                    await self._socket.send_bytes(protocol.encode(message))
-                except RuntimeError as error:  # closed by the layer below, between two messages
-                    raise WebSocketDisconnect(1006) from error
+            await self._put(message)
+
+    async def _put(self, message: Message) -> None:
+        try:
+            await self._socket.send_bytes(protocol.encode(message))
+        except RuntimeError as error:  # closed by the layer below, between two messages
+            raise WebSocketDisconnect(1006) from error
 
     async def _read(self) -> None:
         while True:
@@ -173,19 +191,25 @@ class _Call:
     async def _take(self, message: Message) -> None:
         match message:
             case protocol.Audio(data):
-                if self._query.format is AudioFormat.OPUS:
+                if len(data) > _LONG:
                     pcm = await asyncio.to_thread(self._decoder.decode, data)
                 else:
                     pcm = self._decoder.decode(data)
                 # Waits while the queue is full: then the socket is not read, and TCP holds the
                 # client back. Nothing is dropped, memory stays bounded.
+                self._full = True
                 await self._session.send(pcm)
+                self._full = False
+                self._heard_from = time.monotonic()
             case protocol.Control(Action.START):
                 self._session.resume()
             case protocol.Control(Action.PAUSE):
                 self._session.pause()
             case protocol.Control(Action.RESTART):
                 self._session.restart()
+                self._begun += 1
+                # Tells what was on its way from what begins now.
+                await self._send(protocol.Metadata({"type": "restarted"}))
             case _:
                 # A full-duplex model hears that a turn has ended; the rest is not for a server.
                 pass
@@ -193,11 +217,13 @@ class _Call:
     async def _write(self) -> None:
         while True:
             frame = await self._session.receive()
-            if self._query.format is AudioFormat.OPUS:
-                data = await asyncio.to_thread(self._encoder.encode, frame.pcm)
-            else:
-                data = self._encoder.encode(frame.pcm)
-            await self._send(*self._extras(frame), protocol.Audio(data))
+            begun = self._begun
+            async with self._sending:
+                if begun != self._begun:
+                    continue  # restarted while it waited for its turn
+                for extra in self._extras(frame):
+                    await self._put(extra)
+                await self._put(protocol.Audio(self._encoder.encode(frame.pcm)))
 
     def _extras(self, frame: Frame) -> Iterable[Message]:
         if frame.text:
@@ -234,7 +260,8 @@ class _Call:
             await asyncio.sleep(min(0.25, config.ping_seconds / 4, config.idle_seconds / 4))
             now = time.monotonic()
             if now - self._heard_from > config.idle_seconds:
-                raise _Closed(f"nothing came for {config.idle_seconds:g} s", POLICY)
+                what = "was taken" if self._full else "came"
+                raise _Closed(f"nothing {what} for {config.idle_seconds:g} s", POLICY)
             if config.session_seconds is not None and now - began > config.session_seconds:
                 raise _Closed(f"a call lasts at most {config.session_seconds:g} s", POLICY)
             # A client that does not read holds the lock; this clock must not wait for it.
@@ -254,7 +281,7 @@ async def _hang_up(websocket: WebSocket, message: str, code: int) -> None:
     """Say why, then close; a client that is gone already is no error."""
     if websocket.application_state is not WebSocketState.CONNECTED:
         return
-    # Bounded: a client that does not read must not keep its socket for ever.
+    # Bounded: a client that does not read must not keep its slot.
     with contextlib.suppress(WebSocketDisconnect, RuntimeError, TimeoutError):
         async with asyncio.timeout(2):
             await websocket.send_bytes(protocol.encode(protocol.Error(message)))
@@ -427,8 +454,9 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     # Inherited by every call. Left to itself the kernel would hold megabytes, a minute of sound,
-    # before a client that lags is noticed.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
+    # before a client that lags is noticed, or notices that we do.
+    for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        listener.setsockopt(socket.SOL_SOCKET, buffer, 64 * 1024)
     try:
         listener.bind((host, port))
         listener.listen(128)
@@ -461,6 +489,9 @@ def run(
             ws_max_size=config.max_message_bytes,
             # Sound does not deflate; trying costs a millisecond a frame.
             ws_per_message_deflate=False,
+            # Where sound is held back, a pong waits behind it and would be missed. Ours are the
+            # protocol's own pings, and `idle_seconds`.
+            ws_ping_interval=None,
             timeout_graceful_shutdown=5,
         )
         name = f"[{host}]" if ":" in host else host

@@ -10,10 +10,9 @@ Nothing here needs a test framework.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -128,6 +127,7 @@ class EchoModel:
 
 # ----------------------------------------------------------------------------------- a transport
 
+T = TypeVar("T")
 _Message = MutableMapping[str, Any]
 AsgiApp = Callable[[_Message, Callable[[], Any], Callable[[_Message], Any]], Any]
 
@@ -175,8 +175,7 @@ class _AsgiConnection:
         }
         await self._to_app.put({"type": "websocket.connect"})
         self._task = asyncio.create_task(app(scope, self._to_app.get, self._take))
-        self._task.add_done_callback(self._done)
-        first = await self._to_client.get()
+        first = await self._next()
         if first["type"] != "websocket.accept":
             await self._task
             raise ServerError(f"refused with status {first.get('status', 403)}")
@@ -186,19 +185,40 @@ class _AsgiConnection:
             raise OSError("the client has gone")  # what the ASGI spec asks of a server
         await self._to_client.put(message)
 
-    def _done(self, _: asyncio.Task[Any]) -> None:
-        with contextlib.suppress(asyncio.QueueFull):
-            self._to_client.put_nowait({"type": "websocket.close", "code": 1006})
+    async def _next(self) -> _Message:
+        """What the application sent next; a close, where it has returned without one."""
+        if not self._to_client.empty():
+            return self._to_client.get_nowait()
+        found = await self._unless_over(self._to_client.get())
+        return found or {"type": "websocket.close", "code": 1006}
+
+    async def _unless_over(self, waiting: Coroutine[Any, Any, T]) -> T | None:
+        """What is waited for; None when the application returns before that."""
+        assert self._task is not None
+        doing = asyncio.ensure_future(waiting)
+        try:
+            await asyncio.wait([doing, self._task], return_when=asyncio.FIRST_COMPLETED)
+            # Both at once: what was sent last counts.
+            await asyncio.sleep(0)
+            return doing.result() if doing.done() else None
+        finally:
+            doing.cancel()
 
     async def send(self, data: bytes) -> None:
         if self._closed is not None:
             raise ConnectionClosed(self._closed)
-        await self._to_app.put({"type": "websocket.receive", "bytes": data})
+
+        async def put() -> bool:
+            await self._to_app.put({"type": "websocket.receive", "bytes": data})
+            return True
+
+        if not await self._unless_over(put()):
+            raise ConnectionClosed(1006)
 
     async def receive(self) -> bytes:
         if self._closed is not None:
             raise ConnectionClosed(self._closed)
-        message = await self._to_client.get()
+        message = await self._next()
         if message["type"] == "websocket.close":
             self._closed = message.get("code", 1000)
             raise ConnectionClosed(self._closed)

@@ -245,6 +245,88 @@ def test_sync_client_is_refused() -> None:
         first.close()  # safe twice
 
 
+def test_a_sync_client_may_call_again() -> None:
+    with echo() as transport:
+        late = SyncClient(Client("ws://test", format=RAW, transport=transport))
+        with (
+            SyncClient(Client("ws://test", format=RAW, transport=transport)),
+            pytest.raises(ServerError, match="no free channels"),
+        ):
+            late.connect()
+        with late:
+            late.send(noise(1))
+            while not isinstance(event := late.receive(timeout=5), Speech):
+                assert event is not None, "the end of the call before"
+
+
+def test_a_client_hangs_up_on_a_server_that_breaks_the_protocol() -> None:
+    async def run() -> None:
+        client = Client("ws://test", transport=Scripted(b"\x00", b"\x04no object", b"\x02late"))
+        await client.connect()
+        with pytest.raises(ClientError, match="broke the protocol"):
+            await client.receive()
+        assert client.state is ClientState.CLOSED
+
+    asyncio.run(run())
+
+
+def test_a_server_that_no_longer_pings_is_gone() -> None:
+    class Stuck(Scripted):
+        async def receive(self) -> bytes:
+            return await super().receive() if self._messages else await asyncio.Future()
+
+    async def run() -> None:
+        session = protocol.Metadata({"type": "session", "format": RAW, "ping_seconds": 0.01})
+        async with Client("ws://test", RAW, transport=Stuck(b"\x00", session)) as client:
+            with pytest.raises(ClientError, match=r"nothing came for 0\.04 s"):
+                await client.receive()
+
+    asyncio.run(run())
+
+
+def test_an_application_that_ends_is_noticed_on_both_sides() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "websocket.accept"})
+        for _ in range(31):
+            await send({"type": "websocket.send", "bytes": b"\x06"})
+
+    async def run() -> None:
+        connection = await InProcess(application).connect("ws://test", {})
+        with pytest.raises(ConnectionClosed):
+            for _ in range(100):
+                await connection.send(b"\x06")
+        for _ in range(31):
+            assert await connection.receive() == b"\x06"
+        with pytest.raises(ConnectionClosed, match="1006"):
+            await connection.receive()
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_what_a_slow_server_would_hear_late_is_lost() -> None:
+    class Slow(Scripted):
+        async def receive(self) -> bytes:
+            return await super().receive() if self._messages else await asyncio.Future()
+
+    class Ear:
+        def play(self, pcm: Pcm) -> None: ...
+
+        def show(self, text: str) -> None: ...
+
+    async def microphone() -> AsyncIterator[Pcm]:
+        for _ in range(50):  # 4 s, of which nothing is answered
+            yield np.zeros(FRAME_SIZE, np.float32)
+
+    async def run(*told: Message) -> int:
+        transport = Slow(b"\x00", *told)
+        async with Client("ws://test", RAW, transport=transport) as client:
+            await clients.converse(client, microphone(), Ear())
+        return len(transport.sent)
+
+    session = protocol.Metadata({"type": "session", "format": RAW})
+    assert asyncio.run(run(session)) == 1 + clients.LATE // FRAME_SIZE
+
+
 def test_converse_carries_both_directions() -> None:
     pcm = noise(5)
     played: list[Pcm] = []
@@ -332,6 +414,20 @@ def test_jitter_buffer_waits_fills_and_sheds() -> None:
     assert buffer.pull(1)[0] == 30 - 24_000 // 1920  # the oldest of a second
 
 
+def test_a_stall_is_caught_up_with_in_silence() -> None:
+    buffer = audio_io.JitterBuffer()
+    silence, voice = np.zeros(1920, np.float32), np.full(1920, 0.1, np.float32)
+    for _ in range(10):
+        buffer.push(voice)  # a burst of 0.8 s
+    played = []
+    for _ in range(20):
+        buffer.push(silence)
+        played.append(buffer.pull(1920))
+    assert np.count_nonzero(np.concatenate(played)) == 10 * 1920  # not a word is lost
+    buffer.push(np.ones(1, np.float32))
+    assert np.flatnonzero(buffer.pull(24_000) == 1)[0] <= audio_io.LATE
+
+
 def test_talk_says_how_to_install_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", None)
     with pytest.raises(UserError, match="pip install sounddevice"):
@@ -348,6 +444,21 @@ def test_talk_without_a_device(sound_card: types.ModuleType) -> None:
         audio_io.open_speaker(),
     ):
         raise AssertionError("it opened")
+
+
+def test_a_device_that_opens_but_does_not_start(sound_card: types.ModuleType) -> None:
+    class Busy(FakeStream):
+        def __enter__(self) -> None:
+            raise RuntimeError("device busy")
+
+    sound_card.InputStream = Busy  # type: ignore[attr-defined]
+
+    async def run() -> None:
+        with audio_io.open_microphone():
+            raise AssertionError("it opened")
+
+    with pytest.raises(UserError, match="microphone cannot be opened: device busy"):
+        asyncio.run(run())
 
 
 def test_talk_without_a_server(sound_card: types.ModuleType) -> None:

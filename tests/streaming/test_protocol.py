@@ -144,6 +144,18 @@ def test_opus_round_trip(bytes_a_message: int, samples_a_write: int) -> None:
     assert max(correlation) > 0.95 * float(pcm[4000:16_000] @ pcm[4000:16_000])
 
 
+def test_an_opus_message_may_hold_a_whole_recording_but_no_hours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pcm = np.tile(tone(24_000), 8)
+    data = protocol.audio_encoder(AudioFormat.OPUS).encode(pcm)
+    decoded = protocol.audio_decoder(AudioFormat.OPUS).decode(data)
+    assert len(pcm) - 1920 < len(decoded) <= len(pcm)
+    monkeypatch.setattr(protocol.OpusDecoder, "LONGEST", 3)
+    with pytest.raises(ProtocolError, match="at most 3 s of sound"):
+        protocol.audio_decoder(AudioFormat.OPUS).decode(data)
+
+
 def test_bad_opus_page_is_a_protocol_error() -> None:
     with pytest.raises(ProtocolError, match="Ogg-Opus"):
         protocol.audio_decoder(AudioFormat.OPUS).decode(b"no page at all" * 20)

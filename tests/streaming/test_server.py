@@ -23,9 +23,9 @@ from websockets.exceptions import ConnectionClosed
 
 from audio_codec.errors import UserError
 from streaming import protocol, server
-from streaming.client import Client, Notice, ServerError, Speech
+from streaming.client import Client, Notice, Said, ServerError, Speech
 from streaming.engine import Engine
-from streaming.protocol import FRAME_SIZE, AudioFormat, Kind, Pcm, SessionParams
+from streaming.protocol import FRAME_SIZE, Action, AudioFormat, Kind, Pcm, SessionParams
 from streaming.testing import EchoModel, EchoState, InProcess, Pause, Say, ScriptedSpeaker
 
 RAW = AudioFormat.PCM_F32
@@ -290,6 +290,50 @@ def test_keys() -> None:
 
     with echo(slots=4, config=config) as (_, app), listening(app) as address:
         run(talk(address))
+
+
+def test_an_empty_key_does_not_open_the_door() -> None:
+    with pytest.raises(UserError, match="api_keys: one is empty"):
+        server.ServerConfig(api_keys=frozenset({"sesame", " "}))
+
+
+@pytest.mark.parametrize("sound", AudioFormat)
+def test_what_comes_after_a_restart_is_of_the_new_conversation(sound: AudioFormat) -> None:
+    async def talk(app: FastAPI) -> None:
+        async with client(app, format=sound, params=SessionParams(seed=0)) as caller:
+            await caller.send(noise(10))  # more than has been read when it begins anew
+            await caller.control(Action.RESTART)
+            await caller.send(noise(4))
+            said = {False: "", True: ""}
+            restarted = False
+            async for event in caller:
+                if isinstance(event, Notice) and event.data["type"] == "restarted":
+                    restarted = True
+                elif isinstance(event, Said):
+                    said[restarted] += event.text
+                if len(said[True]) == 3:
+                    break
+            assert said[True] == "abc"
+            assert "abcdefgabc".startswith(said[False])
+
+    with echo(queue_frames=3) as (_, app):
+        run(talk(app))
+
+
+def test_who_takes_no_answers_is_told_so() -> None:
+    async def talk(app: FastAPI) -> None:
+        caller = client(app)
+        await caller.connect()
+        sending = asyncio.create_task(caller.send(noise(200)))
+        await asyncio.sleep(2)  # and does not receive: 1 s, and one of the 2 s of a goodbye
+        with pytest.raises(ServerError, match="nothing was taken for 1 s"):
+            async for _ in caller:
+                pass
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+
+    with echo(config=server.ServerConfig(idle_seconds=1), queue_frames=3) as (_, app):
+        run(talk(app))
 
 
 def test_ping_idle_and_longest_call() -> None:
