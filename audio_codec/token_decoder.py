@@ -108,6 +108,9 @@ class TokenDecoderConfig(BaseModel):
     """Euler steps K."""
     guidance: float = Field(0.7, ge=0)
     """Strength g of the guidance; 0 does without, in half the time."""
+    temperature: float = Field(0.3, ge=0, le=1)
+    """Standard deviation of the noise that the paths begin with; below 1 what is said lies nearer
+    to its mean, which is plainer to hear, and less varied."""
     vocoder_dim: PositiveInt = 224
     vocoder_blocks: int = Field(5, ge=0)
 
@@ -344,7 +347,7 @@ class TokenDecoder(nn.Module):
         place = past[:, None] + torch.arange(tokens * config.ratio, device=like.device)
         number = torch.arange(PATCH * BANDS, device=like.device)
         counter = place[:, :, None] * len(number) + number
-        x = normal(seed[:, None, None], counter).to(like.dtype)
+        x = config.temperature * normal(seed[:, None, None], counter).to(like.dtype)
         said = self.encode(codes, None if state is None else state.encoder)
         condition, _ = self.foresee(said, voice)
         nothing = torch.zeros_like(condition)
@@ -453,15 +456,19 @@ def unpack(x: Tensor) -> Tensor:
 
 
 def load_token_decoder(
-    name_or_path: str | Path, *, steps: int | None = None, guidance: float | None = None
+    name_or_path: str | Path,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    temperature: float | None = None,
 ) -> TokenDecoder:
     """A token decoder in inference mode from a checkpoint directory.
 
-    `steps` and `guidance` take the place of those in its config: fewer steps, or no guidance, are
-    quicker. Raises UserError when there is none, it is broken, or either is out of range.
+    What is given takes the place of that in its config: fewer steps, or no guidance, are quicker.
+    Raises UserError when there is none, it is broken, or one of them is out of range.
     """
     found = checkpoints.load(name_or_path)
-    given: dict[str, Any] = {"steps": steps, "guidance": guidance}
+    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "temperature": temperature}
     given = {name: value for name, value in given.items() if value is not None}
     found = dataclasses.replace(found, config={**found.config, **given})
     model = TokenDecoder(checkpoints.parse_config(TokenDecoderConfig, found))

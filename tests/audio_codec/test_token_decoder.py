@@ -203,6 +203,17 @@ def test_guidance_goes_past_what_is_said_without_tokens_and_voice() -> None:
     assert off(spectra[2.0] - spectra[0.0], 2 * (spectra[1.0] - spectra[0.0])) < 1e-9
 
 
+def test_temperature_is_the_spread_of_the_ways_to_say_it() -> None:
+    codes = tokens(1, 6)
+    ways = {}
+    for temperature in (0.0, 0.3, 1.0):
+        decoder = build(CONFIG.model_copy(update={"temperature": temperature}))
+        spectra = [decoder.generate(codes, seed=torch.tensor([seed])) for seed in range(8)]
+        ways[temperature] = float(torch.stack(spectra).std(0).mean())
+    assert ways[0.0] < 1e-12
+    assert 0 < 2 * ways[0.3] < ways[1.0]
+
+
 def test_voice_and_seed_are_heard() -> None:
     decoder, codes = build(), tokens(1, 6)
     sounds = [
@@ -279,8 +290,9 @@ def test_a_checkpoint_speaks_as_its_model_did(tmp_path: Path) -> None:
     assert loaded.config == CONFIG and not loaded.training
     codes = tokens(1, 5)
     assert torch.equal(loaded.decode(codes), decoder.decode(codes))
-    quick = load_token_decoder(tmp_path / "d", steps=1, guidance=0.0)
-    assert (quick.config.steps, quick.config.guidance) == (1, 0.0)
+    quick = load_token_decoder(tmp_path / "d", steps=1, guidance=0.0, temperature=0.5)
+    shape = quick.config
+    assert (shape.steps, shape.guidance, shape.temperature) == (1, 0.0, 0.5)
     assert off(quick.decode(codes), loaded.decode(codes)) > 1e-4
 
 
