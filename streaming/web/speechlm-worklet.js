@@ -33,7 +33,6 @@ class JitterBuffer {
     this.offset = 0;
     this.length = 0;
     this.waited = -1; // samples since the first chunk came; -1: none has; Infinity: playing
-    this.underruns = 0;
   }
 
   push(chunk) {
@@ -68,10 +67,7 @@ class JitterBuffer {
         this.offset = 0;
       }
     }
-    if (done < block.length) {
-      this.waited = -1;
-      this.underruns++;
-    }
+    if (done < block.length) this.waited = -1;
   }
 }
 
@@ -191,7 +187,6 @@ class SpeechProcessor extends AudioWorkletProcessor {
       input: dbfs(energy / PIECE),
       output: dbfs(this.energy / PIECE),
       buffered: (this.jitter.length / RATE) * 1000,
-      underruns: this.jitter.underruns,
     };
     this.port.postMessage(message, [this.piece.buffer]);
     this.piece = new Float32Array(PIECE);
