@@ -16,7 +16,7 @@
 //            {compute_ms, queue_ms, pipeline_ms, playout_ms}   as the server measures them
 //   error    {message, code}            one sentence; the connection is then closed. The code is
 //            "microphone-refused", "no-microphone", "server-full", or undefined for the unusual
-//   metadata {…}                        any other JSON the server sends
+//   metadata {type, …}                  any other JSON the server sends
 
 import { resample } from "./resampler.js";
 
@@ -24,7 +24,8 @@ const RATE = 24000;
 const KIND = { handshake: 0, audio: 1, text: 2, control: 3, metadata: 4, error: 5, ping: 6, coloredText: 7 };
 const ACTION = { start: 0, endTurn: 1, pause: 2, restart: 3 };
 const CONNECT_MS = 10_000;
-const BACKLOG = 13; // pieces of 40 ms that may wait to be sent, half a second
+const LATE = RATE; // samples that a server may owe beyond its own delay, a second
+const RESTART_MS = 2000; // a server that has not said by now that it began anew will not
 const SILENT_MS = 20_000; // the server pings more often than this
 const TRY_LATER = 1013; // the WebSocket's close code of a full server
 
@@ -79,6 +80,11 @@ export class SpeechClient extends EventTarget {
   #feedId = 0;
   #state = "idle";
   #playout = 0;
+  #owed = 0; // samples sent, less those that came back
+  #late = LATE; // so many owed are too many
+  #paused = false;
+  #restarts = 0; // those that the server has not confirmed
+  #restartTimer = 0;
 
   /**
    * @param {object} [options]
@@ -146,7 +152,8 @@ export class SpeechClient extends EventTarget {
   }
 
   /**
-   * Streams a recording in the microphone's place, at the pace of speech.
+   * Streams a recording in the microphone's place, at the pace of speech. A slow server gets all
+   * of it, however late.
    * @param {Float32Array} samples mono, -1…1
    * @param {number} [sampleRate] Hz
    * @returns {Promise<void>} resolves when all of it is on its way to the server
@@ -161,24 +168,33 @@ export class SpeechClient extends EventTarget {
   }
 
   /** Forgets the conversation so far, and what is left of a recording that is being fed, and begins
-   * a new one on the same connection. */
+   * a new one on the same connection. Sound and text of the old one that still come are dropped. */
   restart() {
     this.#control("restart");
     this.#node?.port.postMessage({ type: "flush" });
+    this.#owed = 0;
+    this.#restarts++;
+    clearTimeout(this.#restartTimer);
+    // Older servers begin anew without a word; nobody has counted what they sent meanwhile.
+    this.#restartTimer = setTimeout(() => (this.#restarts = this.#owed = 0), RESTART_MS);
   }
 
   /** The model's clock stands still until `resume()`. */
   pause() {
     this.#control("pause");
+    this.#paused = true;
   }
 
   resume() {
     this.#control("start");
+    this.#paused = false;
   }
 
   /** Ends the conversation and frees microphone, sound and server. */
   close() {
     clearTimeout(this.#watchdog);
+    clearTimeout(this.#restartTimer);
+    this.#restarts = 0;
     for (const resolve of this.#feeds.values()) resolve();
     this.#feeds.clear();
     stop(this.#stream);
@@ -259,6 +275,8 @@ export class SpeechClient extends EventTarget {
   /** Resolves when the server has said which session this is. */
   #openSocket() {
     this.#decoder = new PcmDecoder(this.format);
+    this.#owed = 0;
+    this.#paused = false;
     return new Promise((resolve, reject) => {
       const socket = new WebSocket(this.url);
       socket.binaryType = "arraybuffer";
@@ -274,6 +292,7 @@ export class SpeechClient extends EventTarget {
           if (this.#state === "live") this.#fail(refused);
         } else if (message?.type === "session") {
           clearTimeout(timer);
+          this.#late = LATE + ((message.delay_ms ?? 0) * RATE) / 1000;
           if (message.format === this.format) resolve();
           else reject(new Error(`The server speaks ${message.format}, not ${this.format}.`));
         }
@@ -297,12 +316,7 @@ export class SpeechClient extends EventTarget {
     if (data.type === "capture") {
       this.#playout = data.buffered;
       this.#emit("level", { input: data.input, output: data.output });
-      if (this.#state === "live" && this.#socket.readyState === WebSocket.OPEN) {
-        const message = audioMessage(data.pcm, this.format);
-        // A server that cannot keep up must not fall behind for ever: what finds no room is lost.
-        const backlog = this.#socket.bufferedAmount / message.length; // in pieces of 40 ms
-        if (backlog < BACKLOG) this.#socket.send(message);
-      }
+      if (this.#state === "live" && this.#socket.readyState === WebSocket.OPEN) this.#send(data);
     } else if (data.type === "response") {
       this.#emit("latency", { response_ms: data.ms + 1000 * (this.#context?.outputLatency ?? 0) });
     } else if (data.type === "fed") {
@@ -311,25 +325,42 @@ export class SpeechClient extends EventTarget {
     }
   }
 
+  /** Sends a piece of sound, unless the server is late. Every sample that it takes brings one back, so
+   * what it owes says how late; the socket's own buffers hold minutes and do not tell. */
+  #send({ pcm, recorded }) {
+    // A paused server drops what it hears, and takes a client that sends nothing for gone.
+    if (!this.#paused) {
+      // A microphone would come later and later; a recording ends, and is wanted whole.
+      if (this.#owed > this.#late && !recorded) return;
+      this.#owed += pcm.length;
+    }
+    this.#socket.send(audioMessage(pcm, this.format));
+  }
+
   /** Acts on one message; returns the metadata or error in it, if any. */
   #fromServer(bytes) {
     const payload = bytes.subarray(1);
+    const old = this.#restarts > 0; // of the conversation before a restart
     const text = () => new TextDecoder().decode(payload);
     switch (bytes[0]) {
       case KIND.audio: {
         const pcm = this.#decoder.decode(payload);
+        if (old) return null;
+        this.#owed = Math.max(0, this.#owed - pcm.length);
         this.#node?.port.postMessage({ type: "play", pcm }, [pcm.buffer]);
         return null;
       }
       case KIND.text:
-        this.#emit("text", { text: text() });
+        if (!old) this.#emit("text", { text: text() });
         return null;
       case KIND.coloredText:
-        this.#emit("text", { text: new TextDecoder().decode(payload.subarray(1)) });
+        if (!old) this.#emit("text", { text: new TextDecoder().decode(payload.subarray(1)) });
         return null;
       case KIND.metadata: {
         const { type, ...detail } = JSON.parse(text());
         if (type === "level") return null; // the page measures its own, closer to the ear
+        if (type === "heard" && old) return null;
+        if (type === "restarted") this.#restarted();
         if (type === "latency") {
           // The server's response time leaves out the network; the page's own does not.
           const { response_ms, ...measured } = detail;
@@ -345,5 +376,10 @@ export class SpeechClient extends EventTarget {
       default:
         return null; // the handshake, a ping, a kind of a newer protocol
     }
+  }
+
+  #restarted() {
+    if (!this.#restarts) this.#owed = 0; // late, or not asked for
+    else if (!--this.#restarts) clearTimeout(this.#restartTimer);
   }
 }
