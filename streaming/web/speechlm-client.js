@@ -15,7 +15,8 @@
 //   latency  {response_ms}              last voiced input → first audible output, in the page; and
 //            {compute_ms, queue_ms, pipeline_ms, playout_ms}   as the server measures them
 //   error    {message, code}            one sentence; the connection is then closed. The code is
-//            "microphone-refused", "no-microphone", "server-full", or undefined for the unusual
+//            "microphone-refused", "no-microphone", "sound-refused", "server-full", or undefined
+//            for the unusual
 //   metadata {type, …}                  any other JSON the server sends
 
 import { resample } from "./resampler.js";
@@ -26,6 +27,7 @@ const ACTION = { start: 0, endTurn: 1, pause: 2, restart: 3 };
 const CONNECT_MS = 10_000;
 const LATE = RATE; // samples that a server may owe beyond its own delay, a second
 const RESTART_MS = 2000; // a server that has not said by now that it began anew will not
+const STOPPED_MS = 5000; // sound that does not run again by now will not
 const SILENT_MS = 20_000; // the server pings more often than this
 const TRY_LATER = 1013; // the WebSocket's close code of a full server
 
@@ -85,6 +87,7 @@ export class SpeechClient extends EventTarget {
   #paused = false;
   #restarts = 0; // those that the server has not confirmed
   #restartTimer = 0;
+  #stoppedTimer = 0;
 
   /**
    * @param {object} [options]
@@ -113,8 +116,8 @@ export class SpeechClient extends EventTarget {
    * Opens sound and server; resolves when the conversation is live. Call it inside a click.
    * @param {object} [options]
    * @param {boolean} [options.microphone] false: silence is sent until something is fed
-   * @throws {Error} when the microphone or the server says no, or close() is called meanwhile;
-   *   nothing is left open then
+   * @throws {Error} when the page, the microphone or the server says no, or close() is called
+   *   meanwhile; nothing is left open then
    */
   async connect({ microphone = true } = {}) {
     if (this.#state === "connecting" || this.#state === "live") {
@@ -130,8 +133,12 @@ export class SpeechClient extends EventTarget {
       throw new Error("The client was closed while it connected.");
     };
     try {
+      if (!("AudioWorklet" in globalThis)) {
+        throw new Error("This page may not use sound: open it over https or on localhost.");
+      }
       // Created first and in the caller's task: a browser lets it sound only inside a user gesture.
       context = this.#context = new AudioContext({ latencyHint: "interactive" });
+      context.onstatechange = () => this.#keepSounding(context);
       const running = context.resume();
       running.catch(() => {}); // waited for below, unless something else fails first
       if (microphone) stream = await this.#openMicrophone();
@@ -192,9 +199,8 @@ export class SpeechClient extends EventTarget {
 
   /** Ends the conversation and frees microphone, sound and server. */
   close() {
-    clearTimeout(this.#watchdog);
-    clearTimeout(this.#restartTimer);
-    this.#restarts = 0;
+    for (const timer of [this.#watchdog, this.#restartTimer, this.#stoppedTimer]) clearTimeout(timer);
+    this.#restarts = this.#stoppedTimer = 0;
     for (const resolve of this.#feeds.values()) resolve();
     this.#feeds.clear();
     stop(this.#stream);
@@ -229,14 +235,17 @@ export class SpeechClient extends EventTarget {
   }
 
   async #openMicrophone() {
-    if (!navigator.mediaDevices) {
-      throw new Error("This page may not use a microphone: open it over https or on localhost.");
-    }
     try {
       // The server leaves echo, noise and gain to the browser, which knows the loudspeaker.
-      return await navigator.mediaDevices.getUserMedia({
+      const stream = await navigator.mediaDevices.getUserMedia({
         audio: { channelCount: 1, echoCancellation: true, noiseSuppression: true, autoGainControl: true },
       });
+      for (const track of stream.getTracks()) {
+        track.onended = () => {
+          if (stream === this.#stream) this.#fail("The microphone was disconnected.", "no-microphone");
+        };
+      }
+      return stream;
     } catch (error) {
       if (error.name === "NotFoundError") {
         throw coded("No microphone was found; connect one, or feed a recording.", "no-microphone");
@@ -267,9 +276,23 @@ export class SpeechClient extends EventTarget {
   #started(running) {
     const late = new Promise((_, reject) => {
       const message = "The browser does not let the page sound; call connect() inside a click.";
-      setTimeout(() => reject(new Error(message)), CONNECT_MS);
+      setTimeout(() => reject(coded(message, "sound-refused")), CONNECT_MS);
     });
     return Promise.race([running, late]);
+  }
+
+  /** A telephone call, another program or a headset that goes may stop the sound: asks for it again,
+   * and gives up when it does not come. */
+  #keepSounding(context) {
+    if (context !== this.#context) return; // closed from this side
+    if (context.state === "running") {
+      clearTimeout(this.#stoppedTimer);
+      this.#stoppedTimer = 0;
+    } else {
+      context.resume().catch(() => {}); // the timer will tell
+      const message = "The sound of the page was stopped and does not go on; connect again.";
+      this.#stoppedTimer ||= setTimeout(() => this.#fail(message), STOPPED_MS);
+    }
   }
 
   /** Resolves when the server has said which session this is. */

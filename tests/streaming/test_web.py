@@ -124,7 +124,11 @@ def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("needs a Chromium on the PATH")
-    arguments = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+    arguments = [
+        "--no-sandbox",
+        "--autoplay-policy=no-user-gesture-required",
+        "--host-resolver-rules=MAP speechlm.test 127.0.0.1",
+    ]
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=arguments)
         yield browser
@@ -402,6 +406,79 @@ def test_a_flush_leaves_nothing_of_the_turn(page: Page) -> None:
     )
     assert told["plain"] == {"loudest": pytest.approx(0.5, abs=0.1), "responses": 1}
     assert told["flushed"] == {"loudest": 0, "responses": 0}
+
+
+def test_a_page_without_https_says_so(page: Page, origin: str) -> None:
+    page.goto(origin.replace("127.0.0.1", "speechlm.test") + "/api/build_info")
+    outcome = page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          const client = new SpeechClient();
+          const told = [];
+          client.addEventListener("error", ({ detail }) => told.push(detail.message));
+          for (const microphone of [true, false]) {
+            await client.connect({ microphone }).catch(({ message }) => told.push(message));
+          }
+          return { told, state: client.state };
+        }
+        """
+    )
+    sentence = "This page may not use sound: open it over https or on localhost."
+    assert outcome == {"told": [sentence] * 4, "state": "closed"}
+
+
+def test_a_microphone_that_goes_away_is_an_error_event(page: Page) -> None:
+    page.add_script_tag(content=SCRIPTED)
+    outcome = page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          const { stream } = new AudioContext().createMediaStreamDestination();
+          navigator.mediaDevices.getUserMedia = async () => stream;
+          const client = new SpeechClient();
+          const told = [];
+          client.addEventListener("error", ({ detail }) => told.push(detail));
+          await client.connect();
+          stream.getTracks()[0].dispatchEvent(new Event("ended"));
+          return { told, state: client.state };
+        }
+        """
+    )
+    told = {"message": "The microphone was disconnected.", "code": "no-microphone"}
+    assert outcome == {"told": [told], "state": "closed"}
+
+
+def test_stopped_sound_goes_on_or_is_an_error_event(page: Page) -> None:
+    page.add_script_tag(content=SCRIPTED)
+    page.add_script_tag(content=HURRY)
+    outcome = page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          let context;
+          window.AudioContext = class extends AudioContext {
+            constructor(options) {
+              super(options);
+              context = this;
+            }
+          };
+          const client = new SpeechClient();
+          const told = new Promise((resolve) => {
+            client.addEventListener("error", ({ detail }) => resolve(detail.message));
+          });
+          await client.connect({ microphone: false });
+          await context.suspend();
+          await pieces(client, 20); // longer than the client waits
+          const state = client.state;
+          context.resume = () => new Promise(() => {});
+          await context.suspend();
+          return { state, told: await told, end: client.state };
+        }
+        """
+    )
+    sentence = "The sound of the page was stopped and does not go on; connect again."
+    assert outcome == {"state": "live", "told": sentence, "end": "closed"}
 
 
 @pytest.mark.parametrize(
