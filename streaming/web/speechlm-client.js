@@ -91,7 +91,8 @@ export class SpeechClient extends EventTarget {
 
   /**
    * @param {object} [options]
-   * @param {string|URL} [options.url] the server; by default the one this module came from
+   * @param {string|URL} [options.url] the server; by default the one this module came from;
+   *   without a path `/api/chat` is meant
    * @param {"pcm_s16"|"pcm_f32"} [options.format]
    * @param {object} [options.params] seed, text_temperature, audio_temperature, text_topk, audio_topk
    * @param {string} [options.apiKey] sent as ?auth_id= (a page cannot set a WebSocket's headers)
@@ -101,6 +102,7 @@ export class SpeechClient extends EventTarget {
     super();
     this.url = new URL(url ?? new URL("../api/chat", import.meta.url), location.href);
     this.url.protocol = this.url.protocol.replace("http", "ws");
+    if (this.url.pathname === "/") this.url.pathname = "/api/chat";
     this.url.searchParams.set("format", format);
     for (const [name, value] of Object.entries(params)) this.url.searchParams.set(name, value);
     if (apiKey) this.url.searchParams.set("auth_id", apiKey);

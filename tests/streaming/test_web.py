@@ -481,6 +481,24 @@ def test_stopped_sound_goes_on_or_is_an_error_event(page: Page) -> None:
     assert outcome == {"state": "live", "told": sentence, "end": "closed"}
 
 
+def test_an_address_without_a_path_is_completed(page: Page) -> None:
+    addresses = page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          const urls = ["wss://host:8998", "https://host/", "ws://host/other/chat", undefined];
+          return urls.map((url) => new SpeechClient({ url }).url.href.split("?")[0]);
+        }
+        """
+    )
+    assert addresses[:3] == [
+        "wss://host:8998/api/chat",
+        "wss://host/api/chat",
+        "ws://host/other/chat",
+    ]
+    assert addresses[3] == page.url.replace("http", "ws").replace("build_info", "chat")
+
+
 @pytest.mark.parametrize(
     ("rates", "bound"),
     [
