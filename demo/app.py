@@ -90,7 +90,8 @@ def launch(
 
     Args:
         model: a shipped name, a checkpoint directory, or `hf://organisation/name`.
-        host: address to listen at. Browsers lend a microphone only to https pages and localhost.
+        host: address to listen at. Browsers let a page hear and sound only over https or on
+            localhost, so from another machine the examples want https too.
         port: TCP port; 0 lets the system choose.
         slots: conversations at once; who comes after that is told that every line is busy.
 

@@ -3,7 +3,8 @@
 Python only lays the page out. All that is live (sound, levels, transcript) happens in the browser,
 in `static/talk.js`, which speaks to the server's `/api/chat` through the JavaScript client of the
 `streaming` package. Example questions and uploaded sounds are decoded in the browser and streamed
-through the same WebSocket at the pace of speech, so the page works without a microphone too.
+through the same WebSocket at the pace of speech, so the page works without a microphone too; but
+not over plain http from another machine, where browsers give a page no audio thread.
 """
 
 from __future__ import annotations

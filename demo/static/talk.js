@@ -19,13 +19,19 @@ const SAYS = {
   asking: "Asking your question…",
   speaking: "Speaking. Interrupt as you like.",
   refused: "The microphone was refused. Allow it in the address bar, or pick a question.",
-  deaf: "No microphone was found. Connect one, or pick a question.",
+  deaf: "There is no microphone. Connect one, or pick a question.",
+  muted: "The browser let no sound begin. Press the button, or pick a question, once more.",
   full: "Every line is busy. Try again in a moment.",
 };
 const LIVE = new Set(["listening", "asking", "speaking"]);
 
 /** The state that shows an error of the client, by its code; "failed" shows any other. */
-const FAILS = { "microphone-refused": "refused", "no-microphone": "deaf", "server-full": "full" };
+const FAILS = {
+  "microphone-refused": "refused",
+  "no-microphone": "deaf",
+  "sound-refused": "muted",
+  "server-full": "full",
+};
 
 /** Write only what changes: a screen reader speaks whatever is written. */
 function write(element, text) {
@@ -199,23 +205,26 @@ class TalkPage {
   /** Stream the recording that `open` gives in the microphone's place, and let the visitor hear it. */
   async ask(chip, open) {
     if (this.occupied) return;
-    const { client } = this;
     let url;
     this.asking = true;
     chip.setAttribute("aria-busy", "true");
     write(this.note, this.hint);
     this.offerChips();
+    // Before anything is waited for: outside the click itself, Safari lets no sound begin.
+    const started = this.client ? null : this.start(false);
+    const { client } = this;
     try {
       const recording = await open();
       const pcm = await decode(recording);
+      if (started && !(await started)) return;
       if (this.client !== client) return; // stopped, or begun, by hand meanwhile
-      if (!client && !(await this.start(false))) return;
       url = URL.createObjectURL(recording);
       this.player = new Audio(url);
       this.player.volume = 0.6;
       this.player.play().catch(() => {}); // to hear it is a courtesy: what is sent does not depend on it
       await this.client.feed(pcm, RATE);
     } catch ({ message }) {
+      if (started && this.client === client) this.stop(); // there is nothing to ask in it
       write(this.note, message);
     } finally {
       if (url) URL.revokeObjectURL(url);

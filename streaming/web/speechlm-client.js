@@ -15,8 +15,9 @@
 //   latency  {response_ms}              last voiced input → first audible output, in the page; and
 //            {compute_ms, queue_ms, pipeline_ms, playout_ms}   as the server measures them
 //   error    {message, code}            one sentence; the connection is then closed. The code is
-//            "microphone-refused", "no-microphone", "server-full", or undefined for the unusual
-//   metadata {…}                        any other JSON the server sends
+//            "microphone-refused", "no-microphone", "sound-refused", "server-full", or undefined
+//            for the unusual
+//   metadata {type, …}                  any other JSON the server sends
 
 import { resample } from "./resampler.js";
 
@@ -24,7 +25,9 @@ const RATE = 24000;
 const KIND = { handshake: 0, audio: 1, text: 2, control: 3, metadata: 4, error: 5, ping: 6, coloredText: 7 };
 const ACTION = { start: 0, endTurn: 1, pause: 2, restart: 3 };
 const CONNECT_MS = 10_000;
-const BACKLOG = 13; // pieces of 40 ms that may wait to be sent, half a second
+const LATE = RATE; // samples that a server may owe beyond its own delay, a second
+const RESTART_MS = 2000; // a server that has not said by now that it began anew will not
+const STOPPED_MS = 5000; // sound that does not run again by now will not
 const SILENT_MS = 20_000; // the server pings more often than this
 const TRY_LATER = 1013; // the WebSocket's close code of a full server
 
@@ -79,10 +82,17 @@ export class SpeechClient extends EventTarget {
   #feedId = 0;
   #state = "idle";
   #playout = 0;
+  #owed = 0; // samples sent, less those that came back
+  #late = LATE; // so many owed are too many
+  #paused = false;
+  #restarts = 0; // those that the server has not confirmed
+  #restartTimer = 0;
+  #stoppedTimer = 0;
 
   /**
    * @param {object} [options]
-   * @param {string|URL} [options.url] the server; by default the one this module came from
+   * @param {string|URL} [options.url] the server; by default the one this module came from;
+   *   without a path `/api/chat` is meant
    * @param {"pcm_s16"|"pcm_f32"} [options.format]
    * @param {object} [options.params] seed, text_temperature, audio_temperature, text_topk, audio_topk
    * @param {string} [options.apiKey] sent as ?auth_id= (a page cannot set a WebSocket's headers)
@@ -92,6 +102,7 @@ export class SpeechClient extends EventTarget {
     super();
     this.url = new URL(url ?? new URL("../api/chat", import.meta.url), location.href);
     this.url.protocol = this.url.protocol.replace("http", "ws");
+    if (this.url.pathname === "/") this.url.pathname = "/api/chat";
     this.url.searchParams.set("format", format);
     for (const [name, value] of Object.entries(params)) this.url.searchParams.set(name, value);
     if (apiKey) this.url.searchParams.set("auth_id", apiKey);
@@ -107,8 +118,8 @@ export class SpeechClient extends EventTarget {
    * Opens sound and server; resolves when the conversation is live. Call it inside a click.
    * @param {object} [options]
    * @param {boolean} [options.microphone] false: silence is sent until something is fed
-   * @throws {Error} when the microphone or the server says no, or close() is called meanwhile;
-   *   nothing is left open then
+   * @throws {Error} when the page, the microphone or the server says no, or close() is called
+   *   meanwhile; nothing is left open then
    */
   async connect({ microphone = true } = {}) {
     if (this.#state === "connecting" || this.#state === "live") {
@@ -124,8 +135,12 @@ export class SpeechClient extends EventTarget {
       throw new Error("The client was closed while it connected.");
     };
     try {
+      if (!("AudioWorklet" in globalThis)) {
+        throw new Error("This page may not use sound: open it over https or on localhost.");
+      }
       // Created first and in the caller's task: a browser lets it sound only inside a user gesture.
       context = this.#context = new AudioContext({ latencyHint: "interactive" });
+      context.onstatechange = () => this.#keepSounding(context);
       const running = context.resume();
       running.catch(() => {}); // waited for below, unless something else fails first
       if (microphone) stream = await this.#openMicrophone();
@@ -146,7 +161,8 @@ export class SpeechClient extends EventTarget {
   }
 
   /**
-   * Streams a recording in the microphone's place, at the pace of speech.
+   * Streams a recording in the microphone's place, at the pace of speech. A slow server gets all
+   * of it, however late.
    * @param {Float32Array} samples mono, -1…1
    * @param {number} [sampleRate] Hz
    * @returns {Promise<void>} resolves when all of it is on its way to the server
@@ -161,24 +177,32 @@ export class SpeechClient extends EventTarget {
   }
 
   /** Forgets the conversation so far, and what is left of a recording that is being fed, and begins
-   * a new one on the same connection. */
+   * a new one on the same connection. Sound and text of the old one that still come are dropped. */
   restart() {
     this.#control("restart");
     this.#node?.port.postMessage({ type: "flush" });
+    this.#owed = 0;
+    this.#restarts++;
+    clearTimeout(this.#restartTimer);
+    // Older servers begin anew without a word; nobody has counted what they sent meanwhile.
+    this.#restartTimer = setTimeout(() => (this.#restarts = this.#owed = 0), RESTART_MS);
   }
 
   /** The model's clock stands still until `resume()`. */
   pause() {
     this.#control("pause");
+    this.#paused = true;
   }
 
   resume() {
     this.#control("start");
+    this.#paused = false;
   }
 
   /** Ends the conversation and frees microphone, sound and server. */
   close() {
-    clearTimeout(this.#watchdog);
+    for (const timer of [this.#watchdog, this.#restartTimer, this.#stoppedTimer]) clearTimeout(timer);
+    this.#restarts = this.#stoppedTimer = 0;
     for (const resolve of this.#feeds.values()) resolve();
     this.#feeds.clear();
     stop(this.#stream);
@@ -213,14 +237,17 @@ export class SpeechClient extends EventTarget {
   }
 
   async #openMicrophone() {
-    if (!navigator.mediaDevices) {
-      throw new Error("This page may not use a microphone: open it over https or on localhost.");
-    }
     try {
       // The server leaves echo, noise and gain to the browser, which knows the loudspeaker.
-      return await navigator.mediaDevices.getUserMedia({
+      const stream = await navigator.mediaDevices.getUserMedia({
         audio: { channelCount: 1, echoCancellation: true, noiseSuppression: true, autoGainControl: true },
       });
+      for (const track of stream.getTracks()) {
+        track.onended = () => {
+          if (stream === this.#stream) this.#fail("The microphone was disconnected.", "no-microphone");
+        };
+      }
+      return stream;
     } catch (error) {
       if (error.name === "NotFoundError") {
         throw coded("No microphone was found; connect one, or feed a recording.", "no-microphone");
@@ -251,14 +278,30 @@ export class SpeechClient extends EventTarget {
   #started(running) {
     const late = new Promise((_, reject) => {
       const message = "The browser does not let the page sound; call connect() inside a click.";
-      setTimeout(() => reject(new Error(message)), CONNECT_MS);
+      setTimeout(() => reject(coded(message, "sound-refused")), CONNECT_MS);
     });
     return Promise.race([running, late]);
+  }
+
+  /** A telephone call, another program or a headset that goes may stop the sound: asks for it again,
+   * and gives up when it does not come. */
+  #keepSounding(context) {
+    if (context !== this.#context) return; // closed from this side
+    if (context.state === "running") {
+      clearTimeout(this.#stoppedTimer);
+      this.#stoppedTimer = 0;
+    } else {
+      context.resume().catch(() => {}); // the timer will tell
+      const message = "The sound of the page was stopped and does not go on; connect again.";
+      this.#stoppedTimer ||= setTimeout(() => this.#fail(message), STOPPED_MS);
+    }
   }
 
   /** Resolves when the server has said which session this is. */
   #openSocket() {
     this.#decoder = new PcmDecoder(this.format);
+    this.#owed = 0;
+    this.#paused = false;
     return new Promise((resolve, reject) => {
       const socket = new WebSocket(this.url);
       socket.binaryType = "arraybuffer";
@@ -274,6 +317,7 @@ export class SpeechClient extends EventTarget {
           if (this.#state === "live") this.#fail(refused);
         } else if (message?.type === "session") {
           clearTimeout(timer);
+          this.#late = LATE + ((message.delay_ms ?? 0) * RATE) / 1000;
           if (message.format === this.format) resolve();
           else reject(new Error(`The server speaks ${message.format}, not ${this.format}.`));
         }
@@ -297,12 +341,7 @@ export class SpeechClient extends EventTarget {
     if (data.type === "capture") {
       this.#playout = data.buffered;
       this.#emit("level", { input: data.input, output: data.output });
-      if (this.#state === "live" && this.#socket.readyState === WebSocket.OPEN) {
-        const message = audioMessage(data.pcm, this.format);
-        // A server that cannot keep up must not fall behind for ever: what finds no room is lost.
-        const backlog = this.#socket.bufferedAmount / message.length; // in pieces of 40 ms
-        if (backlog < BACKLOG) this.#socket.send(message);
-      }
+      if (this.#state === "live" && this.#socket.readyState === WebSocket.OPEN) this.#send(data);
     } else if (data.type === "response") {
       this.#emit("latency", { response_ms: data.ms + 1000 * (this.#context?.outputLatency ?? 0) });
     } else if (data.type === "fed") {
@@ -311,25 +350,42 @@ export class SpeechClient extends EventTarget {
     }
   }
 
+  /** Sends a piece of sound, unless the server is late. Every sample that it takes brings one back, so
+   * what it owes says how late; the socket's own buffers hold minutes and do not tell. */
+  #send({ pcm, recorded }) {
+    // A paused server drops what it hears, and takes a client that sends nothing for gone.
+    if (!this.#paused) {
+      // A microphone would come later and later; a recording ends, and is wanted whole.
+      if (this.#owed > this.#late && !recorded) return;
+      this.#owed += pcm.length;
+    }
+    this.#socket.send(audioMessage(pcm, this.format));
+  }
+
   /** Acts on one message; returns the metadata or error in it, if any. */
   #fromServer(bytes) {
     const payload = bytes.subarray(1);
+    const old = this.#restarts > 0; // of the conversation before a restart
     const text = () => new TextDecoder().decode(payload);
     switch (bytes[0]) {
       case KIND.audio: {
         const pcm = this.#decoder.decode(payload);
+        if (old) return null;
+        this.#owed = Math.max(0, this.#owed - pcm.length);
         this.#node?.port.postMessage({ type: "play", pcm }, [pcm.buffer]);
         return null;
       }
       case KIND.text:
-        this.#emit("text", { text: text() });
+        if (!old) this.#emit("text", { text: text() });
         return null;
       case KIND.coloredText:
-        this.#emit("text", { text: new TextDecoder().decode(payload.subarray(1)) });
+        if (!old) this.#emit("text", { text: new TextDecoder().decode(payload.subarray(1)) });
         return null;
       case KIND.metadata: {
         const { type, ...detail } = JSON.parse(text());
         if (type === "level") return null; // the page measures its own, closer to the ear
+        if (type === "heard" && old) return null;
+        if (type === "restarted") this.#restarted();
         if (type === "latency") {
           // The server's response time leaves out the network; the page's own does not.
           const { response_ms, ...measured } = detail;
@@ -345,5 +401,10 @@ export class SpeechClient extends EventTarget {
       default:
         return null; // the handshake, a ping, a kind of a newer protocol
     }
+  }
+
+  #restarted() {
+    if (!this.#restarts) this.#owed = 0; // late, or not asked for
+    else if (!--this.#restarts) clearTimeout(this.#restartTimer);
   }
 }

@@ -33,7 +33,6 @@ class JitterBuffer {
     this.offset = 0;
     this.length = 0;
     this.waited = -1; // samples since the first chunk came; -1: none has; Infinity: playing
-    this.underruns = 0;
   }
 
   push(chunk) {
@@ -68,10 +67,7 @@ class JitterBuffer {
         this.offset = 0;
       }
     }
-    if (done < block.length) {
-      this.waited = -1;
-      this.underruns++;
-    }
+    if (done < block.length) this.waited = -1;
   }
 }
 
@@ -124,8 +120,6 @@ class SpeechProcessor extends AudioWorkletProcessor {
     this.up = new Resampler(RATE, sampleRate);
     this.captured = new Float32Array(this.down.bound(128));
     this.silence = new Float32Array(128);
-    this.piece = new Float32Array(PIECE);
-    this.filled = 0;
     this.feed = []; // {pcm, offset, id}
     this.jitter = new JitterBuffer(options.processorOptions.jitterMs);
     this.block = new Float32Array(BLOCK);
@@ -133,7 +127,7 @@ class SpeechProcessor extends AudioWorkletProcessor {
     this.made = new Float32Array(this.up.bound(BLOCK));
     this.waiting = 0;
     this.meter = new ResponseMeter();
-    this.energy = 0; // of the output, since the last piece
+    this.beginPiece();
     this.open = true;
     this.port.onmessage = ({ data }) => {
       if (data.type === "play") this.jitter.push(data.pcm);
@@ -155,7 +149,9 @@ class SpeechProcessor extends AudioWorkletProcessor {
   capture(samples) {
     const count = this.down.process(samples, samples.length, this.captured);
     for (let k = 0; k < count; k++) {
-      const x = this.fed() ?? this.captured[k];
+      const fed = this.fed();
+      this.recorded ||= fed !== null;
+      const x = fed ?? this.captured[k];
       const elapsed = this.meter.heard(x);
       if (elapsed !== null) this.port.postMessage({ type: "response", ms: elapsed });
       this.piece[this.filled++] = x;
@@ -175,11 +171,20 @@ class SpeechProcessor extends AudioWorkletProcessor {
     return x;
   }
 
-  /** Drops what waits to be played and what waits to be sent. */
+  /** Drops what waits to be played, what waits to be sent, and a response that is being measured. */
   flush() {
     this.jitter.clear();
     for (const { id } of this.feed) this.port.postMessage({ type: "fed", id });
     this.feed = [];
+    this.meter = new ResponseMeter();
+    this.beginPiece();
+  }
+
+  beginPiece() {
+    this.piece = new Float32Array(PIECE);
+    this.filled = 0;
+    this.recorded = false; // some of it is of a recording
+    this.energy = 0; // of the output meanwhile
   }
 
   send() {
@@ -188,15 +193,13 @@ class SpeechProcessor extends AudioWorkletProcessor {
     const message = {
       type: "capture",
       pcm: this.piece,
+      recorded: this.recorded,
       input: dbfs(energy / PIECE),
       output: dbfs(this.energy / PIECE),
       buffered: (this.jitter.length / RATE) * 1000,
-      underruns: this.jitter.underruns,
     };
     this.port.postMessage(message, [this.piece.buffer]);
-    this.piece = new Float32Array(PIECE);
-    this.filled = 0;
-    this.energy = 0;
+    this.beginPiece();
   }
 
   play(output) {

@@ -64,6 +64,41 @@ async ([from, to, hertz]) => {
   return { error, apart, length: got.length, pieces: pieces.length };
 }
 """
+# A server that does only what a test tells it to, and the wait for pieces of 40 ms.
+SCRIPTED = """
+window.WebSocket = class {
+  static OPEN = 1;
+  readyState = 1;
+  heard = 0; // pieces of sound that came
+  constructor() {
+    window.server = this;
+    setTimeout(() => this.tell({ type: "session", format: "pcm_s16", delay_ms: 160 }));
+  }
+  send(bytes) {
+    if (bytes[0] === 1) this.heard++;
+  }
+  close() {}
+  message(kind, payload) {
+    this.onmessage({ data: Uint8Array.of(kind, ...payload).buffer });
+  }
+  sound(byte) {
+    this.message(1, new Uint8Array(2 * 960).fill(byte));
+  }
+  say(text) {
+    this.message(2, new TextEncoder().encode(text));
+  }
+  tell(facts) {
+    this.message(4, new TextEncoder().encode(JSON.stringify(facts)));
+  }
+};
+window.pieces = (client, count) =>
+  new Promise((resolve) => client.addEventListener("level", () => --count || resolve()));
+"""
+# Ten times as fast, but for the long waits that tell of a server that is gone.
+HURRY = """
+const later = window.setTimeout;
+window.setTimeout = (act, ms) => later(act, ms < 10000 ? ms / 10 : ms);
+"""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +124,11 @@ def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("needs a Chromium on the PATH")
-    arguments = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+    arguments = [
+        "--no-sandbox",
+        "--autoplay-policy=no-user-gesture-required",
+        "--host-resolver-rules=MAP speechlm.test 127.0.0.1",
+    ]
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=arguments)
         yield browser
@@ -229,6 +268,235 @@ def test_restart_drops_the_rest_of_a_recording(page: Page) -> None:
         """
     )
     assert dropped
+
+
+def test_what_a_late_server_could_not_answer_in_time_is_lost(page: Page) -> None:
+    page.add_script_tag(content=SCRIPTED)
+    sent = page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          const client = new SpeechClient();
+          await client.connect({ microphone: false });
+          let before = 0;
+          const sent = async (act, count) => {
+            await act();
+            await pieces(client, count);
+            const more = server.heard - before;
+            before = server.heard;
+            return more;
+          };
+          const answer = () => { for (let k = 0; k < 5; k++) server.sound(0); };
+          const restart = () => { client.restart(); answer(); server.tell({ type: "restarted" }); };
+          const counts = {
+            unanswered: await sent(() => {}, 40),
+            answered: await sent(answer, 10),
+            recorded: await sent(() => client.feed(new Float32Array(9600)), 5),
+            paused: await sent(() => client.pause(), 5),
+            resumed: await sent(() => client.resume(), 5),
+            restarted: await sent(restart, 40),
+          };
+          client.close();
+          return counts;
+        }
+        """
+    )
+    assert sent.pop("recorded") in (10, 11)  # whole, for a recording ends
+    # A second and the server's delay are 29 pieces; one more tells that they are exceeded.
+    assert sent == {"unanswered": 30, "answered": 5, "paused": 5, "resumed": 0, "restarted": 30}
+
+
+def test_nothing_of_the_old_conversation_comes_after_a_restart(page: Page) -> None:
+    page.add_script_tag(content=SCRIPTED)
+    outcome = page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          const client = new SpeechClient();
+          const told = [];
+          let loudest = -100;
+          for (const type of ["text", "heard", "metadata"]) {
+            client.addEventListener(type, ({ detail }) => told.push(detail));
+          }
+          client.addEventListener("level", ({ detail }) => {
+            loudest = Math.max(loudest, detail.output);
+          });
+          await client.connect({ microphone: false });
+          const everything = async (text) => {
+            server.say(text);
+            server.tell({ type: "heard", text });
+            for (let k = 0; k < 5; k++) server.sound(0x20);
+            await pieces(client, 10);
+            return loudest;
+          };
+          client.restart();
+          client.restart();
+          server.tell({ type: "restarted" }); // the first of two
+          const before = await everything("old");
+          server.tell({ type: "restarted" });
+          const after = await everything("new");
+          client.close();
+          return { told, before, after };
+        }
+        """
+    )
+    restarted = {"type": "restarted"}
+    assert outcome["told"] == [restarted, restarted, {"text": "new"}, {"text": "new"}]
+    assert outcome["before"] < -60
+    assert outcome["after"] > -30
+
+
+def test_a_server_that_does_not_tell_of_its_restart_is_heard_again(page: Page) -> None:
+    page.add_script_tag(content=SCRIPTED)
+    page.add_script_tag(content=HURRY)
+    texts = page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          const client = new SpeechClient();
+          const texts = [];
+          client.addEventListener("text", ({ detail }) => texts.push(detail.text));
+          await client.connect({ microphone: false });
+          client.restart();
+          server.say("old");
+          await new Promise((resolve) => setTimeout(resolve, 2500));
+          server.say("new");
+          client.close();
+          return texts;
+        }
+        """
+    )
+    assert texts == ["new"]
+
+
+def test_a_flush_leaves_nothing_of_the_turn(page: Page) -> None:
+    told = page.evaluate(
+        """
+        async () => {
+          let Processor;
+          globalThis.sampleRate = 24000;
+          globalThis.registerProcessor = (_, processor) => (Processor = processor);
+          globalThis.AudioWorkletProcessor = class {
+            port = { postMessage: (message) => told.push(message) };
+          };
+          const told = [];
+          await import("/web/speechlm-worklet.js");
+          const run = (flushed) => {
+            told.length = 0;
+            const processor = new Processor({ processorOptions: { jitterMs: 0 } });
+            const tell = (data) => processor.port.onmessage({ data });
+            const hear = (value, blocks) => {
+              for (let k = 0; k < blocks; k++) {
+                processor.process([[new Float32Array(128).fill(value)]], [[new Float32Array(128)]]);
+              }
+            };
+            hear(0.5, 19);
+            hear(0, 1); // two pieces and two thirds
+            if (flushed) tell({ type: "flush" });
+            hear(0, 9);
+            tell({ type: "play", pcm: new Float32Array(2400).fill(0.5) });
+            hear(0, 100);
+            const third = told.filter(({ type }) => type === "capture")[2];
+            const responses = told.filter(({ type }) => type === "response").length;
+            return { loudest: Math.max(...third.pcm), responses };
+          };
+          return { plain: run(false), flushed: run(true) };
+        }
+        """
+    )
+    assert told["plain"] == {"loudest": pytest.approx(0.5, abs=0.1), "responses": 1}
+    assert told["flushed"] == {"loudest": 0, "responses": 0}
+
+
+def test_a_page_without_https_says_so(page: Page, origin: str) -> None:
+    page.goto(origin.replace("127.0.0.1", "speechlm.test") + "/api/build_info")
+    outcome = page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          const client = new SpeechClient();
+          const told = [];
+          client.addEventListener("error", ({ detail }) => told.push(detail.message));
+          for (const microphone of [true, false]) {
+            await client.connect({ microphone }).catch(({ message }) => told.push(message));
+          }
+          return { told, state: client.state };
+        }
+        """
+    )
+    sentence = "This page may not use sound: open it over https or on localhost."
+    assert outcome == {"told": [sentence] * 4, "state": "closed"}
+
+
+def test_a_microphone_that_goes_away_is_an_error_event(page: Page) -> None:
+    page.add_script_tag(content=SCRIPTED)
+    outcome = page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          const { stream } = new AudioContext().createMediaStreamDestination();
+          navigator.mediaDevices.getUserMedia = async () => stream;
+          const client = new SpeechClient();
+          const told = [];
+          client.addEventListener("error", ({ detail }) => told.push(detail));
+          await client.connect();
+          stream.getTracks()[0].dispatchEvent(new Event("ended"));
+          return { told, state: client.state };
+        }
+        """
+    )
+    told = {"message": "The microphone was disconnected.", "code": "no-microphone"}
+    assert outcome == {"told": [told], "state": "closed"}
+
+
+def test_stopped_sound_goes_on_or_is_an_error_event(page: Page) -> None:
+    page.add_script_tag(content=SCRIPTED)
+    page.add_script_tag(content=HURRY)
+    outcome = page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          let context;
+          window.AudioContext = class extends AudioContext {
+            constructor(options) {
+              super(options);
+              context = this;
+            }
+          };
+          const client = new SpeechClient();
+          const told = new Promise((resolve) => {
+            client.addEventListener("error", ({ detail }) => resolve(detail.message));
+          });
+          await client.connect({ microphone: false });
+          await context.suspend();
+          await pieces(client, 20); // longer than the client waits
+          const state = client.state;
+          context.resume = () => new Promise(() => {});
+          await context.suspend();
+          return { state, told: await told, end: client.state };
+        }
+        """
+    )
+    sentence = "The sound of the page was stopped and does not go on; connect again."
+    assert outcome == {"state": "live", "told": sentence, "end": "closed"}
+
+
+def test_an_address_without_a_path_is_completed(page: Page) -> None:
+    addresses = page.evaluate(
+        """
+        async () => {
+          const { SpeechClient } = await import("/web/speechlm-client.js");
+          const urls = ["wss://host:8998", "https://host/", "ws://host/other/chat", undefined];
+          return urls.map((url) => new SpeechClient({ url }).url.href.split("?")[0]);
+        }
+        """
+    )
+    assert addresses[:3] == [
+        "wss://host:8998/api/chat",
+        "wss://host/api/chat",
+        "ws://host/other/chat",
+    ]
+    assert addresses[3] == page.url.replace("http", "ws").replace("build_info", "chat")
 
 
 @pytest.mark.parametrize(
