@@ -44,7 +44,7 @@ from streaming.protocol import (
 CHUNK: Final = FRAME_SIZE
 """Samples a message at most."""
 LATE: Final = round(1.25 * SAMPLE_RATE)
-"""Samples under way, of which a quarter of a second is that of a good connection."""
+"""Samples unanswered past which a microphone's are lost: a second, and a connection's delay."""
 MISSED_PINGS: Final = 4
 """So many in a row, and the server is gone."""
 

@@ -57,7 +57,8 @@ WEB: Final = Path(__file__).parent / "web"
 LEVEL_FRAMES: Final = 5
 """Levels and latencies are sent with every fifth frame, every 0.4 s."""
 _LONG: Final = 16 * 1024
-"""Bytes past which a message is decoded beside the event loop: seconds of Opus."""
+"""Bytes past which a message is decoded beside the event loop: seconds of Opus, in slices between
+which the loop has its turns."""
 
 # WebSocket close codes (RFC 6455 and its registry).
 GOING_AWAY: Final = 1001
