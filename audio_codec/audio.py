@@ -85,6 +85,8 @@ def load_blocks(
         raise UserError(f"{path} is a folder; name a sound file.")
     if not path.exists():
         raise UserError(f"There is no sound file {path}.")
+    if not path.is_file():
+        raise UserError(f"{path} is a pipe or a device; give a file, or - for standard input.")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty (0 bytes).")
     decoded = _decode(path, seconds)
@@ -112,9 +114,10 @@ _UNREADABLE = (soundfile.LibsndfileError, RuntimeError, TypeError)
 def duration(path: str | Path) -> float | None:
     """Seconds that a sound file's header says it lasts; None where libsndfile cannot tell."""
     try:
-        return float(soundfile.info(path).duration)
+        info = soundfile.info(path)
     except _UNREADABLE:
         return None
+    return float(info.duration) if info.frames < _UNSAID else None
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ def read_header(path: str | Path) -> SoundHeader:
         raise UserError(f"There is no sound file {path}.")
     try:
         info = soundfile.info(path)
+        _check_said(path, info.frames, info.format)
         return SoundHeader(info.duration, info.samplerate, info.channels, info.format)
     except _UNREADABLE:
         samples, rate, container = next(_decode(path, math.inf))
@@ -152,13 +156,21 @@ def _decode(path: Path, seconds: float) -> Iterator[tuple[Pcm, int, str]]:
     begun = False
     try:
         with soundfile.SoundFile(path) as file:
+            _check_said(path, file.frames, file.format)
             most = -1 if math.isinf(seconds) else max(1, round(seconds * file.samplerate))
+            count = 0
             while True:
                 samples = file.read(most, dtype="float32", always_2d=True).T
                 if begun and not samples.size:
-                    return
+                    break
                 begun = True
+                count += samples.shape[1]
                 yield samples, file.samplerate, file.format
+            if file.format == "FLAC" and count < file.frames:  # others count what is there
+                raise UserError(
+                    f"{path} cannot be decoded as sound to its end: it holds {count} of "
+                    f"{file.frames} samples."
+                )
     except _UNREADABLE as first:
         if begun:
             raise UserError(f"{path} cannot be decoded as sound to its end: {first}") from first
@@ -167,6 +179,18 @@ def _decode(path: Path, seconds: float) -> Iterator[tuple[Pcm, int, str]]:
         except Exception as second:  # sphn raises bare Exceptions of no narrower type
             raise UserError(f"{path} cannot be decoded as sound: {first}") from second
         yield np.asarray(samples, dtype=np.float32), int(rate), path.suffix.lstrip(".").upper()
+
+
+_UNSAID = 2**62
+"""Frames that libsndfile gives, or more, where a header does not tell."""
+
+
+def _check_said(path: Path, frames: int, container: str) -> None:
+    if frames >= _UNSAID:  # as of a FLAC that was encoded into a pipe; it cannot be read to its end
+        raise UserError(
+            f"{path} does not say how long it is; encode it anew from a file, or as WAV "
+            f"instead of {container}."
+        )
 
 
 def _mix_down(path: Path, blocks: Iterable[Pcm]) -> Iterator[Pcm]:

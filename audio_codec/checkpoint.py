@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from audio_codec.errors import Unreachable, UserError
+from audio_codec.files import check_writable
 
 StoredType = Literal["fp32", "bf16", "int8"]
 _SCALE = "::scale"
@@ -182,6 +183,7 @@ def check_replaceable(directory: str | Path) -> None:
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise UserError(f"output '{path}' is a file; name a folder for the checkpoint.")
+    check_writable(path.resolve().parent / "config.json")
     if path.is_dir() and any(path.iterdir()) and not any(path.glob("*.safetensors")):
         raise UserError(
             f"output '{path}' holds something else than a checkpoint; name a new or empty folder."

@@ -52,13 +52,16 @@ AnyCodec = SpectralCodec | MimiCodec | EncodecCodec
 
 
 def coded_by(codec: Codec) -> tuple[float, ...] | None:
-    """The fingerprint of the speech tokenizer in a codec, by which its semantic codes can be told
-    from those of another; None where there is no such tokenizer, or only its shape.
+    """What tells the codes of a codec from those of another: the fingerprint of the speech
+    tokenizer in it, then that of what makes its acoustic codes (`same_coder` compares the two).
+
+    None where there is no such tokenizer, or only its shape.
     """
     tokenizer = getattr(codec, "tokenizer", None)
     if not isinstance(tokenizer, SpeechTokenizer) or next(tokenizer.parameters()).is_meta:
         return None
-    return tokenizer.fingerprint()
+    acoustic = codec.fingerprint() if isinstance(codec, SpectralCodec) else ()
+    return tokenizer.fingerprint() + acoustic
 
 
 Kind = Literal["spectral", "hf", "kyutai", "encodec"]

@@ -27,7 +27,9 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file.")
-    folder = path.parent
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is a pipe or a device; name a file.")
+    folder = path.resolve().parent
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
@@ -52,8 +54,8 @@ def replacing(path: str | Path | UPath) -> Iterator[Path]:
             yield temporary
             _send(temporary, path)
         return
-    path = Path(path)
     check_writable(path)
+    path = Path(path).resolve()  # the file that a link names, not the link
     temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
 from audio_codec.layers import ConvNeXtStack, Linear, StackState, TailState, with_past
 from audio_codec.quantize import EMAVQ, ResidualVQ
 from audio_codec.speech_tokenizer import EncoderState as TokenizerState
-from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig
+from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig, projections
 from audio_codec.state import State, all_active
 
 HOP = 240
@@ -303,6 +303,15 @@ class SpectralCodec(nn.Module):
         for name, part in self.named_children():
             part.requires_grad_(name in _DECODER)
         self.train(self.training)
+
+    def fingerprint(self) -> tuple[float, ...]:
+        """Numbers that tell the weights that its acoustic codes depend on from others.
+
+        Those of the tokenizer aside, and the codebooks, of which more may follow.
+        """
+        aside = tuple(f"{name}." for name in (*_DECODER, "tokenizer", "quantizer"))
+        weights = sorted(self.state_dict().items())
+        return projections(tensor for name, tensor in weights if not name.startswith(aside))
 
     def _encode_hidden(self, pcm: Tensor, state: SpectralEncoderState | None) -> Tensor:
         x = self.front_in(self.analysis(pcm[:, 0], None if state is None else state.samples))

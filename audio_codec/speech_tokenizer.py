@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -334,11 +334,11 @@ class SpeechTokenizer(nn.Module):
         config = self.config
         if not config.causal:
             return math.inf
-        if config.block_ms is not None:
-            return config.block_ms - 1000 / config.rate
         # A convolution of Whisper's that is not causal hears a frame of features ahead.
-        ahead = config.whisper is not None and not config.whisper.causal
-        return float(config.lookahead_ms + 10 * ahead)
+        stem = 10.0 * (config.whisper is not None and not config.whisper.causal)
+        if config.block_ms is not None:
+            return config.block_ms - 1000 / config.rate + stem
+        return config.lookahead_ms + stem
 
     @property
     def past_seconds(self) -> float:
@@ -365,21 +365,9 @@ class SpeechTokenizer(nn.Module):
         return self.quantizer
 
     def fingerprint(self) -> tuple[float, ...]:
-        """Sixteen numbers that tell the weights that its codes depend on from others.
-
-        Random projections of all their tensors, each at unit length, so that weights that were
-        stored in fewer bits stay close, as those of a codec in int8 to those of its tokenizer in
-        float32, whose hashes would differ; see `near`.
-        """
-        numbers = torch.zeros(16, dtype=torch.float64)
+        """Numbers that tell the weights that its codes depend on from others; see `projections`."""
         weights = sorted(self.state_dict().items())
-        coding = [tensor for name, tensor in weights if not name.startswith(_UNCODED)]
-        for index, tensor in enumerate(coding):
-            flat = tensor.detach().cpu().double().flatten()
-            at = torch.arange(len(flat))
-            unit = flat / flat.norm().clamp(min=1e-12)
-            numbers.index_add_(0, at % 16, unit * normal(torch.tensor(index), at))
-        return tuple(round(number, 4) for number in numbers.tolist())
+        return projections(tensor for name, tensor in weights if not name.startswith(_UNCODED))
 
     @property
     def reads(self) -> bool:
@@ -544,6 +532,25 @@ _UNCODED = (
 """Tensors that no code depends on."""
 
 
+_NUMBERS = 16
+
+
+def projections(tensors: Iterable[Tensor]) -> tuple[float, ...]:
+    """Sixteen numbers that tell some weights, in this order, from others.
+
+    Random projections of all tensors, each at unit length, so that weights that were stored in
+    fewer bits stay close, as those of a codec in int8 to those of its tokenizer in float32, whose
+    hashes would differ; see `near`.
+    """
+    numbers = torch.zeros(_NUMBERS, dtype=torch.float64)
+    for index, tensor in enumerate(tensors):
+        flat = tensor.detach().cpu().double().flatten()
+        at = torch.arange(len(flat))
+        unit = flat / flat.norm().clamp(min=1e-12)
+        numbers.index_add_(0, at % _NUMBERS, unit * normal(torch.tensor(index), at))
+    return tuple(round(number, 4) for number in numbers.tolist())
+
+
 def near(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether two fingerprints are of the same weights, however either was stored.
 
@@ -554,8 +561,14 @@ def near(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def same_coder(one: Sequence[float] | None, other: Sequence[float] | None) -> bool:
-    """Whether codes of two fingerprints may be of one tokenizer: so, unless both are known."""
-    return one is None or other is None or near(one, other)
+    """Whether codes may be of one coder, by what two say of it (`codec.coded_by`).
+
+    What only one of them tells is not compared: a tokenizer says nothing of the codec around it.
+    """
+    if one is None or other is None:
+        return True
+    known = range(0, min(len(one), len(other)), _NUMBERS)
+    return all(near(one[at : at + _NUMBERS], other[at : at + _NUMBERS]) for at in known)
 
 
 def encode_whole(tokenizer: SpeechTokenizer, pcm: Tensor) -> Tensor:

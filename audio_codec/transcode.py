@@ -121,8 +121,11 @@ def encode(
     target: Path,
     codebooks: int | None = None,
     advance: Advance | None = None,
+    weights: str | None = None,
 ) -> Header:
     """Encode a sound file of any rate into a file of codes, of the first `codebooks` levels (all).
+
+    `weights`: the codec's `fingerprint`, where it is known already.
 
     `target` appears whole or not at all. Raises UserError where `audio.load` does, when the codec
     has not so many codebooks, and when the folder of `target` refuses.
@@ -148,7 +151,7 @@ def encode(
         spool.seek(0)
         header = Header(
             codec=type(codec).__name__,
-            weights=fingerprint(codec),
+            weights=weights or fingerprint(codec),
             sample_rate=codec.sample_rate,
             frame_size=codec.frame_size,
             samples=total - codec.delay,
@@ -281,15 +284,17 @@ def decode(
     target: Path,
     codebooks: int | None = None,
     advance: Advance | None = None,
+    weights: str | None = None,
 ) -> Header:
     """Decode a file of codes into a sound file, from the first `codebooks` levels (all it has).
 
+    `weights`: the codec's `fingerprint`, where it is known already.
     `target` appears whole or not at all. Raises UserError when the file is broken or of another
     codec; codes of the same kind of codec with other weights are decoded, with a notice in the log.
     """
     audio.check_writable(target)
     header = read_header(source)
-    _check_fits(codec, header, source)
+    _check_fits(codec, header, source, weights or fingerprint(codec))
     if codebooks is not None and not 1 <= codebooks <= len(header.sizes):
         raise UserError(
             f"codebooks {codebooks} cannot be had: {source} holds 1 to {len(header.sizes)}."
@@ -309,7 +314,7 @@ def decode(
     return header
 
 
-def _check_fits(codec: Codec, header: Header, path: Path) -> None:
+def _check_fits(codec: Codec, header: Header, path: Path, weights: str) -> None:
     here = {
         "codec": type(codec).__name__,
         "sample rate": codec.sample_rate,
@@ -320,7 +325,7 @@ def _check_fits(codec: Codec, header: Header, path: Path) -> None:
     for (name, mine), theirs in zip(here.items(), there, strict=True):
         if mine != theirs:
             raise UserError(f"{path} does not fit the model: its {name} is {theirs}, not {mine}.")
-    if header.weights != fingerprint(codec):
+    if header.weights != weights:
         log.warning(
             "%s was encoded with other weights (%s) than those that decode it.",
             path, header.weights,
@@ -373,7 +378,7 @@ def describe_sound(header: audio.SoundHeader) -> dict[str, str]:
 class Direction:
     """Encoding or decoding, as the walk over files sees it."""
 
-    work: Callable[[Codec, Path, Path, int | None, Advance | None], Header]
+    work: Callable[[Codec, Path, Path, int | None, Advance | None, str | None], Header]
     reads: frozenset[str]
     """Suffixes that are picked out of a folder."""
     writes: str
@@ -555,7 +560,7 @@ def _work_off(
         TimeRemainingColumn(),
     )
     done: list[tuple[Path, Header]] = []
-    failed = 0
+    failed, weights = 0, fingerprint(codec)  # of 100 MB: once, not once a file
     with Progress(
         *columns, console=console, disable=not console.is_terminal, transient=True
     ) as progress:
@@ -564,7 +569,7 @@ def _work_off(
             progress.update(task, description=path.name)
             try:
                 header = direction.work(
-                    codec, path, place, codebooks, lambda s: progress.advance(task, s)
+                    codec, path, place, codebooks, lambda s: progress.advance(task, s), weights
                 )
             except UserError as error:
                 if len(todo) == 1:

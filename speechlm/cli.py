@@ -21,7 +21,6 @@ from audio_codec.files import check_writable
 if TYPE_CHECKING:
     from audio_codec.checkpoint import StoredType
     from audio_codec.transcode import Direction
-    from speechlm.evaluation.report import Metric
     from synth_data.build import BuildReport
 
 app = typer.Typer(
@@ -473,7 +472,7 @@ def scaling_fit(
     if plot is not None:
         check_writable(plot)
         scaling.check_plot(plot)
-    points = [scaling.read_run(run, metric) for run in runs]
+    points = scaling.read_runs(runs, metric)
     law = scaling.fit(points)
     _report("scaling fit", scaling.metrics(points, law, scaling.bootstrap(points, law)), json)
     if plot is not None:
@@ -628,33 +627,36 @@ def _evaluate(
     json: Path | None,
     asked: Mapping[str, Any],
     said: Mapping[str, Any] | None = None,
+    *,
+    report: Path | None = None,
+    title: str = "",
     **options: Any,
 ) -> None:
-    """Measure and report; what was `asked`, and is not None, makes it another measurement."""
+    """Measure and report; what was `asked`, and is not None, makes it another measurement.
+
+    With `report`, for questions that can draw their answer, also that document: after all else, so
+    that no number is lost with it.
+    """
+    from speechlm.evaluation import report as writer
+
     _check(json)
-    metrics = _measure(question, model, **options)
+    room = importlib.import_module(f"speechlm.evaluation.{question.replace('-', '_')}")
+    compared = None
+    if report is None:
+        metrics = room.evaluate(model, **options)
+    else:
+        writer.check_report(report)
+        compared = room.compare(model, **options)
+        metrics = compared.metrics()
     unusual = {name: value for name, value in asked.items() if value is not None}
     marked = {"options": unusual} if unusual else {}
     _report(f"eval {question}", metrics, json, **marked, **(said or {}))
+    if report is not None and compared is not None:
+        writer.write_report(report, title, compared.document())
 
 
 def _unless(usual: object, value: object) -> Any:
     return None if value == usual else value
-
-
-def _measure(
-    question: str, model: str | None, *, report: Path | None = None, title: str = "", **options: Any
-) -> dict[str, Metric]:
-    """The metrics; with `report`, for questions that can draw their answer, also that document."""
-    name = f"speechlm.evaluation.{question.replace('-', '_')}"
-    if report is None:
-        return importlib.import_module(name).evaluate(model, **options)
-    from speechlm.evaluation import report as writer
-
-    writer.check_report(report)
-    compared = importlib.import_module(name).compare(model, **options)
-    writer.write_report(report, title, compared.document())
-    return compared.metrics()
 
 
 @eval_app.command("codec")
@@ -865,7 +867,7 @@ def average(
 @app.command()
 def card(
     scores: Annotated[list[Path], typer.Argument(metavar="FILE", help="Files written by --json.")],
-    model: Annotated[Path, typer.Option("--model", help="A checkpoint folder.")],
+    model: Annotated[str, typer.Option("--model", help='A checkpoint folder, or "tiny".')],
 ) -> None:
     """Write measured scores into a checkpoint's card.json, each with its command and date."""
     from speechlm.evaluation import report

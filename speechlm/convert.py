@@ -86,11 +86,17 @@ def load_codec_of(name_or_path: str | Path) -> AnyCodec:
     return load_codec(codec_folder(name_or_path))
 
 
+def _config_of(name_or_path: str | Path) -> Path:
+    """The config of a checkpoint; its weights may be many gigabytes."""
+    return checkpoints.resolve(_base(name_or_path), ("config.json",)) / "config.json"
+
+
 def tokenizer_folder(name_or_path: str | Path) -> str | Path:
     """The checkpoint with a model's speech tokenizer: the model's codec, or `name_or_path` itself
     when it is a codec's or a tokenizer's.
     """
-    alone = kind_of_tokenizer(checkpoints.load(_base(name_or_path)).config) is not None
+    config = checkpoints.read_json(_config_of(name_or_path))
+    alone = kind_of_tokenizer(config) is not None
     return name_or_path if alone else codec_folder(name_or_path)
 
 

@@ -15,6 +15,7 @@ Shapes: S streams, T columns, B rows.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from speechlm.model import Batch
 from speechlm.sources import Documents, Exposure, Pool, Source, open_source
 from speechlm.streams import ABSENT, Streams
 from speechlm.text_tokenizer import TextTokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,9 @@ class _Lane:
     """Earlier documents that did not fit, and wait for a row with room."""
 
 
+_HOPELESS = 1000
+
+
 class Packer:
     """Fills rows of one source, a lane each."""
 
@@ -67,14 +73,18 @@ class Packer:
         length: int,
         first_lane: int = 0,
         lookahead: int = 0,
+        name: str = "source",
     ) -> None:
         """`length` is the number of columns in a row; lanes count from `first_lane`.
 
+        A whole document longer than a row is left out; the first such is told of by this `name`.
         Where a whole document does not fit, the longest that does of the `lookahead` next ones
         takes its place; it waits itself, for the beginning of the next row at the latest.
         """
         self.documents, self.streams, self.length = documents, streams, length
-        self.lookahead = lookahead
+        self.lookahead, self.name = lookahead, name
+        self.left_out = 0
+        """Documents in a row that were too long."""
         self.lanes = range(first_lane, first_lane + rows)
         # Each lane starts at another point of its first document: were all conversations some rows
         # long, all would be cut alike.
@@ -82,6 +92,7 @@ class Packer:
         self.placed: list[Placed] = []
         """What the last batch is made of."""
         self._made: dict[tuple[int, int], Document] = {}
+        self._told = False
 
     def _phase(self, lane: int) -> int:
         document = self.documents.document(lane, 0)
@@ -114,7 +125,10 @@ class Packer:
         return best
 
     def next(self) -> Batch:
-        """The next batch: every lane moves on by one row."""
+        """The next batch: every lane moves on by one row.
+
+        Raises UserError when next to no document fits into a row.
+        """
         rows, count = len(self.lanes), self.streams.count
         inputs = np.full((rows, count, self.length), ABSENT, np.int64)
         targets = np.full_like(inputs, ABSENT)
@@ -131,6 +145,11 @@ class Packer:
                 document = self._document(lane, number)
                 used = place.used if number == place.number else 0
                 size = document.weights.shape[1]
+                if document.whole and size > self.length:
+                    self._leave_out(document)
+                    self._done(lane, place, number)
+                    continue
+                self.left_out = 0
                 take = min(self.length - filled, size - used)
                 into, taken = slice(filled, filled + take), slice(used, used + take)
                 inputs[row, :, into] = document.columns[:, taken]
@@ -139,14 +158,12 @@ class Packer:
                 segments[row, into] = segment
                 self.placed.append(Placed(lane, number, document.name, filled, take))
                 filled, segment = filled + take, segment + 1
-                if number < place.number:
-                    place.held.remove(number)
+                if used + take == size:
+                    self._done(lane, place, number)
                 else:
                     place.held += range(place.number, number)
-                    # A whole document longer than a row loses what does not fit.
-                    done = used + take == size or document.whole
-                    place.number, place.used = (number + 1, 0) if done else (number, used + take)
-                self._made.pop((lane, number), None)
+                    place.number, place.used = number, used + take
+                    self._made.pop((lane, number), None)
             segments[row, filled:] = segment
         packed = bool((segments[:, 0] != segments[:, -1]).any())
         return Batch(
@@ -155,6 +172,41 @@ class Packer:
             torch.from_numpy(weights),
             torch.from_numpy(segments) if packed else None,
         )
+
+    def _done(self, lane: int, place: _Lane, number: int) -> None:
+        """Go on to the document after one, or back to those that wait."""
+        if number < place.number:
+            place.held.remove(number)
+        else:
+            place.held += range(place.number, number)
+            place.number, place.used = number + 1, 0
+        self._made.pop((lane, number), None)
+
+    def _leave_out(self, document: Document) -> None:
+        columns = document.weights.shape[1]
+        self.left_out += 1
+        if self.left_out > _HOPELESS:
+            raise UserError(
+                f"{self.name}: {_HOPELESS} documents one after the other are longer than a row, "
+                f"{self.length} columns (the last, '{document.name}', has {columns}); make length "
+                "larger or max_words smaller."
+            )
+        if not self._told:
+            self._told = True
+            log.warning(
+                "%s: '%s' has %d columns and a row %d: such long documents are left out",
+                *(self.name, document.name, columns, self.length),
+            )
+
+
+def check_shared(sources: Sequence[Source], world: int) -> None:
+    """Raise UserError where so many processes cannot share the rows of each source evenly."""
+    for number, source in enumerate(sources):
+        if source.rows % world:
+            raise UserError(
+                f"sources.{number}.rows is {source.rows}; it must be a multiple of the number "
+                f"of processes, {world}."
+            )
 
 
 class Mixture:
@@ -177,19 +229,16 @@ class Mixture:
 
         Raises UserError on data that is missing or unfit, and where lanes cannot be shared evenly.
         """
+        check_shared(sources, world)
         total = sum(source.rows for source in sources)
         self.sources, self.length = sources, length
         self.shares = [source.rows / total for source in sources]
         self.packers = []
         for number, source in enumerate(sources):
-            if source.rows % world:
-                raise UserError(
-                    f"sources.{number}.rows is {source.rows}; it must be a multiple of the number "
-                    f"of processes, {world}."
-                )
             rows = source.rows // world
             opened = open_source(source, streams, tokenizer, weights, seed + 1000 * number)
-            self.packers.append(Packer(opened, streams, rows, length, rank * rows, lookahead))
+            first, name = rank * rows, f"sources.{number}"
+            self.packers.append(Packer(opened, streams, rows, length, first, lookahead, name))
 
     def next(self) -> list[tuple[float, Batch]]:
         """One batch a source, with its share of the rows."""

@@ -10,10 +10,10 @@ Shapes: S streams, K codebooks, T frames or columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -157,16 +157,12 @@ def encode_dialogue(
     said, asked = sample.words[ASSISTANT], sample.words[USER]
     text = place(said, frames, tokenizer, at="start", offset=-config.lead)
     heard = place(asked, frames, tokenizer, at="end", offset=config.heard_delay, epad=False)
+    near = np.stack([speaking_frames(w, frames, config.margin) for w in (said, asked)])
     for channel, row in ((ASSISTANT, text), (USER, heard)):
         if channel in sample.meta.get(UNTRANSCRIBED, ()):
             row[:] = ABSENT  # PAD would teach that nothing was said
-    return Dialogue(
-        codes=sample.codes,
-        text=text,
-        heard=heard,
-        near=np.stack([speaking_frames(w, frames, config.margin) for w in (said, asked)]),
-        name=sample.id,
-    )
+            near[channel] = True  # and no word tells speech from silence
+    return Dialogue(codes=sample.codes, text=text, heard=heard, near=near, name=sample.id)
 
 
 def check_codes(sample: shards.Sample, streams: Streams) -> None:
@@ -179,8 +175,8 @@ def check_codes(sample: shards.Sample, streams: Streams) -> None:
         )
     if not same_coder(sample.coded_by, streams.coded_by):
         raise UserError(
-            f"sample '{sample.id}' has semantic codes of another tokenizer than the model's codec: "
-            "make its shards anew with that codec."
+            f"sample '{sample.id}' has codes of another tokenizer or codec than the model's: make "
+            "its shards anew with that codec."
         )
     for book, size in enumerate(streams.code_sizes[:k]):
         if sample.codes[:, book].size and (largest := int(sample.codes[:, book].max())) >= size:
@@ -228,7 +224,7 @@ def dialogue_document(
 
 def _moved(row: Ids, config: WeightConfig, rng: np.random.Generator) -> Ids:
     """A row of text, earlier or later by chance; what leaves its frames is dropped."""
-    if config.jitter == 0:
+    if config.jitter == 0 or (row == ABSENT).all():
         return row
     most = round(config.jitter * FRAME_RATE)
     by = int(rng.integers(-most, most + 1))
@@ -380,29 +376,25 @@ def spoken(sample: shards.Sample, streams: Streams) -> list[Spoken]:
 
 
 _BREATH = 0.1  # Seconds of sound kept around a turn.
+_PAUSE = 0.5  # Seconds of silence after which somebody begins anew, where no event says so.
+_EDGE = 1e-3
+
+Turn: TypeAlias = tuple[int, tuple[Word, ...]]
+"""Who speaks, and their words."""
 
 
 def exchanges(sample: shards.Sample, streams: Streams) -> list[tuple[Spoken, Spoken]]:
     """The questions of a conversation with the answers that follow, each cut out of its channel.
 
-    Whoever speaks next has the turn; a backchannel takes none. Raises UserError when the codes are
-    not for this model.
+    A question is what its `turn_end` says, and its answer the `answer` event that begins next; one
+    that was cut short is none. Without such events whoever speaks next has the turn, and keeps it
+    until a silence; a backchannel takes none. What the sample's ends cut is left out where events
+    tell. Raises UserError when the codes are not for this model.
     """
     if sample.codes is None or len(sample.codes) != 2:
         return []
     check_codes(sample, streams)
-    aside = [(e.start, e.end) for e in sample.events if e.kind == "backchannel"]
-    said = [
-        (word, channel)
-        for channel, words in enumerate(sample.words)
-        for word in words
-        if channel != USER or not any(a <= word.start + 1e-6 < b for a, b in aside)
-    ]
-    turns: list[tuple[int, list[Word]]] = []
-    for word, channel in sorted(said, key=lambda pair: pair[0].start):
-        if not turns or turns[-1][0] != channel:
-            turns.append((channel, []))
-        turns[-1][1].append(word)
+    told = any(event.kind == "turn_end" for event in sample.events)
 
     def cut(channel: int, words: Sequence[Word]) -> Spoken:
         assert sample.codes is not None
@@ -413,9 +405,55 @@ def exchanges(sample: shards.Sample, streams: Streams) -> list[tuple[Spoken, Spo
         text = tuple(word.text for word in words)
         return Spoken(sample.codes[channel, :, first:last], tuple(here), text, sample.id)
 
-    return [
-        (cut(*asked), cut(*answered)) for asked, answered in pairwise(turns) if asked[0] == USER
-    ]
+    pairs = _told_exchanges(sample) if told else pairwise(_guessed_turns(sample))
+    return [(cut(*asked), cut(*answered)) for asked, answered in pairs if asked[0] == USER]
+
+
+def _told_exchanges(sample: shards.Sample) -> Iterator[tuple[Turn, Turn]]:
+    """Questions and whole answers by the events of a conversation."""
+
+    def words(channel: int, start: float, end: float) -> Turn:
+        held = (w for w in sample.words[channel] if start - _EDGE <= w.start < end - _EDGE)
+        return channel, tuple(held)
+
+    asked = sorted(
+        (float(event.meta["start"]), event.end)
+        for event in sample.events
+        if event.kind == "turn_end" and "start" in event.meta
+    )
+    answers = sorted(
+        (event for event in sample.events if event.kind == "answer"), key=lambda event: event.start
+    )
+    for (start, end), (following, _) in pairwise([*asked, (math.inf, math.inf)]):
+        answer = next((event for event in answers if event.start > start), None)
+        if answer is None or answer.start >= following or answer.meta.get("cut"):
+            continue
+        if start < -_EDGE or answer.end > sample.seconds - _EDGE:  # part of it lies beyond
+            continue
+        turns = words(USER, start, end), words(ASSISTANT, answer.start, answer.end)
+        if all(said for _, said in turns):
+            yield turns
+
+
+def _guessed_turns(sample: shards.Sample) -> list[Turn]:
+    """Who speaks in turn, where words alone tell."""
+    aside = [(e.start, e.end) for e in sample.events if e.kind == "backchannel"]
+    held: list[tuple[float, int, list[Word]]] = []
+    for channel, words in enumerate(sample.words):
+        last = -math.inf
+        for word in words:
+            if channel == USER and any(a <= word.start + 1e-6 < b for a, b in aside):
+                continue
+            if word.start - last > _PAUSE:
+                held.append((word.start, channel, []))
+            held[-1][2].append(word)
+            last = word.end
+    turns: list[tuple[int, list[Word]]] = []
+    for _, channel, said in sorted(held, key=lambda part: part[:2]):
+        if not turns or turns[-1][0] != channel:
+            turns.append((channel, []))
+        turns[-1][1].extend(said)
+    return [(channel, tuple(said)) for channel, said in turns]
 
 
 Role = Literal["own", "user"]

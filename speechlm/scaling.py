@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -101,6 +101,22 @@ def read_run(run_dir: Path, metric: str = "validation/loss") -> Point:
     return Point(run_dir.name, float(size), float(columns), float(losses[-1]))
 
 
+def read_runs(runs: Sequence[Path], metric: str) -> list[Point]:
+    """What several finished runs tell, by their folders' names, or paths where names are alike.
+
+    Raises UserError where `read_run` does, and when a run is given twice.
+    """
+    points = [read_run(run, metric) for run in runs]
+    whole = [run.resolve() for run in runs]
+    if twice := next((run for run in whole if whole.count(run) > 1), None):
+        raise UserError(f"run '{twice}' is given twice; it counts once.")
+    names = [point.name for point in points]
+    return [
+        replace(point, name=str(run)) if names.count(point.name) > 1 else point
+        for run, point in zip(runs, points, strict=True)
+    ]
+
+
 def fit(points: Sequence[Point]) -> Law:
     """The law of some runs. Raises UserError when they are too few."""
     if len(points) < LEAST:
@@ -114,9 +130,9 @@ def bootstrap(points: Sequence[Point], law: Law, seed: int = 0) -> list[Law]:
     begin = np.array([_vector(law), *_starts(points)[:3]])
     laws: list[Law] = []
     while len(laws) < RESAMPLES:
-        drawn = [points[index] for index in rng.integers(len(points), size=len(points))]
-        if len({point.name for point in drawn}) >= min(LEAST, len(points)):
-            laws.append(_law(_best(drawn, begin)))
+        chosen = rng.integers(len(points), size=len(points))
+        if len(set(chosen.tolist())) >= min(LEAST, len(points)):
+            laws.append(_law(_best([points[index] for index in chosen], begin)))
     return laws
 
 

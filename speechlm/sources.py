@@ -26,6 +26,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from upath import UPath
 
 from audio_codec.audio import FRAME_RATE
 from audio_codec.errors import UserError
@@ -55,7 +56,7 @@ from speechlm.documents import (
 from speechlm.streams import Streams
 from speechlm.text_tokenizer import TextTokenizer
 from synth_data import quiz, shards
-from synth_data.dialogue import ASSISTANT
+from synth_data.dialogue import ASSISTANT, UNTRANSCRIBED
 from synth_data.interleave import (
     QUESTION_RULES,
     InterleaveConfig,
@@ -74,7 +75,7 @@ class Part(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: Path
+    path: shards.Folder
     weight: float = Field(1.0, ge=0)
     """Times that each of its samples is seen in one pass over the mixture; 0.5 is half of them."""
     epochs: float | None = Field(None, gt=0)
@@ -82,18 +83,19 @@ class Part(BaseModel):
     four are almost as good as new data (arXiv 2305.16264)."""
 
 
-def _some_weight(path: Path | tuple[Part, ...]) -> Path | tuple[Part, ...]:
+def _some_weight(path: UPath | tuple[Part, ...]) -> UPath | tuple[Part, ...]:
     if isinstance(path, tuple) and sum(part.weight for part in path) == 0:
         names = ", ".join(str(part.path) for part in path) or "none"
         raise ValueError(f"the mixture sums to zero: give a weight above 0 to a folder ({names})")
     return path
 
 
-Shards = Annotated[Path | tuple[Part, ...], AfterValidator(_some_weight)]
+Shards = Annotated[shards.Folder | tuple[Part, ...], AfterValidator(_some_weight)]
 """A shard folder, or several with weights."""
 
 Order = Literal["shuffled", "quality"]
-"""Anew in every pass; or from the samples that the recognizer understood worst to the best."""
+"""Anew in every pass; or from the samples that the recognizer understood worst to the best, where
+it has judged some."""
 
 
 class DialogueSource(BaseModel):
@@ -133,7 +135,7 @@ class QuizSource(BaseModel):
     """Share of the documents of answers without their questions, of the categories whose answers
     say again what was asked and then its key ("seven plus five is twelve"): many more of them in
     a row."""
-    under: Path | None = None
+    under: shards.Folder | None = None
     """Conversations whose sound lies under all of it, though it says something else, so that the
     answer is found among the codes of a conversation too."""
 
@@ -205,7 +207,7 @@ class AudioSource(BaseModel):
     order: Order = "shuffled"
     listen: float = Field(0.0, ge=0, le=1)
     """Share of the documents that are heard and written down, instead of being said."""
-    silence: Path | None = None
+    silence: shards.Folder | None = None
     """Conversations from which a listener takes the codes of its own silence; without, it has
     none, which in a conversation it always has."""
 
@@ -235,7 +237,7 @@ class TaskSource(BaseModel):
     answer: Modality = "text"
     """How it is answered (spoken_qa)."""
     max_words: PositiveInt = 60
-    """Longer ones are left out, as a document is never cut."""
+    """Longer ones are left out, as is every document longer than a row: none is ever cut."""
 
 
 Source = Annotated[
@@ -290,7 +292,7 @@ def _shuffled(seed: int, place: int, count: int) -> int:
 class Exposure:
     """How often a run sees the samples of a folder."""
 
-    path: Path
+    path: UPath
     samples: int
     epochs: float
     limit: float | None
@@ -318,8 +320,11 @@ class Pool:
             part.weight * sum(columns for columns, _ in samples)
             for part, samples in zip(parts, found, strict=True)
         )
-        quality = [-math.inf if wer is None else -wer for part in found for _, wer in part]
-        self.quality = np.array(quality) if order == "quality" else None
+        self.quality = None
+        if order == "quality":
+            wers = np.array([math.nan if wer is None else wer for part in found for _, wer in part])
+            # Who was never judged stands in the middle.
+            self.quality = -np.where(np.isnan(wers), np.nanmedian(wers), wers)
         self.order = lru_cache(maxsize=4)(self._order)
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -362,7 +367,7 @@ class Pool:
         ]
 
 
-def _parts(path: Path | tuple[Part, ...]) -> tuple[Part, ...]:
+def _parts(path: UPath | tuple[Part, ...]) -> tuple[Part, ...]:
     return path if isinstance(path, tuple) else (Part(path=path),)
 
 
@@ -374,7 +379,7 @@ _Item: TypeAlias = tuple[_Any, int, float | None]
 def _gather(
     config: DialogueSource | InterleavedSource | AudioSource | TaskSource,
     seed: int,
-    read: Callable[[Path], Iterable[_Item[_Any]]],
+    read: Callable[[UPath], Iterable[_Item[_Any]]],
     lack: str,
 ) -> tuple[list[_Any], Pool]:
     """What there is in a mixture of shards, and which of it a lane sees when.
@@ -390,6 +395,12 @@ def _gather(
             raise UserError(f"data: {lack.format(part.path)}.")
         items += [item for item, _, _ in here]
         found.append([(columns, wer) for _, columns, wer in here])
+    if config.order == "quality" and all(wer is None for part in found for _, wer in part):
+        named = ", ".join(str(part.path) for part in parts)
+        raise UserError(
+            f"order is quality, but no recognizer has judged a sample of {named}: make them with "
+            "verify, or leave order out."
+        )
     return items, Pool(parts, found, config.order, seed, config.rows)
 
 
@@ -422,26 +433,44 @@ def _joined(samples: Sequence[shards.Sample]) -> shards.Sample:
         return samples[0]
     first = samples[0]
     words: list[list[Word]] = [[] for _ in first.words]
+    events: list[shards.Event] = []
     seconds = 0.0
     for sample in samples:
         for channel, said in zip(words, sample.words, strict=True):
             channel += [replace(w, start=w.start + seconds, end=w.end + seconds) for w in said]
+        for event in sample.events:
+            _add_event(events, event, seconds)
         seconds += sample.seconds
     codes = [sample.codes for sample in samples if sample.codes is not None]
     return first.model_copy(
         update={
             "words": tuple(map(tuple, words)),
             "seconds": seconds,
-            "events": (),
+            "events": tuple(events),
             "codes": np.concatenate(codes, axis=2),
         }
     )
 
 
+def _add_event(events: list[shards.Event], event: shards.Event, seconds: float) -> None:
+    """Add an event of a sample that begins after `seconds`, to its first part where it has one."""
+    meta = dict(event.meta)
+    if "start" in meta:
+        meta["start"] += seconds
+    moved = {"start": event.start + seconds, "end": event.end + seconds, "meta": meta}
+    event = event.model_copy(update=moved)
+    for index, other in enumerate(events):
+        same = (other.kind, other.channel, other.meta) == (event.kind, event.channel, event.meta)
+        if same and abs(other.end - seconds) < 1e-6 and abs(event.start - seconds) < 1e-6:
+            events[index] = other.model_copy(update={"end": event.end})
+            return
+    events.append(event)
+
+
 class _Sound:
     """The sound of conversations, for what lies over it."""
 
-    def __init__(self, path: Path, streams: Streams) -> None:
+    def __init__(self, path: UPath, streams: Streams) -> None:
         """Raises UserError when there is none that fits the model."""
         self.talks: list[npt.NDArray[np.uint16]] = []  # [2, K, T]
         self.silences: list[npt.NDArray[np.uint16]] = []  # [K, T]
@@ -450,6 +479,8 @@ class _Sound:
                 continue
             check_codes(sample, streams)
             self.talks.append(sample.codes)
+            if ASSISTANT in sample.meta.get(UNTRANSCRIBED, ()):
+                continue  # nobody knows where it is silent
             own = sample.codes[ASSISTANT]
             near = speaking_frames(sample.words[ASSISTANT], own.shape[1], _HUSH)
             edges = np.flatnonzero(np.diff(near)) + 1
@@ -491,7 +522,7 @@ class _Dialogues:
     ) -> None:
         self.config, self.streams, self.weights, self.seed = config, streams, weights, seed
 
-        def read(path: Path) -> Iterator[_Item[shards.Sample]]:
+        def read(path: UPath) -> Iterator[_Item[shards.Sample]]:
             for sample in join(shards.read(path, audio=False)):
                 frames = 0 if sample.codes is None else sample.codes.shape[-1]
                 yield sample, frames, sample.wer
@@ -654,12 +685,13 @@ class _Interleaved:
         self.config, self.streams, self.tokenizer = config, streams, tokenizer
         self.weights, self.seed = weights, seed
 
-        def read(path: Path) -> Iterator[_Item[_Utterance | _LaidOut]]:
+        def read(path: UPath) -> Iterator[_Item[_Utterance | _LaidOut]]:
             for sample in shards.read(path, audio=False):
                 if "segments" in sample.meta:
                     laid = lay_out(sample, streams, tokenizer)
                     yield laid, laid.columns, sample.wer
                 elif sample.codes is not None and sample.codes.shape[1] == streams.k:
+                    check_codes(sample, streams)
                     for codes, words in zip(sample.codes, sample.words, strict=True):
                         if words:
                             yield _Utterance(codes, words, sample.id), codes.shape[1], sample.wer
@@ -708,11 +740,16 @@ class _Audio:
         self.config, self.streams, self.tokenizer = config, streams, tokenizer
         self.weights, self.seed = weights, seed
 
-        def read(path: Path) -> Iterator[_Item[Spoken]]:
+        def read(path: UPath) -> Iterator[_Item[Spoken]]:
             for sample in shards.read(path, audio=False):
                 for said in spoken(sample, streams):
                     yield said, said.codes.shape[1], sample.wer
 
+        if config.listen > 0 and not streams.heard and weights.user == 0:
+            raise UserError(
+                f"listen is {config.listen:g}, but the model neither writes down what it hears "
+                "(model.heard) nor learns the user's codes (weights.user): nothing is learned."
+            )
         self.sound = None if config.silence is None else _Sound(config.silence, streams)
         lack = "no sample in '{}' has codes; build its shards with a codec"
         self.utterances, self.pool = _gather(config, seed, read, lack)
@@ -744,8 +781,9 @@ class _Tasks:
         self.prompt = PROMPTS[config.kind] if config.prompt is None else config.prompt
         answers, most = config.kind == "spoken_qa", config.max_words
 
-        def read(path: Path) -> Iterator[_Item[tuple[Spoken, ...]]]:
-            for sample in shards.read(path, audio=False):
+        def read(path: UPath) -> Iterator[_Item[tuple[Spoken, ...]]]:
+            samples = shards.read(path, audio=False)
+            for sample in join(samples) if answers else samples:
                 found: Sequence[tuple[Spoken, ...]]
                 if answers:
                     found = exchanges(sample, streams)

@@ -57,7 +57,7 @@ class Streams(BaseModel):
     codebooks: tuple[tuple[PositiveInt, ...], ...]
     """For each codebook its factor sizes, as in `Codec.codebooks`."""
     coded_by: tuple[float, ...] | None = None
-    """Fingerprint of the speech tokenizer that codebook 0 is of, where it is of one that has it."""
+    """What tells its codes from those of another tokenizer or codec, where known."""
     heard: bool = True
     """Whether the transcript of the user is a stream of its own."""
     acoustic_delay: NonNegativeInt | tuple[NonNegativeInt, ...] = 1

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -159,16 +160,19 @@ def train_text_tokenizer(texts: Iterable[str], vocab: int = 2000) -> SentencePie
     """Learn a vocabulary of at most `vocab` pieces from sentences.
 
     The same texts give the same vocabulary. Raises UserError when `vocab` has no room for the
-    special pieces and the letters.
+    special pieces and the letters, or there is no word to learn from.
     """
-    sentences = (normalize(spell_out(text)) for text in texts)
+    sentences = filter(None, (normalize(spell_out(text)) for text in texts))
+    first = next(sentences, None)
+    if first is None:
+        raise UserError("text has no word in Latin letters: there is nothing to learn pieces from.")
     model = io.BytesIO()
     letters = "abcdefghijklmnopqrstuvwxyz'"
     least = SPECIAL + 2 * len(letters)
     if vocab < least:
         raise UserError(f"vocab is {vocab}; at least {least} are needed.")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(sentence for sentence in sentences if sentence),
+        sentence_iterator=chain([first], sentences),
         model_writer=model,
         vocab_size=vocab,
         hard_vocab_limit=False,  # a small corpus may have fewer pieces

@@ -62,6 +62,8 @@ from synth_data.shards import Location, Reader, Sample, shard_name, write
 
 log = logging.getLogger(__name__)
 
+_TOLD = 3  # Dropped samples that are named for each reason, without being asked.
+
 
 @dataclass(frozen=True)
 class Dropped:
@@ -98,8 +100,16 @@ class BuildReport:
     @property
     def reasons(self) -> Counter[str]:
         """Why samples were dropped: how often, without the details that differ."""
-        details = re.compile(r"[\d'\":(]")
-        return Counter(details.split(dropped.reason)[0].strip() for dropped in self.dropped)
+        return Counter(_kind(dropped.reason) for dropped in self.dropped)
+
+
+def _kind(reason: str) -> str:
+    """A reason without what differs: names in quotes, numbers, and what a colon goes on to tell."""
+    plain = re.sub(r"'[^']*'|\"[^\"]*\"|\d+([.,]\d+)*", "…", reason)
+    head, *rest = re.split(r": | \(", plain)
+    if rest and not re.search(r"\w+ \w+", head):  # "file …: …" says nothing yet
+        head = f"{head}: {rest[0]}"
+    return head.rstrip(".")
 
 
 Part = TypeVar("Part")
@@ -183,8 +193,11 @@ def _watch(prefix: str, total: int, made_by: Iterator[tuple[int, BuildReport]]) 
     for index in sorted(summaries):
         report.summary += summaries[index]
     report.dropped.sort(key=lambda dropped: dropped.id)
+    told = dict.fromkeys(report.reasons, 0)
     for dropped in report.dropped:
-        log.info("dropped %s: %s", dropped.id, dropped.reason)
+        told[_kind(dropped.reason)] += 1
+        level = logging.WARNING if told[_kind(dropped.reason)] <= _TOLD else logging.INFO
+        log.log(level, "dropped %s: %s", dropped.id, dropped.reason)
     return report
 
 

@@ -15,6 +15,7 @@ Letters: C channels, K codebooks, T frames, S samples.
 
 import io
 import logging
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -39,7 +40,14 @@ SCHEMA_VERSION = 1
 Location = UPath | Path | str
 """Of shards: on a local disk, or in a store by its URL."""
 
-Folder = Annotated[UPath, BeforeValidator(lambda where: UPath(where))]
+
+def _located(where: object) -> UPath:
+    if not isinstance(where, str | os.PathLike):
+        raise ValueError("give a folder or a URL")
+    return UPath(where)
+
+
+Folder = Annotated[UPath, BeforeValidator(_located)]
 """A location as a field of a configuration."""
 
 
@@ -89,7 +97,7 @@ class Sample(BaseModel):
     codes: npt.NDArray[np.uint16] | None = Field(default=None, exclude=True, repr=False)
     """Codec codes, uint16 [C, K, T] at 12.5 frames a second."""
     coded_by: tuple[float, ...] | None = None
-    """Fingerprint of the speech tokenizer that codebook 0 is of; None where it is of none."""
+    """What tells them from another tokenizer's or codec's (``codec.coded_by``), where known."""
 
     @model_validator(mode="after")
     def _channels_agree(self) -> "Sample":

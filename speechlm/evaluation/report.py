@@ -28,6 +28,7 @@ import soundfile
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
+from audio_codec import checkpoint as checkpoints
 from audio_codec.errors import UserError
 from audio_codec.files import check_writable, replacing
 
@@ -158,13 +159,16 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def add_scores(model: Path, scores: Sequence[Path]) -> None:
+def add_scores(model: str | Path, scores: Sequence[Path]) -> None:
     """Put measurements (envelopes written by `--json`) into the `card.json` of a checkpoint folder.
 
-    Earlier scores of the same command with the same `options` are replaced. Raises UserError when a
-    file is not an envelope.
+    Earlier scores of the same command with the same `options` are replaced. Raises UserError when
+    there is no checkpoint, or a file is not an envelope.
     """
-    path = model / "card.json"
+    folder = checkpoints.resolve(model)
+    if not (folder / "config.json").exists():
+        raise UserError(f"model '{model}' is no checkpoint folder: it has no config.json.")
+    path = folder / "card.json"
     card = _read_object(path) if path.exists() else {}
     known = dict(card.get("scores", {}))
     for file in scores:

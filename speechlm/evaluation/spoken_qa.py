@@ -443,6 +443,9 @@ def evaluate(
         tokenizer=getattr(duplex.codec, "tokenizer", None),
         categories=categories,
     )
+    if not duplex.model.streams.heard:
+        reason = "the model writes no transcript of the user"
+        metrics["heard_wer"] = Metric(None, reason=reason)
     reason = "no folder of recordings was given (--recorded)"
     metrics["digits_accuracy"] = (
         Metric(None, reason=reason)

@@ -534,7 +534,7 @@ class Comparison:
         header = ["tokenizer", *(_SHAPE if shapes else ()), *present.values()]
         return report.Table(header, rows)
 
-    def _bitrates(self) -> report.Picture:
+    def _bitrates(self) -> report.Block:
         def line(shape: Shape) -> str:
             late = f", {shape.lookahead_ms:g} ms ahead" if shape.lookahead_ms else ""
             return f"{shape.rate:g} Hz, {shape.bottleneck}{late}"
@@ -549,6 +549,8 @@ class Comparison:
             for name in titles
         }
         panels = [report.Panel(titles[name], of) for name, of in lines.items() if of]
+        if not panels:
+            return report.Paragraph("None of them has codes, and so no bitrate.")
         caption = "Tokenizers over bits a second; a line is a rate and a bottleneck."
         return report.Picture("bitrates", caption, report.curves(panels, "bit/s", logarithmic=True))
 
@@ -688,7 +690,7 @@ def measure(
 ) -> Result:
     """Measure one tokenizer; the other arguments are those of `compare`."""
     tokenizer, shape = candidate.tokenizer, shape_of(candidate.tokenizer)
-    coded = tokenizer.bottleneck != "none"
+    coded, size = tokenizer.bottleneck != "none", _together(tokenizer)
     groups: dict[str, Iterator[tuple[Pcm, str, Any]]] = {
         "": heldout_speech(utterances, seed),
         "_known": heldout_speech(utterances, seed, "train"),
@@ -704,9 +706,9 @@ def measure(
             noise = () if group else NOISE_DB
             tallies: dict[str, Tally] = defaultdict(Tally)
             spoken_by: list[Any] = []
-            total = None if group == "_recorded" else -(-utterances // _BATCH)
+            total = None if group == "_recorded" else -(-utterances // size)
             name = candidate.name + group.replace("_", ", ")
-            for batch in bar.track(_batches(speech), total, description=name):
+            for batch in bar.track(_batches(speech, size), total, description=name):
                 sounds, texts, speakers = zip(*batch, strict=True)
                 said, heard = hear(candidate, sounds, noise, rng)
                 for way, transcripts in said.items():
@@ -785,13 +787,18 @@ def _count_more(
 ) -> None:
     """Add to `counts` [L] until it holds as many codes, or there are no more sounds."""
     task = bar.add_task(f"{candidate.name}, codes", total=codes)
-    for batch in _batches(sounds):
+    for batch in _batches(sounds, _together(candidate.tokenizer)):
         heard = encode(candidate.tokenizer, *pad(candidate.tokenizer, batch))
         counts += _counted(heard, len(counts))
         bar.update(task, completed=int(counts.sum()))
         if counts.sum() >= codes:
             return
     log.warning("%s: no more than %d codes to count", candidate.name, int(counts.sum()))
+
+
+def _together(tokenizer: SpeechTokenizer) -> int:
+    """Sounds that are heard at once: one alone where it would hear the silence after it too."""
+    return _BATCH if tokenizer.config.causal else 1
 
 
 def _batches(items: Iterable[T], size: int = _BATCH) -> Iterator[list[T]]:

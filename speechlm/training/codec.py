@@ -33,7 +33,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
-from pystoi import stoi
 from torch import Tensor, nn
 
 from audio_codec import checkpoint as checkpoints
@@ -53,6 +52,7 @@ from audio_codec.quantize import entropy_bits
 from audio_codec.spectral import SpectralCodec, SpectralConfig, SpectralOutput
 from speechlm import config as configs
 from speechlm.convert import codec_folder, load_speech_tokenizer_of
+from speechlm.evaluation import fidelity
 from speechlm.training.run import Average, OptimizerConfig, Run, RunConfig, clip_gradients
 from speechlm.training.teacher import Teacher, TeacherConfig, load_teacher
 from synth_data import shards
@@ -196,21 +196,24 @@ class TrainConfig(BaseModel):
                 )
 
 
-def load_voiced(folder: Path) -> list[tuple[Waveform, str]]:
-    """Every channel of every sample of a shard folder, as 16-bit sound, and whose voice it is."""
+def load_voiced(folder: Path, field: str = "sources") -> list[tuple[Waveform, str]]:
+    """Every channel of every sample of a shard folder, as 16-bit sound, and whose voice it is.
+
+    Raises UserError, which names the `field` of the folder, when there is none.
+    """
     found = []
     for sample in shards.read(folder):
         if sample.pcm is not None:
             channels = [(channel.clip(-1, 1) * 32767).astype(np.int16) for channel in sample.pcm]
             found += list(zip(channels, sample.voices, strict=True))
     if not found:
-        raise UserError(f"sources: no sound in the shards of '{folder}'.")
+        raise UserError(f"{field}: no sound in the shards of '{folder}'.")
     return found
 
 
-def load_waveforms(folder: Path) -> list[Waveform]:
+def load_waveforms(folder: Path, field: str = "sources") -> list[Waveform]:
     """Every channel of every sample of a shard folder, as 16-bit sound."""
-    return [sound for sound, _ in load_voiced(folder)]
+    return [sound for sound, _ in load_voiced(folder, field)]
 
 
 def draw_crop(
@@ -406,9 +409,13 @@ def round_trips(
     return pairs
 
 
-def mean_stoi(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Mean short-time objective intelligibility of decoded utterances (Taal et al., 2011)."""
-    return float(np.mean([stoi(a.cpu().numpy(), b.cpu().numpy(), SAMPLE_RATE) for a, b in pairs]))
+def mean_stoi(name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Mean short-time objective intelligibility of decoded utterances (Taal et al., 2011), by this
+    name; of those long enough for it, and nothing where none is.
+    """
+    found = [fidelity.stoi(a.cpu().numpy(), b.cpu().numpy()) for a, b in pairs]
+    known = [value for value in found if value is not None]
+    return {name: float(np.mean(known))} if known else {}
 
 
 @torch.inference_mode()
@@ -417,12 +424,10 @@ def evaluate(
 ) -> tuple[dict[str, float], list[tuple[Tensor, Tensor]]]:
     """Numbers on held-out utterances, and the (original, decoded) behind them."""
     pairs = round_trips(codec, sounds)
-    found = {
-        "stoi_validation": mean_stoi(pairs),
-        "mel_validation": float(np.mean([criterion(b[None], a[None]).item() for a, b in pairs])),
-    }
+    found = mean_stoi("stoi_validation", pairs)
+    found["mel_validation"] = float(np.mean([criterion(b[None], a[None]).item() for a, b in pairs]))
     for number in config.validation_codebooks:
-        found[f"stoi_validation_{number}"] = mean_stoi(round_trips(codec, sounds, number))
+        found |= mean_stoi(f"stoi_validation_{number}", round_trips(codec, sounds, number))
     return found, pairs
 
 
@@ -507,8 +512,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     teacher: Teacher | None = None
     if config.teacher is not None:
         teacher = load_teacher(config.teacher.model).to(run.device)
+    # First what is soon read: a mistake in it shows before minutes are spent on the rest.
+    held_out = load_waveforms(config.validation, "validation")[: config.validation_utterances]
+    for source in config.sources:
+        shards.shard_paths(source.path)
     sources = [(source.weight, load_waveforms(source.path)) for source in config.sources]
-    held_out = load_waveforms(config.validation)[: config.validation_utterances]
     criterion = MultiScaleMel().to(run.device)
     bare = Objective(codec, None if teacher is None else teacher.width).to(run.device)
     optimizer = config.optimizer.build(bare)

@@ -15,6 +15,7 @@ difference alone (`lora={}`):
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,7 @@ from audio_codec.files import replacing
 from audio_codec.speech_tokenizer import same_coder
 from audio_codec.transformer import TransformerConfig
 from speechlm import convert, generate, lora
-from speechlm.data import Mixture, Placed, together
+from speechlm.data import Mixture, Placed, check_shared, together
 from speechlm.documents import WeightConfig
 from speechlm.lora import LoraConfig
 from speechlm.model import Batch, LMConfig, LMSampling, LossConfig, SpeechLM
@@ -99,6 +100,19 @@ class ShapeConfig(BaseModel):
     """Frames of 80 ms, for all acoustic codebooks or for each; the longest adds to the latency."""
     predicts_user: bool = False
     """Whether it can learn the user's codes too (`weights.user`)."""
+
+    @model_validator(mode="after")
+    def _streams_live(self) -> ShapeConfig:
+        for name, shape in (("temporal", self.temporal), ("depth", self.depth)):
+            if not shape.causal or shape.block > 1:
+                raise ValueError(f"{name} must be causal and have block=1: nobody hears ahead")
+            if shape.memory is not None:
+                raise ValueError(f"{name}.memory is {shape.memory}: it has nothing to read")
+        if self.temporal.window is None and "window" in self.temporal.model_fields_set:
+            raise ValueError(
+                "temporal.window is null: a conversation has no end, so its past needs a bound"
+            )
+        return self
 
 
 class TextConfig(BaseModel):
@@ -391,9 +405,9 @@ def resolve_shape(config: TrainConfig) -> TrainConfig:
 
     Raises UserError when `model` says another one, or there is no such checkpoint.
     """
+    given = _with_window(config.model)
     if config.init_from is None:
-        return config
-    given = config.model
+        return config.model_copy(update={"model": given})
     if lora.base_of(checkpoints.resolve(config.init_from)) is not None:
         raise UserError(
             f"init_from '{config.init_from}' is an adapter; make it a model first: speechlm merge."
@@ -430,6 +444,16 @@ def resolve_shape(config: TrainConfig) -> TrainConfig:
             "out or train another model."
         )
     return config.model_copy(update={"model": brought})
+
+
+def _with_window(shape: ShapeConfig) -> ShapeConfig:
+    """The shape with the usual window where a recipe names others of its numbers alone."""
+    if shape.temporal.window is not None:
+        return shape
+    usual = ShapeConfig.model_fields["temporal"].default.window
+    temporal = shape.temporal.model_copy(update={"window": usual})
+    temporal.model_fields_set.discard("window")  # nobody asked for it: `init_from` may have another
+    return shape.model_copy(update={"temporal": temporal})
 
 
 def _check_adapter(config: TrainConfig, brought: ShapeConfig, source: LMConfig) -> None:
@@ -488,7 +512,7 @@ def build(
                 )
             if config.lora is not None and not same_coder(coded_by(codec), streams.coded_by):
                 raise UserError(
-                    f"codec '{config.codec}' has another tokenizer than that which init_from "
+                    f"codec '{config.codec}' gives other codes than that which init_from "
                     f"'{config.init_from}' and thus its adapter is of; name that one's codec."
                 )
             if streams.text_size != tokenizer.size:
@@ -592,6 +616,23 @@ def mixture_of(
     )
 
 
+def check(config: TrainConfig, world: int) -> None:
+    """Raise UserError where a run of so many processes would stop before its data is opened."""
+    checkpoints.check_replaceable(config.output or config.run.dir / "lm")
+    for field, asked in (("listen_every", config.listen_every), ("lora", config.lora)):
+        if asked and world > 1:
+            raise UserError(f"{field} is for runs of one process; leave it out.")
+    check_shared(config.sources, world)
+    if config.guard.asks:  # Shards without an index are read for it.
+        config.guard.check(shares_of(config.sources), "sources")
+
+
+def held_out_of(config: TrainConfig, streams: Streams, tokenizer: TextTokenizer) -> Mixture:
+    """What a run is judged by; sources without end draw others of their documents than it does."""
+    seed = config.run.seed + SEEDS_APART
+    return mixture_of(config, streams, tokenizer, config.validation, seed)
+
+
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train and write a checkpoint directory; returns its path. Raises UserError on bad data.
 
@@ -599,14 +640,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     (FSDP2); the numbers stay those of one process.
     """
     output = config.output or config.run.dir / "lm"
-    checkpoints.check_replaceable(output)
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
     config = resolve_shape(config)
-    if config.guard.asks:  # Shards without an index are read for it.
-        config.guard.check(shares_of(config.sources), "sources")
     run = Run("lm", config.run, config, resume, sharded=True)
-    for field, asked in (("listen_every", config.listen_every), ("lora", config.lora)):
-        if asked and run.mesh is not None:
-            raise UserError(f"{field} is for runs of one process; leave it out.")
     model, tokenizer = build(config, run.dir, resume, run.scattered)
     streams, amount = model.streams, work(model, config.length)
     schedule = config.optimizer.proposed(body_parameters(model))
@@ -624,10 +660,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     names, held_out_names = _named(config.sources), _named(config.validation)
     held_out = []
     if config.validation:
-        # Sources without end draw others of their documents than in training.
-        unseen = mixture_of(
-            config, streams, tokenizer, config.validation, config.run.seed + SEEDS_APART
-        )
+        unseen = held_out_of(config, streams, tokenizer)
         held_out = [unseen.next() for _ in range(config.validation_batches)]
     listener = _listener(model, config, held_out) if config.listen_every else None
 
@@ -655,7 +688,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if config.compile:
         for block in (*model.temporal.blocks, *model.depth.transformer.blocks):
             block.compile()
-    loader = Loader(source, config.ahead)
+    loader, meter = Loader(source, config.ahead), Meter()
     counts = {"averaged": 0}
 
     def go_on() -> None:
@@ -671,6 +704,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 load_optimizer(text_optimizer, saved["text_optimizer"])
             loader.load_state_dict(saved["data"])
             counts.update(saved.get("counts", {}))
+            # What all ranks had measured since the last line of the log, on one of them.
+            meter.sums = dict(saved.get("meter", {})) if run.main else {}
             if average is not None:
                 begun = {name: p.detach() for name, p in model.named_parameters()}
                 average.load(saved["average"] or begun)
@@ -683,6 +718,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             "data": together(distributed.collect(loader.state_dict())),
             "average": {} if average is None else average.weights,
             "counts": dict(counts),
+            "meter": Meter.of(distributed.collect(meter.sums)).sums,
         }
 
     def averaged() -> bool:
@@ -759,7 +795,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             found.add("", tally(parts, counts))
         return whole, found.sums
 
-    meter, began, saw = Meter(), time.monotonic(), Counts()
+    began, saw = time.monotonic(), Counts()
     go_on()
     objective.train()
     with loader:
@@ -768,7 +804,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             if not run.passes_over(step):
                 if run.spiked(step, loss):
                     go_on()
-                    meter, began, saw = Meter(), time.monotonic(), Counts()
+                    began, saw = time.monotonic(), Counts()
                     continue
                 if average is not None and config.ema > 0 and math.isfinite(norm):
                     average.update(model, step)

@@ -14,7 +14,7 @@ Shapes: B rows, S streams, T columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
 
@@ -106,6 +106,14 @@ class Meter:
     def __init__(self) -> None:
         self.sums: Tally = {}
 
+    @classmethod
+    def of(cls, measured: Iterable[Tally]) -> Meter:
+        """What several have measured, in one."""
+        whole = cls()
+        for sums in measured:
+            whole.add("", sums)
+        return whole
+
     def add(self, prefix: str, numbers: Tally) -> None:
         """Take in sums and counts, as of one piece of a step."""
         for key, (value, count) in numbers.items():
@@ -115,9 +123,6 @@ class Meter:
 
     def read(self, together: bool = False) -> dict[str, float]:
         """The means; starts anew. `together` takes in what all ranks have measured."""
-        found = distributed.collect(self.sums) if together else [self.sums]
-        whole = Meter()
-        for sums in found:
-            whole.add("", sums)
+        whole = Meter.of(distributed.collect(self.sums) if together else [self.sums])
         self.sums = {}
         return {name: value / count for name, (value, count) in whole.sums.items()}

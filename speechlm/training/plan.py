@@ -21,7 +21,7 @@ from audio_codec.transformer import TransformerConfig
 from speechlm.evaluation.report import Metric
 from speechlm.scaling import TEXT, Law
 from speechlm.sources import Exposure
-from speechlm.training.lm import TrainConfig, masked, mixture_of, planned
+from speechlm.training.lm import TrainConfig, check, held_out_of, masked, mixture_of, planned
 from speechlm.training.work import DENSE_BF16, Counts, body_parameters, peak_flops, work
 
 _PROBE = 4
@@ -64,8 +64,11 @@ def plan(
     `price` is that of an hour of one device; `budget` (FLOPs; this run's without one) is what the
     compute-optimal size is of, by `law`. Raises UserError where the run itself would.
     """
+    check(config, processes)
     with planned(config) as (model, tokenizer):
         mixture = mixture_of(config, model.streams, tokenizer)
+        if config.validation:
+            held_out_of(config, model.streams, tokenizer)
     steps = config.run.steps
     exposures = mixture.exposures(steps)
     seen, rng = Counts(), np.random.default_rng(config.run.seed)

@@ -48,6 +48,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.tensorboard import SummaryWriter
 
 from audio_codec.errors import UserError
+from audio_codec.files import check_writable
 from audio_codec.memory import tune_allocator
 from audio_codec.precision import has_bf16, settle
 from speechlm.training import distributed
@@ -100,7 +101,7 @@ class RunConfig(BaseModel):
     runs all steps. A schedule that decays by time is the trainee's own affair."""
     spikes: SpikeConfig | None = None
     """Roll back to the last checkpoint at a spike of the loss, and pass over the batch that made
-    it (arXiv 2204.02311); null never does. For trainees that ask `Run.spiked`."""
+    it (arXiv 2204.02311); null never does. For language models alone."""
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -127,9 +128,13 @@ class Run:
         """`config` is the trainee's whole config.
 
         With `sharded`, more than one process means FSDP2: `mesh` is then what to shard over.
-        Raises UserError when the directory holds a run and `resume` is off, is no directory, or
-        holds a checkpoint that cannot be read.
+        Raises UserError when the directory holds a run and `resume` is off, is no directory or
+        cannot be written, or holds a checkpoint that cannot be read.
         """
+        if run.spikes is not None and name != "lm":
+            raise UserError(
+                f"run.spikes is for a language model; the {name} watches no loss: leave it out."
+            )
         self.name, self.config, self.dir = name, run, run.dir
         self.checkpoint = self.dir / "checkpoint.pt"
         if not resume and self._holds_run():
@@ -138,6 +143,7 @@ class Run:
             )
         if self.dir.exists() and not self.dir.is_dir():
             raise UserError(f"run.dir '{self.dir}' is a file: choose another name.")
+        check_writable(self.dir / "config.json")
         tune_allocator()
         # Room for the matrix kernels of every shape that a run of uneven batches meets.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")

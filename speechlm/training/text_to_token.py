@@ -60,16 +60,16 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    train: tuple[Path, ...] = Field(min_length=1)
+    train: tuple[shards.Folder, ...] = Field(min_length=1)
     """Shard folders of pairs."""
-    validation: tuple[Path, ...] = Field(min_length=1)
+    validation: tuple[shards.Folder, ...] = Field(min_length=1)
     batch_positions: PositiveInt = 8192
     """Positions in a batch, padding included."""
     max_seconds: float = Field(15.0, gt=0)
     """Longer pairs are left out."""
     cut: float = Field(0.5, ge=0, le=1)
     """Share of the pairs with word times of which only a run of words is learned."""
-    cut_words: float = Field(10.0, gt=0)
+    cut_words: float = Field(10.0, ge=1)
     """Mean of the run's length, in words."""
     hide: float = Field(0.1, ge=0, lt=1)
     """Share of the steps that are hidden once they are said."""
@@ -115,7 +115,7 @@ class Pair:
 
 
 def load_pairs(
-    folders: Sequence[Path],
+    folders: Sequence[shards.Location],
     size: int,
     max_seconds: float,
     tokenizer: tuple[float, ...] | None = None,
@@ -128,6 +128,8 @@ def load_pairs(
     found: list[Pair] = []
     for sample in (s for folder in folders for s in shards.read(folder, audio=False)):
         if sample.codes is None or not sample.text or sample.seconds > max_seconds:
+            continue
+        if not sample.codes.size:  # of text alone
             continue
         if sample.codes.shape[:2] != (1, 1) or int(sample.codes.max()) >= size:
             raise UserError(

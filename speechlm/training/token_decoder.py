@@ -22,6 +22,7 @@ Shapes: B batch, S samples, T tokens, N positions, P numbers of a position, Q sa
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 from audio_codec import checkpoint as checkpoints
 from audio_codec.audio import SAMPLE_RATE, resample
 from audio_codec.losses import MultiScaleMel
-from audio_codec.speech_tokenizer import SpeechTokenizer, encode_whole
+from audio_codec.speech_tokenizer import SpeechTokenizer, check_heads, encode_whole
 from audio_codec.token_decoder import (
     AHEAD,
     BANDS,
@@ -62,6 +63,7 @@ from speechlm.training.codec import (
     show,
 )
 from speechlm.training.run import Average, OptimizerConfig, Run, RunConfig, clip_gradients
+from synth_data import shards
 
 
 class TrainConfig(BaseModel):
@@ -255,14 +257,34 @@ def speak_again(
     return vocoded, spoken
 
 
+def start_from(decoder: TokenDecoder, name_or_path: str) -> None:
+    """Take over the weights that `init_from` names, those of a voice where it has one of that name.
+
+    Raises UserError when they do not fit.
+    """
+    found = checkpoints.load(name_or_path)
+    theirs = checkpoints.parse_config(TokenDecoderConfig, found)
+    check_heads(decoder.config.heads, theirs.heads, found.path)
+    known = found.tensors.get("table.weight")
+    if known is not None and known.shape[1] == decoder.config.dim:
+        table = decoder.table.weight.detach().cpu().clone()
+        for row, voice in enumerate(decoder.config.voices):
+            if voice in theirs.voices:
+                table[row] = known[theirs.voices.index(voice)]
+        found = dataclasses.replace(found, tensors={**found.tensors, "table.weight": table})
+    checkpoints.restore(decoder, found)
+
+
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Train and write a checkpoint directory; returns its path. Raises UserError on bad data."""
     output_dir = config.output or config.run.dir / "token_decoder"
     checkpoints.check_replaceable(output_dir)
     run = Run("token decoder", config.run, config, resume)
     tokenizer = load_speech_tokenizer_of(config.tokenizer).to(run.device)
+    held_out = load_voiced(config.validation, "validation")[: config.validation_utterances]
+    for source in config.sources:
+        shards.shard_paths(source.path)
     sources = [Source(source.weight, load_voiced(source.path)) for source in config.sources]
-    held_out = load_voiced(config.validation)[: config.validation_utterances]
     taken = {
         "codebook": tokenizer.codebook,
         "rate": tokenizer.rate,
@@ -272,7 +294,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     shape = configs.build({**config.model.model_dump(), **taken}, TokenDecoderConfig, "model")
     decoder = TokenDecoder(shape).to(run.device)
     if config.init_from is not None:
-        checkpoints.restore(decoder, checkpoints.load(config.init_from))
+        start_from(decoder, config.init_from)
     criterion = MultiScaleMel().to(run.device)
     bare = Objective(decoder, config.vocoder_tokens)
     optimizer = config.optimizer.build(bare)
@@ -302,7 +324,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         for name, pairs in (("vocoder", vocoded), ("tokens", spoken)):
             distances = [criterion(b[None], a[None]).item() for a, b in pairs]
             found[f"mel_{name}_validation"] = float(np.mean(distances))
-            found[f"stoi_{name}_validation"] = mean_stoi(pairs)
+            found |= mean_stoi(f"stoi_{name}_validation", pairs)
         decoder.train()
         if average is not None:
             average.swap(decoder)

@@ -432,7 +432,11 @@ def _converse(number: int, config: DialoguesConfig) -> tuple[str, Dialogue, int]
     talk = arrange(lines, synthesize, SAMPLE_RATE)
     frames = round(config.dialogue.seconds * FRAME_RATE)
     if config.corpus is not None:
-        last = max(word.end for word in (*talk.user_words, *talk.assistant_words))
+        last = max((word.end for word in (*talk.user_words, *talk.assistant_words)), default=0.0)
+        if not last:
+            raise UserError(
+                f"dialogue.seconds is {config.dialogue.seconds:g}: nothing is said by then."
+            )
         frames = min(frames, math.ceil((last + _TAIL_SECONDS) * FRAME_RATE))
     heard, events = _microphone(talk, rng, config)
     return str(voice), replace(talk, user=heard, events=(*events, *talk.events)), frames

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,38 @@ def test_save_and_load_round_trip(tmp_path: Path, suffix: str) -> None:
     pcm = tone(24_000)
     audio.save(tmp_path / f"new/a{suffix}", pcm)
     np.testing.assert_allclose(audio.load(tmp_path / f"new/a{suffix}"), pcm, atol=1 / 32_000)
+
+
+def test_a_flac_that_ends_early_or_does_not_say_when_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.flac"
+    audio.save(path, 0.1 * np.random.default_rng(0).standard_normal(72_000))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    for read in (audio.load, lambda path: list(audio.load_blocks(path, seconds=1))):
+        with pytest.raises(UserError, match="cannot be decoded as sound to its end"):
+            read(path)
+    # 36 bits of STREAMINFO hold the number of samples; who writes into a pipe leaves them 0.
+    path.write_bytes(whole[:21] + bytes([whole[21] & 0xF0, 0, 0, 0, 0]) + whole[26:])
+    assert audio.duration(path) is None
+    for read in (audio.load, audio.read_header):
+        with pytest.raises(UserError, match="does not say how long it is"):
+            read(path)
+
+
+def test_pipes_and_links_are_not_written_over(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="is a pipe or a device"), replacing(pipe):
+        raise AssertionError("it must not begin")
+    assert pipe.is_fifo()
+    with pytest.raises(UserError, match="is a pipe or a device; give a file, or -"):
+        audio.load(pipe)
+    (tmp_path / "real.txt").write_text("old")
+    link = tmp_path / "link.txt"
+    link.symlink_to("real.txt")
+    with replacing(link) as temporary:
+        temporary.write_text("new")
+    assert link.is_symlink() and (tmp_path / "real.txt").read_text() == "new"
 
 
 def test_save_leaves_no_scrap_and_refuses_unknown_suffixes(tmp_path: Path) -> None:

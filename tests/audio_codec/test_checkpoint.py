@@ -410,6 +410,14 @@ def test_a_process_killed_between_the_two_moves_leaves_the_old_one_whole(
     assert checkpoints.load(target).card == {"which": "next"}
 
 
+def test_a_place_that_cannot_be_written_is_known_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is no folder"):
+        checkpoints.check_replaceable(tmp_path / "file" / "model")
+    checkpoints.check_replaceable(tmp_path / "new" / "model")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> None:
     precious = tmp_path / "home"
     precious.mkdir()

@@ -11,7 +11,7 @@ from streams import Streaming, Tick, assert_streams, chunkings, scripts, streami
 from torch import Tensor
 
 from audio_codec.audio import FRAME_SIZE
-from audio_codec.codec import Codec
+from audio_codec.codec import Codec, coded_by
 from audio_codec.spectral import (
     HOP,
     Analysis,
@@ -20,7 +20,7 @@ from audio_codec.spectral import (
     SpectralConfig,
     Synthesis,
 )
-from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig
+from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig, same_coder
 
 CONFIG = SpectralConfig(
     tokenizer=TokenizerConfig(
@@ -69,6 +69,19 @@ def calibrate(tokenizer: SpeechTokenizer) -> None:
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_codes_of_another_codec_around_the_same_tokenizer_can_be_told() -> None:
+    codec, other = build(), build()
+    told = coded_by(codec)
+    assert told is not None and same_coder(told, coded_by(other))
+    other.head[1].weight.mul_(-1)  # what makes sound of codes says nothing of them
+    assert same_coder(told, coded_by(other))
+    other.front_in.weight.copy_(torch.randn_like(other.front_in.weight))
+    assert codec.tokenizer is not None
+    assert not same_coder(told, coded_by(other))
+    assert same_coder(told, codec.tokenizer.fingerprint()), "a tokenizer knows no codec"
+    assert same_coder(None, told) and same_coder(told, None)
 
 
 # --- Streaming ------------------------------------------------------------------------------------

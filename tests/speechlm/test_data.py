@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from upath import UPath
 
 from audio_codec.errors import UserError
 from speechlm import data, documents, sources
@@ -305,6 +306,29 @@ class TestJoin:
         assert [w.start for w in first.words[0]] == [2.0, 6.0]
         assert second.id == "d1-2" and gap.id == "d1-3"  # a part is missing between them
 
+    def test_events_go_on_over_a_cut(self) -> None:
+        def part(number: int, *events: shards.Event) -> shards.Sample:
+            meta = {"conversation": 0, "start": 4.0 * number}
+            update = {"meta": meta, "events": events}
+            return dialogue(f"d-{number}", 50, number).model_copy(update=update)
+
+        answer = {"kind": "answer", "channel": 0, "meta": {"text": "a", "cut": False}}
+        turn = {"kind": "turn_end", "channel": 1}
+        (whole,) = sources.join(
+            [
+                part(0, shards.Event(start=3.0, end=4.0, **answer)),
+                part(
+                    1,
+                    shards.Event(start=0.0, end=1.0, **answer),
+                    shards.Event(start=2.0, end=2.0, meta={"start": -0.5}, **turn),
+                    shards.Event(start=3.0, end=3.5, **answer),
+                ),
+            ]
+        )
+        found = [(event.kind, event.start, event.end) for event in whole.events]
+        assert found == [("answer", 3.0, 5.0), ("turn_end", 6.0, 6.0), ("answer", 7.0, 7.5)]
+        assert whole.events[1].meta["start"] == 3.5
+
     def test_other_samples_are_left_alone(self) -> None:
         samples = [dialogue("a", 40), dialogue("b", 40)]
         assert list(sources.join(samples)) == samples
@@ -485,8 +509,9 @@ class TestMixtures:
         self, folders: Path, streams: Streams, tokenizer: TextTokenizer
     ) -> None:
         seen = self.names(folders, streams, tokenizer, 20, (1.0, 1.0), order="quality")
-        assert set(seen[:2]) == {"a0", "b0"}  # unknown is worst
-        assert set(seen[-2:]) <= {"a1", "b1", "a2", "b2"} and "b5" in seen[2:5]
+        assert seen[:2] == ["b5", "b4"] and set(seen[2:4]) == {"a3", "b3"}
+        assert set(seen[4:6]) == {"a0", "b0"}  # never judged: in the middle
+        assert set(seen[8:10]) == set(seen[-2:]) == {"a1", "b1"}
         assert set(seen[:10]) == set(seen[10:])
         many = [[(10, wer / 200) for wer in range(200)]]
         pool = sources.Pool([sources.Part(path=folders)], many, "quality", 0, 4)
@@ -495,6 +520,27 @@ class TestMixtures:
         alike = sources.Pool([sources.Part(path=folders)], [[(10, 0.0)] * 50], "quality", 0, 1)
         passes = [[alike.index(0, 50 * epoch + n) for n in range(50)] for epoch in range(2)]
         assert passes[0] != passes[1] and sorted(passes[0]) == sorted(passes[1])
+
+    def test_an_order_by_quality_needs_judged_samples(
+        self, folder: Path, streams: Streams, tokenizer: TextTokenizer
+    ) -> None:
+        source = DialogueSource(kind="dialogues", path=folder, rows=1, order="quality")
+        with pytest.raises(UserError, match="order is quality, but no recognizer has judged"):
+            sources.open_source(source, streams, tokenizer, WEIGHTS, 0)
+
+    def test_shards_may_lie_in_a_store(self, streams: Streams, tokenizer: TextTokenizer) -> None:
+        store = UPath("memory://test-data/talks")
+        shards.write(store / "dialogue-000000.tar", [dialogue("d", 20)])
+        source = DialogueSource.model_validate(
+            {"kind": "dialogues", "path": "memory://test-data/talks", "rows": 1}
+        )
+        assert DialogueSource.model_validate_json(source.model_dump_json()) == source
+        opened = sources.open_source(source, streams, tokenizer, WEIGHTS, 0)
+        assert opened.document(0, 0).name == "d"
+        many = {"path": [{"path": "memory://test-data/talks"}, {"path": "memory://test-data/no"}]}
+        source = DialogueSource.model_validate({"kind": "dialogues", "rows": 1, **many})
+        with pytest.raises(UserError, match=r"no shard .* 'memory://test-data/no'"):
+            sources.open_source(source, streams, tokenizer, WEIGHTS, 0)
 
     def test_a_mixture_of_nothing_is_refused(self, folders: Path) -> None:
         layout = {
@@ -730,6 +776,35 @@ class TestPacking:
             return sum(float((packer.next().weights[:, 0] > 0).sum()) for _ in range(10)) / 400
 
         assert filled(0) < 0.9 < filled(4)
+
+    def test_what_is_longer_than_a_row_is_left_out_and_told(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        streams = Streams(text_size=10_000, codebooks=((5,),))
+
+        class Long:
+            def __init__(self, *sizes: int) -> None:
+                self.sizes = sizes
+
+            def document(self, lane: int, number: int) -> Document:
+                size = self.sizes[number % len(self.sizes)]
+                columns = np.full((streams.count, size + 1), number, np.int32)
+                weights = np.ones((streams.count, size), np.float32)
+                return Document(columns, weights, True, f"n{number}")
+
+        for lookahead in (0, 3):
+            caplog.clear()
+            packer = Packer(Long(10, 41, 20), streams, 1, 40, lookahead=lookahead, name="sources.1")
+            seen = []
+            for _ in range(6):
+                packer.next()
+                seen += [placed.number for placed in packer.placed]
+            assert {number % 3 for number in seen} == {0, 2} and len(seen) == len(set(seen))
+            assert [record.getMessage() for record in caplog.records] == [
+                "sources.1: 'n1' has 41 columns and a row 40: such long documents are left out"
+            ]
+        with pytest.raises(UserError, match=r"sources\.1: 1000 documents .* 40 columns"):
+            Packer(Long(41, 50), streams, 1, 40, name="sources.1").next()
 
     def test_shares_and_shapes(
         self, folder: Path, streams: Streams, tokenizer: TextTokenizer

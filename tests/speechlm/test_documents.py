@@ -18,10 +18,24 @@ from speechlm import documents, sources
 from speechlm.data import Mixture
 from speechlm.documents import Document, Spoken, WeightConfig
 from speechlm.model import Batch, LMConfig, LossConfig, SpeechLM
+from speechlm.sources import AudioSource
 from speechlm.streams import ABSENT, BOS, EOS, EPAD, PAD, SPEECH, TEXT, Streams
 from speechlm.text_tokenizer import TextTokenizer, train_text_tokenizer
 from synth_data import shards
-from synth_data.tts import Word
+from synth_data.dialogue import (
+    ASSISTANT,
+    UNTRANSCRIBED,
+    USER,
+    Dialogue,
+    DialogueConfig,
+    arrange,
+    cut_events,
+    cut_words,
+    script,
+    spoken,
+)
+from synth_data.text import tokenize
+from synth_data.tts import Utterance, Word
 
 TOKENIZER: TextTokenizer = train_text_tokenizer(
     ["one two three four zebra unhappy read aloud write down answer the question"] * 3, 120
@@ -67,6 +81,34 @@ def sample_of(seed: int, time: int = 60) -> shards.Sample:
         seconds=time / 12.5,
         events=(shards.Event(kind="backchannel", channel=1, start=2.45, end=2.55),),
         codes=np.stack([codes_of(time, seed), codes_of(time, seed + 1)]),
+    )
+
+
+RATE = 1000
+
+
+def uttered(text: str, channel: int) -> Utterance:
+    """A word is 0.25 s of sound and 0.05 s of silence."""
+    words = [
+        Word(token.text, 0.3 * place, 0.3 * place + 0.25)
+        for place, token in enumerate(tokenize(text))
+    ]
+    pcm = np.full(round(0.3 * len(words) * RATE), 0.5, np.float32)
+    return Utterance(pcm, RATE, tuple(words))
+
+
+def talked(talk: Dialogue, start: float, end: float) -> shards.Sample:
+    """Part of a conversation, as it is kept."""
+    frames = round((end - start) * 12.5)
+    words = [cut_words(w, start, end) for w in (talk.assistant_words, talk.user_words)]
+    return sample_of(0).model_copy(
+        update={
+            "words": tuple(words),
+            "seconds": end - start,
+            "events": cut_events(talk.events, start, end),
+            "codes": np.zeros((2, 3, frames), np.uint16),
+            "meta": {"conversation": 0, "start": float(start)},
+        }
     )
 
 
@@ -252,6 +294,62 @@ class TestConversations:
         assert question.codes.tolist() == whole[1, :, 5:12].tolist()
         assert question.words == (Word("two", 0.5 - 5 / 12.5, 0.8 - 5 / 12.5),)
 
+    def test_every_pair_is_a_question_of_the_script_with_its_whole_answer(self) -> None:
+        streams = streams_of()
+        asked, complete, pairs = 0, 0, 0
+        for seed in range(6):
+            lines = script(np.random.default_rng(seed), DialogueConfig(seconds=120.0))
+            talk = arrange(lines, uttered, RATE)
+            wanted = {
+                tuple(t.text for t in tokenize(spoken(turn))): tuple(
+                    t.text for t in tokenize(turn.question.answer)
+                )
+                for turn in lines.turns
+            }
+            parts = [talked(talk, start, min(start + 30.0, 120.0)) for start in range(0, 120, 30)]
+            (whole,) = sources.join(parts)
+            found = documents.exchanges(whole, streams)
+            for question, answer in found:
+                assert wanted[question.text] == answer.text
+            told = [event for event in talk.events if event.kind == "answer"]
+            asked += sum(event.kind == "turn_end" for event in talk.events)
+            complete += sum(not event.meta["cut"] for event in told)
+            pairs += len(found)
+            # Of a part alone it is the same pairs, but for those that its ends cut.
+            alone = [pair for part in parts for pair in documents.exchanges(part, streams)]
+            assert all(wanted[question.text] == answer.text for question, answer in alone)
+            assert {q.text for q, _ in alone} <= {q.text for q, _ in found}
+        assert asked > 60 and pairs < asked  # some were interrupted
+        assert pairs >= complete - 2 * 6  # a greeting is no answer; the last may not come
+
+    def test_without_events_whoever_speaks_keeps_the_turn(self) -> None:
+        sample = sample_of(0).model_copy(
+            update={
+                "events": (),
+                "words": (
+                    (Word("four", 1.2, 1.6), Word("zebra", 1.7, 2.1)),
+                    (Word("two", 0.5, 0.8), Word("one", 0.9, 1.3), Word("zebra", 1.4, 1.8)),
+                ),
+            }
+        )
+        ((question, answer),) = documents.exchanges(sample, streams_of())
+        assert question.text == ("two", "one", "zebra") and answer.text == ("four", "zebra")
+
+    def test_of_an_untranscribed_voice_all_is_learned(self) -> None:
+        streams = streams_of()
+        config = WeightConfig(user=1.0, silence=0, margin=0, jitter=0.6)
+        bare = sample_of(0).model_copy(update={"words": ((), sample_of(0).words[1])})
+        for channels, own, row in (
+            ([ASSISTANT], streams.own, streams.text_index),
+            ([USER], streams.user, streams.heard_index),
+        ):
+            sample = bare.model_copy(update={"meta": {UNTRANSCRIBED: channels}})
+            made = documents.encode_dialogue(sample, streams, TOKENIZER, config)
+            rng = np.random.default_rng(1)
+            document = documents.dialogue_document(made, streams, config, rng)
+            assert (document.weights[own.start] > 0).all()
+            assert (document.columns[row, 1:] == ABSENT).all() and not document.weights[row].any()
+
     @given(seeds)
     def test_speakers_exchange_their_roles(self, seed: int) -> None:
         streams, sample = streams_of(), sample_of(seed)
@@ -292,7 +390,7 @@ class TestConversations:
             if fits:
                 documents.encode_dialogue(sample, ours, TOKENIZER, PLAIN)
                 continue
-            with pytest.raises(UserError, match="semantic codes of another tokenizer"):
+            with pytest.raises(UserError, match="codes of another tokenizer or codec"):
                 documents.encode_dialogue(sample, ours, TOKENIZER, PLAIN)
 
 
@@ -356,6 +454,26 @@ def test_every_kind_has_a_source(folder: Path) -> None:
     assert kinds == {source["kind"] for source in every_source(folder)}
 
 
+def test_codes_of_another_codec_are_refused_by_every_kind(tmp_path: Path) -> None:
+    ours = streams_of().model_copy(update={"coded_by": (1.0, 2.0)})
+    one, talk = (sample_of(n).model_copy(update={"coded_by": (2.0, 1.0)}) for n in range(2))
+    assert one.codes is not None
+    update = {"codes": one.codes[:1], "words": one.words[:1], "voices": one.voices[:1]}
+    shards.write(tmp_path / "single" / "pairs-000000.tar", [one.model_copy(update=update)])
+    shards.write(tmp_path / "talk" / "dialogues-000000.tar", [talk])
+    for source in every_source(tmp_path)[2:]:
+        with pytest.raises(UserError, match="codes of another tokenizer or codec"):
+            opened(source, ours)
+
+
+def test_nothing_is_heard_where_nothing_of_it_is_learned(folder: Path) -> None:
+    source = AudioSource(kind="audio", path=folder / "single", rows=1, listen=0.5)
+    for weights, heard in ((WeightConfig(user=0.5), False), (PLAIN, True)):
+        sources.open_source(source, streams_of(heard), TOKENIZER, weights, seed=1)
+    with pytest.raises(UserError, match=r"listen is 0\.5, but the model neither"):
+        sources.open_source(source, streams_of(heard=False), TOKENIZER, PLAIN, seed=1)
+
+
 def small(streams: Streams) -> SpeechLM:
     shape = TransformerConfig(dim=16, layers=2, heads=2, window=30)
     config = LMConfig(
@@ -410,7 +528,7 @@ def test_a_mixture_of_all_of_them_learns(folder: Path) -> None:
     read: Callable[[Any], sources.Source] = TypeAdapter(sources.Source).validate_python
     every = [read({**source, "rows": 1}) for source in every_source(folder)]
     weights = WeightConfig(user=0.5)
-    mixture = Mixture(every, streams, TOKENIZER, weights, length=90, seed=0)
+    mixture = Mixture(every, streams, TOKENIZER, weights, length=120, seed=0)
     model = small(streams).train()
     batches = mixture.next()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)

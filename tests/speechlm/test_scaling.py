@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,18 @@ def test_the_command_fits_draws_and_reports(
     assert found["size_exponent"]["low"] <= found["size_exponent"]["value"]
     assert found["fit_error"]["value"] < 0.01 and found["budget"]["value"] == 6e20
     assert picture.read_text().count("<svg") == 1
+
+
+def test_runs_of_the_same_name_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "RESAMPLES", 2)
+    folders = [run_dir(tmp_path / point.name, replace(point, name="run")) for point in runs(0.002)]
+    points = scaling.read_runs(folders, "validation/loss")
+    assert [point.name for point in points] == list(map(str, folders))
+    assert len(scaling.bootstrap(points, scaling.fit(points))) == 2
+    with pytest.raises(UserError, match="is given twice"):
+        scaling.read_runs([folders[0], *folders], "validation/loss")
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -46,9 +46,26 @@ def make_part(part: list[int]) -> Iterator[Sample | Dropped]:
 
 
 def test_reasons_are_counted_without_their_details() -> None:
-    said = ["word error rate 0.61 of 'a b'", "word error rate 1.20", "no JSON: x", "binary"]
+    said = [
+        "word error rate 0.61 of 'a b'",
+        "word error rate 1.20 of 'c'",
+        "no JSON: x",
+        "binary",
+        "could not be said (fault 7)",
+        "recording '/a/1.wav' has 1 channel; expected 2.",
+        "recording '/a/2.wav' has 3 channels; expected 2.",
+        "file 'a.json': no such word in it.",
+    ]
     report = BuildReport(dropped=[Dropped(str(i), reason) for i, reason in enumerate(said)])
-    assert report.reasons == {"word error rate": 2, "no JSON": 1, "binary": 1}
+    assert report.reasons == {
+        "word error rate … of …": 2,
+        "no JSON": 1,
+        "binary": 1,
+        "could not be said": 1,
+        "recording … has … channel; expected …": 1,
+        "recording … has … channels; expected …": 1,
+        "file …: no such word in it": 1,
+    }
 
 
 def test_run_shards_counts_and_leaves_whole_shards_only(

@@ -85,6 +85,7 @@ def test_the_table_shows_every_number() -> None:
 
 def test_scores_enter_the_card_and_replace_older_ones(tmp_path: Path) -> None:
     (tmp_path / "card.json").write_text('{"name": "tiny"}')
+    (tmp_path / "config.json").write_text("{}")
     file = tmp_path / "scores.json"
     for value in (0.5, 0.75):
         report.write_json(file, report.envelope("eval codec", {"stoi": Metric(value)}))
@@ -95,6 +96,7 @@ def test_scores_enter_the_card_and_replace_older_ones(tmp_path: Path) -> None:
 
 
 def test_a_sweep_s_scores_stand_beside_the_model_s_own(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     file = tmp_path / "scores.json"
     for value, extra in (
         (0.1, {}),
@@ -116,6 +118,11 @@ def test_a_sweep_s_scores_stand_beside_the_model_s_own(tmp_path: Path) -> None:
 def test_what_is_no_measurement_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "scores.json"
     file.write_text('{"command": "x"}')
+    for model in (tmp_path, tmp_path / "no"):
+        with pytest.raises(UserError, match="'.*' (is no checkpoint folder|.*no such|.*not)"):
+            report.add_scores(model, [file])
+    assert not (tmp_path / "no").exists()
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="--json"):
         report.add_scores(tmp_path, [file])
     assert not (tmp_path / "card.json").exists()

@@ -780,6 +780,12 @@ def test_the_table_and_the_curves_show_every_tokenizer(tmp_path: Path) -> None:
         assert (tmp_path / "media" / f"{picture}.svg").read_bytes().startswith(b"<?xml")
 
 
+def test_a_report_without_codes_has_no_picture_of_bitrates(tmp_path: Path) -> None:
+    bare = (result("bare", Shape(12.5, 0, "none", 0.0), 0.25),)
+    report.write_report(tmp_path, "T", Comparison(bare, True, "Sounds.").document())
+    assert "no bitrate" in (tmp_path / "report.md").read_text()
+
+
 def test_a_sweep_is_measured_run_by_run(
     sweep: Path, scripted: Candidate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

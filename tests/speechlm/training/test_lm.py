@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from speechlm.training.lm import (
     mask_heard,
     mask_user,
     mask_user_spans,
+    resolve_shape,
     thin_audio,
     train,
 )
@@ -113,7 +115,9 @@ def test_a_mixture_of_too_little_that_people_made_is_refused(made: Path, tmp_pat
 def test_it_learns_and_resumes_to_the_same_numbers(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(config_of(made, tmp_path / "whole", ema=0.9))
+    # A line of the log is of three steps, and the checkpoint lies between two lines.
+    changes: dict[str, Any] = {"ema": 0.9, "run": {"log_every": 3}}
+    whole = train(config_of(made, tmp_path / "whole", **changes))
     logged = numbers(tmp_path / "whole")
     losses = [line["dialogues/text"] for line in logged if "dialogues/text" in line]
     assert losses[-1] < losses[0]
@@ -129,12 +133,32 @@ def test_it_learns_and_resumes_to_the_same_numbers(
 
     monkeypatch.setattr(Average, "update", dies)
     with pytest.raises(Killed):
-        train(config_of(made, tmp_path / "parts", ema=0.9))
+        train(config_of(made, tmp_path / "parts", **changes))
     monkeypatch.setattr(Average, "update", update)
-    parts = train(config_of(made, tmp_path / "parts", ema=0.9), resume=True)
+    parts = train(config_of(made, tmp_path / "parts", **changes), resume=True)
     assert numbers(tmp_path / "parts") == logged
     one, other = checkpoint.load(whole), checkpoint.load(parts)
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+
+
+def test_a_shape_that_could_not_talk_is_refused(made: Path, tmp_path: Path) -> None:
+    temporal = {"dim": 16, "layers": 2, "heads": 2}
+
+    def shaped(**more: object) -> TrainConfig:
+        depth = {"dim": 16, "layers": 1, "heads": 2}
+        return config_of(made, tmp_path, model={"temporal": {**temporal, **more}, "depth": depth})
+
+    for more, wrong in (
+        ({"window": None}, r"temporal\.window is null"),
+        ({"causal": False}, "temporal must be causal"),
+        ({"block": 2}, "temporal must be causal and have block=1"),
+        ({"memory": 8}, r"temporal\.memory is 8"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            shaped(**more)
+    resolved = resolve_shape(shaped())
+    assert resolved.model.temporal.window == 750  # named in part, the rest is the usual
+    assert "window" not in resolved.model.temporal.model_fields_set
 
 
 def test_a_stage_starts_from_the_one_before_and_talks(made: Path, tmp_path: Path) -> None:

@@ -51,6 +51,13 @@ def test_a_plan_counts_parameters_tokens_and_cost(made: Path, tmp_path: Path) ->
     )
     assert [round(one.epochs, 1) for one in found.exposures] == [7.1]
     assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="listen_every is for runs of one process"):
+        plan(config.model_copy(update={"listen_every": 5}), processes=2)
+    with pytest.raises(UserError, match=r"sources\.0\.rows is 4; it must be a multiple .* 3"):
+        plan(config, processes=3)
+    gone = [s.model_copy(update={"path": tmp_path / "no"}) for s in config.sources]
+    with pytest.raises(UserError, match="no shard"):
+        plan(config.model_copy(update={"validation": tuple(gone)}))
     with pytest.raises(UserError, match="device 'H1' is unknown; choices: B200"):
         peak_of("H1")
 

@@ -211,6 +211,21 @@ def test_a_run_can_start_from_another_ones_weights(made: Path, tmp_path: Path) -
     assert not [key for key in one if not torch.equal(one[key], two[key])]
 
 
+def test_a_voice_keeps_its_row_whatever_its_place_and_heads_must_agree(tmp_path: Path) -> None:
+    def shaped(*voices: str, **more: Any) -> TokenDecoder:
+        return TokenDecoder(TokenDecoderConfig.model_validate({**SHAPE, "voices": voices, **more}))
+
+    before, after = shaped("ann", "bob"), shaped("carl", "bob", "ann")
+    fresh = after.voice("carl").clone()
+    checkpoints.save(tmp_path / "one", before.config, before.state_dict(), dtype="fp32")
+    training.start_from(after, str(tmp_path / "one"))
+    assert torch.equal(after.voice("ann"), before.voice("ann"))
+    assert torch.equal(after.voice("bob"), before.voice("bob"))
+    assert torch.equal(after.voice("carl"), fresh)
+    with pytest.raises(UserError, match=r"model\.heads=4, but the attention in .* has 2 heads"):
+        training.start_from(shaped("ann", "bob", heads=4), str(tmp_path / "one"))
+
+
 # --- What a step sees -----------------------------------------------------------------------------
 
 
