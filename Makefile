@@ -91,7 +91,7 @@ define swept
 
 endef
 
-# After `shipped`; about four minutes a run on two cores with AMX.
+# After `shipped`; a quarter of an hour a run on a thread, the sweep about three hours on two.
 sweep: setup  ## tokenizers of many rates, look-aheads and codebooks, with their twins, compared
 	$(foreach shape,$(SHAPES),$(call swept,$(shape),model.$(shape))$(call swept,twin_$(shape),model.$(shape) unquantized=true))
 	$(foreach codebook,fsq_625 fsq_16807 vq_625 vq_4375,$(call swept,$(codebook),$($(codebook))))

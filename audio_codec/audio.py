@@ -153,9 +153,10 @@ def read_header(path: str | Path) -> SoundHeader:
 
 def _decode(path: Path, seconds: float) -> Iterator[tuple[Pcm, int, str]]:
     """Blocks of samples [channels, s], at least one; with each the rate and the container."""
-    begun = False
+    begun = known = False
     try:
         with soundfile.SoundFile(path) as file:
+            known = file.format == "FLAC"  # sphn would take what there is of one for all
             _check_said(path, file.frames, file.format)
             most = -1 if math.isinf(seconds) else max(1, round(seconds * file.samplerate))
             count = 0
@@ -172,7 +173,7 @@ def _decode(path: Path, seconds: float) -> Iterator[tuple[Pcm, int, str]]:
                     f"{file.frames} samples."
                 )
     except _UNREADABLE as first:
-        if begun:
+        if begun or known:
             raise UserError(f"{path} cannot be decoded as sound to its end: {first}") from first
         try:  # libsndfile knows no AAC or MP4; Symphonia, inside sphn, does
             samples, rate = sphn.read(str(path))

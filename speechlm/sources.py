@@ -21,8 +21,10 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     PositiveInt,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -90,7 +92,15 @@ def _some_weight(path: UPath | tuple[Part, ...]) -> UPath | tuple[Part, ...]:
     return path
 
 
-Shards = Annotated[shards.Folder | tuple[Part, ...], AfterValidator(_some_weight)]
+def _one_or_many(path: object) -> str:
+    return "parts" if isinstance(path, list | tuple) else "folder"
+
+
+Shards = Annotated[
+    Annotated[shards.Folder, Tag("folder")] | Annotated[tuple[Part, ...], Tag("parts")],
+    Discriminator(_one_or_many),
+    AfterValidator(_some_weight),
+]
 """A shard folder, or several with weights."""
 
 Order = Literal["shuffled", "quality"]

@@ -25,7 +25,15 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import soundfile
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 from upath import UPath
 
 from audio_codec.audio import SAMPLE_RATE
@@ -47,7 +55,9 @@ def _located(where: object) -> UPath:
     return UPath(where)
 
 
-Folder = Annotated[UPath, BeforeValidator(_located)]
+Folder = Annotated[
+    UPath, PlainValidator(_located), PlainSerializer(str, return_type=str, when_used="json")
+]
 """A location as a field of a configuration."""
 
 
