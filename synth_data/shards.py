@@ -50,7 +50,7 @@ Location = UPath | Path | str
 
 
 def _located(where: object) -> UPath:
-    if not isinstance(where, str | os.PathLike):
+    if not isinstance(where, str | os.PathLike | UPath):
         raise ValueError("give a folder or a URL")
     return UPath(where)
 
