@@ -153,10 +153,10 @@ def read_header(path: str | Path) -> SoundHeader:
 
 def _decode(path: Path, seconds: float) -> Iterator[tuple[Pcm, int, str]]:
     """Blocks of samples [channels, s], at least one; with each the rate and the container."""
-    begun = known = False
+    begun = flac = False
     try:
         with soundfile.SoundFile(path) as file:
-            known = file.format == "FLAC"  # sphn would take what there is of one for all
+            flac = file.format == "FLAC"  # sphn would take what there is of one for all
             _check_said(path, file.frames, file.format)
             most = -1 if math.isinf(seconds) else max(1, round(seconds * file.samplerate))
             count = 0
@@ -167,13 +167,13 @@ def _decode(path: Path, seconds: float) -> Iterator[tuple[Pcm, int, str]]:
                 begun = True
                 count += samples.shape[1]
                 yield samples, file.samplerate, file.format
-            if file.format == "FLAC" and count < file.frames:  # others count what is there
+            if flac and count < file.frames:  # others count what is there
                 raise UserError(
                     f"{path} cannot be decoded as sound to its end: it holds {count} of "
                     f"{file.frames} samples."
                 )
     except _UNREADABLE as first:
-        if begun or known:
+        if begun or flac:
             raise UserError(f"{path} cannot be decoded as sound to its end: {first}") from first
         try:  # libsndfile knows no AAC or MP4; Symphonia, inside sphn, does
             samples, rate = sphn.read(str(path))

@@ -183,11 +183,11 @@ def check_replaceable(directory: str | Path) -> None:
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise UserError(f"output '{path}' is a file; name a folder for the checkpoint.")
-    check_writable(path.resolve().with_name(f".{path.name}-"))  # beside it, where it is made
     if path.is_dir() and any(path.iterdir()) and not any(path.glob("*.safetensors")):
         raise UserError(
             f"output '{path}' holds something else than a checkpoint; name a new or empty folder."
         )
+    check_writable(path.resolve().with_name(f".{path.name}-"))  # beside it, where it is made
 
 
 def replace_directory(fresh: Path, target: Path) -> None:
