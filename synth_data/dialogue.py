@@ -490,7 +490,7 @@ def arrange(script: Script, synthesize: Synthesize, sample_rate: int = 24_000) -
         assistant.place(answer, answer_start)
         cut = interrupts is not None
         events.append(_answer_event(answer_start, answer, turn.question.answer, cut=cut))
-        quiet_since = answer_start + answer.seconds
+        quiet_since = max(end_of_turn, answer_start + answer.seconds)
         if onset is not None:
             begin = onset
         elif following is not None:
