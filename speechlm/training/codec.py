@@ -126,6 +126,9 @@ class TrainConfig(BaseModel):
     commitment_weight: float = 1.0
     dropout_share: float = Field(0.25, ge=0, le=1)
     """Share of rows that keep only a random number of the residual codebooks, from none."""
+    dropout_codebooks: tuple[int, ...] = ()
+    """Numbers of codebooks, codebook 0 among them, of which such a row keeps one; a number that is
+    there twice is drawn twice as often. Empty: all numbers alike."""
     bypass_share: float = Field(0.0, ge=0, le=1)
     """Share of rows that go around the residual quantizers."""
     adversarial: AdversarialConfig | None = None
@@ -189,11 +192,10 @@ class TrainConfig(BaseModel):
     def check_reach(self) -> None:
         """ValueError when the codec has fewer codebooks than are to be measured."""
         codebooks = 1 + len(self.model.codebooks)
-        for number in self.validation_codebooks:
-            if not 1 <= number <= codebooks:
-                raise ValueError(
-                    f"validation_codebooks has {number}, but the codec has 1 to {codebooks}"
-                )
+        for name in ("validation_codebooks", "dropout_codebooks"):
+            for number in getattr(self, name):
+                if not 1 <= number <= codebooks:
+                    raise ValueError(f"{name} has {number}, but the codec has 1 to {codebooks}")
 
 
 def load_voiced(folder: Path, field: str = "sources") -> list[tuple[Waveform, str]]:
@@ -258,7 +260,8 @@ def draw_rows(config: TrainConfig, rng: np.random.Generator) -> tuple[Tensor, Te
     Returns how many of them it keeps [B] int, and whether it goes around all of them [B] bool.
     """
     residual = len(config.model.codebooks)
-    depth = rng.integers(0, residual + 1, config.batch)
+    kept = config.dropout_codebooks or range(1, residual + 2)
+    depth = rng.choice(np.asarray(kept), config.batch) - 1
     depth[rng.random(config.batch) >= config.dropout_share] = residual
     return torch.from_numpy(depth), torch.from_numpy(rng.random(config.batch) < config.bypass_share)
 

@@ -299,6 +299,10 @@ def test_rows_are_drawn_in_their_shares(made: Path, tmp_path: Path) -> None:
     whole = config.model_copy(update={"dropout_share": 0.0, "bypass_share": 0.0})
     depth, bypass = draw_rows(whole, np.random.default_rng(0))
     assert bool((depth == 2).all()) and not bool(bypass.any())
+    named = config.model_copy(update={"dropout_codebooks": (1, 2, 2)})
+    depth, _ = draw_rows(named, np.random.default_rng(0))
+    shares = torch.bincount(depth) / 4000
+    torch.testing.assert_close(shares, torch.tensor([1, 2, 3]) / 6, rtol=0, atol=0.03)
 
 
 def test_sixteen_codebooks_decode_at_any_bitrate(made: Path, tmp_path: Path) -> None:
@@ -491,6 +495,7 @@ def test_a_codec_is_no_teacher(tmp_path: Path, kind: str) -> None:
         ({"model": DISTILLED, "tokenizer": None}, "model.semantic needs a teacher"),
         ({"model": DISTILLED, "teacher": {"model": "x"}}, "both give codebook 0"),
         ({"validation_codebooks": [4]}, "validation_codebooks has 4, but the codec has 1 to 3"),
+        ({"dropout_codebooks": [0]}, "dropout_codebooks has 0, but the codec has 1 to 3"),
         ({"adversarial": {"begin": 6}}, "adversarial.begin is step 6, but run.steps ends at 6"),
         ({"adversarial": {"start": 6}}, "unknown key 'adversarial.start'"),
         ({"adversarial": {"loss": "wgan"}}, "adversarial.loss is 'wgan'.*'hinge' or 'lsgan'"),
