@@ -19,6 +19,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import scipy.fft
 import scipy.signal
 import soundfile
 import sphn
@@ -28,7 +29,8 @@ from torch import Tensor, nn
 
 from audio_codec import files
 from audio_codec.errors import UserError
-from audio_codec.state import State, advance, all_active
+from audio_codec.layers import few_rows, windows
+from audio_codec.state import State, all_active
 
 SAMPLE_RATE: Final = 24_000  # Hz
 FRAME_SIZE: Final = 1_920  # samples
@@ -396,7 +398,11 @@ class LogMel(nn.Module):
         window = torch.hann_window(self._window_size, device="cpu")
         # Unit energy: white noise of power p then has a spectrum of mean power p.
         self.window = (window / window.square().sum().sqrt()).to(device)
-        self.filters = mel_filterbank(*self._band).to(device)
+        filters = mel_filterbank(*self._band)
+        within = (filters > 0).int()
+        ends = len(filters) - within.flip(0).argmax(0)
+        self._spans = torch.stack((within.argmax(0), ends), dim=1).numpy()
+        self.filters = filters.to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogMel:
         # `model.to(bfloat16)` comes through here and would round the tables: rebuild them.
@@ -419,14 +425,24 @@ class LogMel(nn.Module):
         if state is None:
             state = self.new_state(batch)
         with torch.autocast(pcm.device.type, enabled=False):
-            heard = torch.cat([state.tail, pcm[:, 0].float()], dim=1)
-            tail = heard[:, heard.shape[1] - state.tail.shape[1] :]
-            advance(state.tail, tail, state.active)
-            frames = heard.unfold(1, self._window_size, self.stride)  # [B, T, window]
-            spectrum = torch.fft.rfft(frames * self.window, n=self.n_fft)
+            frames = windows(pcm[:, 0].float(), self.window, self.stride, state.tail, state.active)
+            if few_rows(frames):
+                return self._few(frames)
+            spectrum = torch.fft.rfft(frames, n=self.n_fft)
             power = torch.view_as_real(spectrum).square().sum(-1)
             logarithm = torch.log(power @ self.filters + self.FLOOR)
             return (logarithm - self.MEAN) / self.DEVIATION
+
+    def _few(self, frames: Tensor) -> Tensor:
+        """Features of some windows [B, T, W] without torch, which would wake its other threads."""
+        from audio_codec import kernels
+
+        batch, time, _ = frames.shape
+        spectrum = scipy.fft.rfft(frames.numpy(), self.n_fft).reshape(batch * time, -1)
+        y = frames.new_empty(batch, time, self.n_mels)
+        tables = (self.filters.numpy(), self._spans, self.FLOOR, self.MEAN, self.DEVIATION)
+        kernels.log_mel(spectrum, *tables, y.numpy().reshape(batch * time, -1))
+        return y
 
 
 __all__ = [

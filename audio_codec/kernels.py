@@ -11,8 +11,9 @@ fit (other weights, more rows, training, a GPU) takes torch's way.
 
 Compiled by numba when first imported, some seconds; later processes load it from its cache.
 
-Shapes: B batch, T positions, C channels, M = B · T rows, N outputs, P positions of the past,
-H query heads, G key/value heads, D head size, R ring entries, U width of an MLP.
+Shapes: B batch, T positions, C channels, M = B · T rows, N outputs, P positions or samples
+of the past, S samples, W samples of a window, H query heads, G key/value heads, D head size, R ring
+entries, U width of an MLP.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def dense(x: Any, rows: Any, scale: Any, bias: Any, y: Any) -> None:
 
 
 @_compiled(numba.void(_m, _v, _v, _f, numba.boolean, _m))
-def _normalize(x: Any, weight: Any, bias: Any, eps: Any, centered: Any, y: Any) -> None:
+def normalize(x: Any, weight: Any, bias: Any, eps: Any, centered: Any, y: Any) -> None:
     """LayerNorm of each row [M, C], or RMSNorm where it is not `centered`."""
     width = x.shape[1]
     for m in range(len(x)):
@@ -160,7 +161,9 @@ def convnext(
     gain: Any,
     y: Any,
 ) -> None:
-    """A ConvNeXt block: x [B, T, C], tail [B, P, C] (moves on where active) → y [B, T, C]."""
+    """A ConvNeXt block: x [B, T, C], tail [B, P, C] (moves on where active) → y [B, T, C],
+    which may be x itself.
+    """
     batch, time, width = x.shape
     past = tail.shape[1]
     mixed = np.empty((batch * time, width), F)
@@ -176,7 +179,7 @@ def convnext(
             for k in range(past):
                 tail[b, k] = tail[b, k + time] if k + time < past else x[b, k + time - past]
     normal, hidden = np.empty_like(mixed), np.empty((batch * time, len(up)), F)
-    _normalize(mixed, norm, norm_bias, eps, True, normal)
+    normalize(mixed, norm, norm_bias, eps, True, normal)
     dense(normal, up, up_scale, up_bias, hidden)
     _gelu(hidden.reshape(-1))
     dense(hidden, down, down_scale, down_bias, mixed)
@@ -329,7 +332,7 @@ def block(
     many = batch * time
     flat, result = x.reshape(many, width), y.reshape(many, width)
     normal, part = np.empty((many, width), F), np.empty((many, width), F)
-    _normalize(flat, norm, norm_bias, eps, centered, normal)
+    normalize(flat, norm, norm_bias, eps, centered, normal)
     projected = np.empty((many, len(qkv)), F)
     dense(normal, qkv, qkv_scale, qkv_bias, projected)
     mixed = np.empty((many, out.shape[1]), F)
@@ -338,7 +341,7 @@ def block(
     for m in range(many):
         for c in range(width):
             result[m, c] = flat[m, c] + part[m, c]
-    _normalize(result, mlp_norm, mlp_norm_bias, eps, centered, normal)
+    normalize(result, mlp_norm, mlp_norm_bias, eps, centered, normal)
     raised = np.empty((many, len(up)), F)
     dense(normal, up, up_scale, up_bias, raised)
     inner = down.shape[1]
@@ -355,6 +358,113 @@ def block(
     for m in range(many):
         for c in range(width):
             result[m, c] += part[m, c]
+
+
+@_compiled(numba.void(_m, _m, numba.boolean[::1], _v, _i, _t))
+def windows(x: Any, tail: Any, active: Any, shape: Any, hop: Any, y: Any) -> None:
+    """Windows of x [B, S] that end with their hop, shaped by [W] → y [B, S / hop, W].
+
+    tail [B, P] holds the samples before x, P = W − hop (moves on where active).
+    """
+    past, samples = tail.shape[1], x.shape[1]
+    for b in range(len(x)):
+        for n in range(y.shape[1]):
+            first = n * hop
+            before = min(max(past - first, 0), len(shape))
+            for w in range(before):
+                y[b, n, w] = tail[b, first + w] * shape[w]
+            for w in range(before, len(shape)):
+                y[b, n, w] = x[b, first + w - past] * shape[w]
+        if active[b]:
+            for k in range(past):
+                tail[b, k] = (
+                    tail[b, k + samples] if k + samples < past else x[b, k + samples - past]
+                )
+
+
+_complex = numba.complex64[:, ::1]
+
+
+@_compiled(numba.void(_complex, _f, _m))
+def compress(spectrum: Any, gain: Any, y: Any) -> None:
+    """Spectra [M, W / 2 + 1] times a gain → their real and imaginary parts, of magnitudes^0.3."""
+    bins = spectrum.shape[1]
+    for m in range(len(spectrum)):
+        for f in range(bins):
+            re, im = spectrum[m, f].real * gain, spectrum[m, f].imag * gain
+            scale = F(math.exp(F(-0.7) * math.log(math.sqrt(re * re + im * im) + F(1e-6))))
+            y[m, f], y[m, bins + f] = re * scale, im * scale
+
+
+@_compiled(numba.void(_complex, _m, numba.int64[:, ::1], _f, _f, _f, _m))
+def log_mel(
+    spectrum: Any, filters: Any, spans: Any, floor: Any, mean: Any, deviation: Any, y: Any
+) -> None:
+    """Spectra [M, bins] → (log of the power in each band − mean) / deviation [M, bands].
+
+    filters [bins, bands] are 0 outside of the spans [bands, 2].
+    """
+    power = np.empty(spectrum.shape[1], F)
+    for m in range(len(spectrum)):
+        for f in range(len(power)):
+            re, im = spectrum[m, f].real, spectrum[m, f].imag
+            power[f] = re * re + im * im
+        for band in range(len(spans)):
+            total = floor
+            for f in range(spans[band, 0], spans[band, 1]):
+                total += power[f] * filters[f, band]
+            y[m, band] = (F(math.log(total)) - mean) / deviation
+
+
+@_compiled(numba.void(_m, _f, _complex))
+def polar(x: Any, cap: Any, spectrum: Any) -> None:
+    """Log-magnitudes, at most `cap`, and phases, beside each other [M, 2 bins] → [M, bins]."""
+    bins = spectrum.shape[1]
+    for m in range(len(x)):
+        for f in range(bins):
+            magnitude, phase = F(math.exp(min(x[m, f], cap))), x[m, bins + f]
+            spectrum[m, f] = complex(magnitude * math.cos(phase), magnitude * math.sin(phase))
+
+
+@_compiled(numba.void(_t, _t, numba.boolean[::1], _v, _m))
+def overlap_add(x: Any, tail: Any, active: Any, shape: Any, y: Any) -> None:
+    """Windows x [B, T, W], shaped by [W] in place, each beginning with its hop → y [B, S].
+
+    tail [B, P, W] holds the shaped windows before x that reach into it (moves on where active).
+    """
+    batch, time, width = x.shape
+    past = tail.shape[1]
+    hop = y.shape[1] // time
+    for b in range(batch):
+        for t in range(time):
+            for w in range(width):
+                x[b, t, w] *= shape[w]
+        for t in range(time):
+            out = y[b, t * hop : (t + 1) * hop]
+            out[:] = x[b, t, :hop]
+            for r in range(1, past + 1):  # piece r of a window falls on the hop r places later
+                source = x[b, t - r] if t >= r else tail[b, past + t - r]
+                for w in range(hop):
+                    out[w] += source[r * hop + w]
+        if active[b]:
+            for k in range(past):
+                tail[b, k] = tail[b, k + time] if k + time < past else x[b, k + time - past]
+
+
+@_compiled(numba.boolean(numba.int64[:, ::1], _t, _m))
+def residual_sum(codes: Any, codebooks: Any, y: Any) -> Any:
+    """The vectors [K, L, D] of codes [K' ≤ K, M], summed over K' → y [M, D].
+
+    False, where one of them is no code.
+    """
+    y[:] = F(0)
+    for k in range(len(codes)):
+        for m in range(len(y)):
+            if not 0 <= codes[k, m] < codebooks.shape[1]:
+                return False
+            for d in range(y.shape[1]):
+                y[m, d] += codebooks[k, codes[k, m], d]
+    return True
 
 
 @_compiled(numba.void(_m, _t, _m, numba.int64[:, ::1]))

@@ -39,16 +39,16 @@ def lay_out(module: nn.Module) -> None:
             part.pack()
 
 
-_FEW = 64
+FEW = 64
 """Rows [B, T] up to which the loops of `kernels` are faster than torch."""
 
 
-def _few_rows(x: Tensor) -> bool:
-    """Whether `x` [B, T, C] is what `kernels` are for: few rows of float32 on a CPU, untrained."""
+def few_rows(x: Tensor) -> bool:
+    """Whether `x` [..., C] is what `kernels` are for: few rows of float32 on a CPU, untrained."""
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
-        and x.numel() <= _FEW * x.shape[-1]
+        and x.numel() <= FEW * x.shape[-1]
         and not torch.is_grad_enabled()
     )
 
@@ -87,9 +87,12 @@ class Packing(nn.Module, ABC):
 
     def takes(self, x: Tensor) -> bool:
         """Whether a kernel may be given `x` [B, T, C]."""
-        if self.packed is None or not _few_rows(x):
-            return False
-        return [tensor._version for tensor in self._packed_of] == self._versions
+        return self.packed is not None and few_rows(x) and self.unchanged()
+
+    def unchanged(self) -> bool:
+        """Whether what is packed still is what the layer holds."""
+        versions = [tensor._version for tensor in self._packed_of]
+        return self.packed is not None and versions == self._versions
 
     def train(self, mode: bool = True) -> Self:
         """As of any module; a fused optimizer changes weights without counting versions."""
@@ -166,6 +169,26 @@ class Linear(nn.Linear, Packing):
         return y
 
 
+class LayerNorm(nn.LayerNorm, Packing):
+    """Torch's norm of the last axis."""
+
+    def weights(self) -> tuple[Any, ...] | None:
+        """Scale and shift, and what keeps a division from 0."""
+        return array(self.weight), array(self.bias), self.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] → [..., C]."""
+        if not self.takes(x):
+            return super().forward(x)
+        from audio_codec import kernels
+
+        assert self.packed is not None and x.shape[-1:] == self.normalized_shape, x.shape
+        y, width = torch.empty_like(x, memory_format=torch.contiguous_format), x.shape[-1]
+        flat = y.numpy().reshape(-1, width)
+        kernels.normalize(array(x).reshape(-1, width), *self.packed, True, flat)
+        return y
+
+
 @dataclass(slots=True)
 class TailState(State):
     """The last inputs of a layer with a finite past."""
@@ -184,6 +207,23 @@ def with_past(x: Tensor, past: int, state: TailState | None) -> Tensor:
         padded = torch.cat((state.tail.to(x.dtype), x), dim=1)
         advance(state.tail, padded[:, padded.shape[1] - past :], state.active)
     return padded
+
+
+def windows(x: Tensor, shape: Tensor, hop: int, tail: Tensor, active: Tensor) -> Tensor:
+    """Windows of sound [B, S] that end with their hop, shaped by [W]: [B, S / hop, W].
+
+    tail [B, W − hop]: the samples before, which move on where `active` [B].
+    """
+    if few_rows(x) and tail.dtype == torch.float32 and not tail.requires_grad:
+        from audio_codec import kernels
+
+        y = x.new_empty(len(x), x.shape[1] // hop, len(shape))
+        rest = (tail.numpy(), active.numpy(), shape.numpy(), hop, y.numpy())
+        kernels.windows(array(x), *rest)
+        return y
+    padded = torch.cat((tail.to(x.dtype), x), dim=1)
+    advance(tail, padded[:, x.shape[1] :], active)
+    return padded.unfold(1, len(shape), hop) * shape
 
 
 _SHORT = 2**16
@@ -259,7 +299,9 @@ class ConvNeXtBlock(Packing):
     def forward(self, x: Tensor, state: TailState | None = None) -> Tensor:
         """[B, T, C] → [B, T, C]."""
         if state is not None and self.takes(x):
-            return self._live(x, state)
+            y = x.clone(memory_format=torch.contiguous_format)
+            self.live(y.numpy(), state, state.active.numpy())
+            return y
         y = self.norm(self.depthwise(x, state))
         y = self.down(F.gelu(self.up(y)))
         return torch.addcmul(x, self.scale.to(x.dtype), y.to(x.dtype))
@@ -273,15 +315,13 @@ class ConvNeXtBlock(Packing):
         vectors = (taps.weight, taps.bias, norm.weight, norm.bias)
         return (*map(array, vectors), norm.eps, *up, *down, array(self.scale))
 
-    def _live(self, x: Tensor, state: TailState) -> Tensor:
+    def live(self, x: Any, state: TailState, active: Any) -> None:
+        """`forward` where `takes` holds, in place on x [B, T, C], a numpy array as `active` is."""
         from audio_codec import kernels
 
         assert self.packed is not None
-        assert (x.shape[0], x.shape[2]) == (state.batch, len(self.scale)), x.shape
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        tail, active = state.tail.numpy(), state.active.numpy()
-        kernels.convnext(array(x), tail, active, *self.packed, y.numpy())
-        return y
+        assert x.shape[::2] == state.tail.shape[::2], (x.shape, state.tail.shape)
+        kernels.convnext(x, state.tail.numpy(), active, *self.packed, x)
 
     def new_state(self, batch: int) -> TailState:
         """State of a stream that begins in silence."""
@@ -304,7 +344,14 @@ class ConvNeXtStack(nn.Module):
 
     def forward(self, x: Tensor, state: StackState | None = None) -> Tensor:
         """[B, T, C] → [B, T, C]."""
-        for index, block in enumerate(self.blocks):
+        blocks = cast("Sequence[ConvNeXtBlock]", self.blocks)
+        if state is not None and few_rows(x) and all(block.unchanged() for block in blocks):
+            y = x.clone(memory_format=torch.contiguous_format)
+            rows, active = y.numpy(), state.active.numpy()
+            for block, past in zip(blocks, state.blocks, strict=True):
+                block.live(rows, past, active)
+            return y
+        for index, block in enumerate(blocks):
             x = block(x, None if state is None else state.blocks[index])
         return x
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from audio_codec.layers import Packing, array
+from audio_codec.layers import FEW, Packing, array
 
 
 def entropy_bits(counts: Tensor) -> float:
@@ -275,12 +275,26 @@ class ResidualVQ(Packing):
 
     def decode(self, codes: Tensor) -> Tensor:
         """int [B, K' ≤ K, T] → [B, T, D]; fewer levels give a coarser vector."""
+        batch, count, time = codes.shape
+        if count and batch * time <= FEW and self.unchanged() and not torch.is_grad_enabled():
+            return self._live(codes[:, : len(self.levels)])
         return torch.stack(
             [
                 level.decode(c)
                 for level, c in zip(self._typed_levels(), codes.unbind(1), strict=False)
             ]
         ).sum(0)
+
+    def _live(self, codes: Tensor) -> Tensor:
+        from audio_codec import kernels
+
+        assert self.packed is not None
+        codebooks, (batch, count, time) = self.packed[0], codes.shape
+        y = torch.empty(batch, time, codebooks.shape[-1])
+        rows = array(codes.transpose(0, 1).long()).reshape(count, batch * time)
+        if not kernels.residual_sum(rows, codebooks, y.numpy().reshape(batch * time, -1)):
+            raise IndexError(f"codes lie between 0 and {codebooks.shape[1] - 1}")
+        return y
 
     def forward(
         self,

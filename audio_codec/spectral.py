@@ -31,15 +31,29 @@ Shapes: B batch, S samples, T frames, N hops (8 T), K codebooks, D latent width,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import scipy.fft
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from audio_codec.audio import FRAME_SIZE, SAMPLE_RATE
-from audio_codec.layers import ConvNeXtStack, Linear, StackState, TailState, with_past
+from audio_codec.layers import (
+    ConvNeXtStack,
+    LayerNorm,
+    Linear,
+    Packing,
+    StackState,
+    TailState,
+    array,
+    few_rows,
+    windows,
+    with_past,
+)
 from audio_codec.quantize import EMAVQ, ResidualVQ
 from audio_codec.speech_tokenizer import EncoderState as TokenizerState
 from audio_codec.speech_tokenizer import SpeechTokenizer, TokenizerConfig, projections
@@ -135,16 +149,34 @@ class Analysis(nn.Module):
     def forward(self, pcm: Tensor, state: TailState | None = None) -> Tensor:
         """Real and imaginary parts, magnitudes to the power 0.3 (evens out the dynamics)."""
         with torch.autocast(pcm.device.type, enabled=False):
-            padded = with_past(pcm.float(), self.window - HOP, state)
-            frames = padded.unfold(1, self.window, HOP) * self.shape
+            state = self.new_state(len(pcm)) if state is None else state
+            frames = windows(pcm.float(), self.shape, HOP, state.tail, state.active)
+            if few_rows(frames):
+                return self._few(frames)
             spectrum = torch.fft.rfft(frames) * (2 / self.window)
             scale = (spectrum.abs() + 1e-6) ** -0.7
             return torch.cat((spectrum.real * scale, spectrum.imag * scale), dim=-1)
+
+    def _few(self, frames: Tensor) -> Tensor:
+        """Of some windows [B, N, W] without torch, whose other threads a live frame must not wake.
+
+        They would wait for each other, and spin for more to do, longer than all of this takes.
+        """
+        from audio_codec import kernels
+
+        y = frames.new_empty(*frames.shape[:2], self.features)
+        spectrum = scipy.fft.rfft(frames.numpy()).reshape(-1, self.features // 2)
+        kernels.compress(spectrum, 2 / self.window, y.numpy().reshape(-1, self.features))
+        return y
 
     def new_state(self, batch: int) -> TailState:
         """State of a stream that begins in silence."""
         tail = self.shape.new_zeros(batch, self.window - HOP)
         return TailState(all_active(batch, tail.device), tail)
+
+
+_LOUDEST = 6.0
+"""Log-magnitude that keeps an untrained or derailed head from overflowing."""
 
 
 class Synthesis(nn.Module):
@@ -164,18 +196,31 @@ class Synthesis(nn.Module):
     def forward(self, head: Tensor, state: TailState | None = None) -> Tensor:
         """Log-magnitudes and phases of each hop's window → samples."""
         with torch.autocast(head.device.type, enabled=False):
+            if state is not None and few_rows(head):
+                return self._live(head, state)
             magnitude, phase = head.float().chunk(2, dim=-1)
-            # The cap keeps an untrained or derailed head from overflowing.
-            magnitude = magnitude.clamp(max=6.0).exp()
+            magnitude = magnitude.clamp(max=_LOUDEST).exp()
             spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
-            frames = torch.fft.irfft(spectrum, self.window) * self.shape
-            padded = with_past(frames, self.overlap - 1, state)
+            frames = torch.fft.irfft(spectrum, self.window)
+            padded = with_past(frames * self.shape, self.overlap - 1, state)
             hops = frames.shape[1]
             # Piece r of a window falls on the hop r places later.
             pieces = padded.unflatten(-1, (self.overlap, HOP))
             last = self.overlap - 1
             late = [pieces[:, last - r : last - r + hops, r] for r in range(self.overlap)]
             return sum(late[1:], late[0]).flatten(1)
+
+    def _live(self, head: Tensor, state: TailState) -> Tensor:
+        from audio_codec import kernels
+
+        batch, hops, width = head.shape
+        spectrum = np.empty((batch, hops, width // 2), np.complex64)
+        kernels.polar(array(head).reshape(-1, width), _LOUDEST, spectrum.reshape(-1, width // 2))
+        frames = scipy.fft.irfft(spectrum, self.window, overwrite_x=True)
+        y = head.new_empty(batch, hops * HOP)
+        tail, active = state.tail.numpy(), state.active.numpy()
+        kernels.overlap_add(frames, tail, active, self.shape.numpy(), y.numpy())
+        return y
 
     def new_state(self, batch: int) -> TailState:
         """State of a stream that begins in silence."""
@@ -191,7 +236,7 @@ def spectrum_head(dim: int, window: int) -> nn.Sequential:
     nn.init.normal_(spectrum.weight, std=0.02)
     nn.init.constant_(spectrum.bias[:bins], -1.0)
     nn.init.uniform_(spectrum.bias[bins:], -torch.pi, torch.pi)
-    return nn.Sequential(nn.LayerNorm(dim), spectrum)
+    return nn.Sequential(LayerNorm(dim), spectrum)
 
 
 @dataclass
@@ -209,7 +254,7 @@ class SemanticVQ(nn.Module):
 
     def __init__(self, width: int, config: SemanticConfig) -> None:
         super().__init__()
-        self.project = nn.Sequential(nn.LayerNorm(width), Linear(width, config.dim))
+        self.project = nn.Sequential(LayerNorm(width), Linear(width, config.dim))
         self.vq = EMAVQ(config.dim, config.size)
 
     def encode(self, hidden: Tensor) -> Tensor:
@@ -230,7 +275,7 @@ class SemanticVQ(nn.Module):
 _DECODER = ("from_latent", "decoder_latent", "up", "back", "head", "synthesis")
 
 
-class SpectralCodec(nn.Module):
+class SpectralCodec(Packing):
     """The `Codec` of this project. Stride: one frame of 1920 samples; see the module docstring."""
 
     sample_rate = SAMPLE_RATE
@@ -250,7 +295,7 @@ class SpectralCodec(nn.Module):
             config.encoder_latent_dim, config.encoder_latent_blocks, kernel=5
         )
         self.to_latent = nn.Sequential(
-            nn.LayerNorm(config.encoder_latent_dim),
+            LayerNorm(config.encoder_latent_dim),
             Linear(config.encoder_latent_dim, config.latent),
         )
         if config.semantic is not None:
@@ -339,7 +384,20 @@ class SpectralCodec(nn.Module):
 
     def _embed(self, semantic: Tensor) -> Tensor:
         """Codes of codebook 0 [B, T] → their part of the latent [B, T, D]."""
+        if self.unchanged() and not torch.is_grad_enabled():
+            assert self.packed is not None
+            return nn.functional.embedding(semantic, self.packed[0])
         return self.semantic(self.embed_semantic(semantic))
+
+    def _held(self) -> list[Tensor]:
+        coder = self.semantic_vq.vq if self.tokenizer is None else self.tokenizer.coder()
+        return [*self.semantic.parameters(), *coder.buffers()]
+
+    @torch.inference_mode()
+    def weights(self) -> tuple[Any, ...]:
+        """What each code of codebook 0 adds to the latent, [L, D]."""
+        codes = torch.arange(math.prod(self.codebooks[0]))
+        return (self.semantic(self.embed_semantic(codes)).float(),)
 
     def embed_semantic(self, codes: Tensor) -> Tensor:
         """Codes of codebook 0 [B, T] → the numbers that they stand for [B, T, Q]."""

@@ -315,7 +315,7 @@ class SpeechTokenizer(nn.Module):
     @property
     def codebook(self) -> tuple[int, ...]:
         """Factor sizes of the codebook. Raises UserError when there is none."""
-        self._coder()
+        self.coder()
         return self.config.codebook
 
     @property
@@ -356,7 +356,7 @@ class SpeechTokenizer(nn.Module):
         causal = self.config.causal and (whisper is None or whisper.causal)
         return causal and isinstance(self.mel, LogMel)
 
-    def _coder(self) -> FSQ | EMAVQ:
+    def coder(self) -> FSQ | EMAVQ:
         """What makes codes; UserError where nothing does."""
         if self.quantizer is None:
             raise UserError(
@@ -421,7 +421,7 @@ class SpeechTokenizer(nn.Module):
 
     def discretize(self, numbers: Tensor) -> Tensor:
         """Bottleneck numbers [B, T, Q] → codes int64 [B, T]; UserError where there are none."""
-        coder = self._coder()
+        coder = self.coder()
         if isinstance(coder, FSQ):
             return coder.codes(coder.digits(coder.bound(numbers)))
         return coder.nearest(numbers)
@@ -440,7 +440,7 @@ class SpeechTokenizer(nn.Module):
 
     def embed(self, codes: Tensor) -> Tensor:
         """Codes [B, T] → the bottleneck numbers [B, T, Q] they stand for; FSQ's lie in (−1, 1)."""
-        return self._coder().decode(codes)
+        return self.coder().decode(codes)
 
     def read(self, numbers: Tensor, state: TransformerState | None = None) -> Tensor:
         """Bottleneck numbers [B, T, Q] → the last layer [B, T, dim], which both heads read."""

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_va
 from torch import Tensor, nn
 
 from audio_codec.attention import Documents, attend, attend_documents
-from audio_codec.layers import Linear, Packing, array, rows_of
+from audio_codec.layers import LayerNorm, Linear, Packing, array, rows_of
 from audio_codec.state import State, all_active
 
 
@@ -100,7 +100,7 @@ class TransformerConfig(BaseModel):
 
 def make_norm(kind: Literal["rms", "layer"], dim: int, eps: float | None = None) -> nn.Module:
     """RMSNorm (arXiv 1910.07467) or LayerNorm over the last axis."""
-    return RMSNorm(dim, eps=eps or 1e-6) if kind == "rms" else nn.LayerNorm(dim, eps=eps or 1e-5)
+    return RMSNorm(dim, eps=eps or 1e-6) if kind == "rms" else LayerNorm(dim, eps=eps or 1e-5)
 
 
 # --- What a CPU trains faster by hand -------------------------------------------------------------

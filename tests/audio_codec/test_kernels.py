@@ -33,9 +33,9 @@ def assert_same_both_ways(
     """A stream of chunks, compiled and by torch: the same numbers, and the same state after it."""
     lay_out(module)
     ways = []
-    for few in (layers._FEW, 0):
+    for few in (layers.FEW, 0):
         with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-            patch.setattr(layers, "_FEW", few)
+            patch.setattr(layers, "FEW", few)
             most = max(chunk.shape[1] for chunk in chunks)
             sizes = (len(chunks[0]), most) if isinstance(module, Transformer) else (len(chunks[0]),)
             state = module.new_state(*sizes)  # type: ignore[operator]
@@ -180,7 +180,7 @@ class TestPacking:
         x = torch.randn(2, 6)
         linear(x)  # gradients could be asked for
         with torch.inference_mode():
-            linear(torch.randn(layers._FEW + 1, 6))
+            linear(torch.randn(layers.FEW + 1, 6))
             copy.deepcopy(linear).double()(x.double())
             assert not calls
             expected = F.linear(x, linear.weight, linear.bias)  # type: ignore[arg-type]
