@@ -377,9 +377,8 @@ def windows(x: Any, tail: Any, active: Any, shape: Any, hop: Any, y: Any) -> Non
                 y[b, n, w] = x[b, first + w - past] * shape[w]
         if active[b]:
             for k in range(past):
-                tail[b, k] = (
-                    tail[b, k + samples] if k + samples < past else x[b, k + samples - past]
-                )
+                later = k + samples
+                tail[b, k] = tail[b, later] if later < past else x[b, later - past]
 
 
 _complex = numba.complex64[:, ::1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from audio_codec import kernels, layers
+from audio_codec.audio import LogMel
 from audio_codec.layers import ConvNeXtBlock, ConvNeXtStack, Linear, Packing, lay_out
 from audio_codec.quantize import ResidualVQ
+from audio_codec.spectral import Analysis, Synthesis
 from audio_codec.transformer import Transformer, TransformerConfig
 
 
@@ -142,6 +145,58 @@ def test_residual_codes_are_torchs(levels: int, rows: int, seed: int) -> None:
         quantizer.packed = None
         assert torch.equal(mine, quantizer.encode(x))
     assert torch.equal(x, before)
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_sums_of_residual_codes_are_torchs(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    levels, batch, time = (data.draw(st.integers(1, 4)) for _ in range(3))
+    kept = data.draw(st.integers(1, levels))
+    quantizer = ResidualVQ(8, [32] * levels).eval()
+    lay_out(quantizer)
+    codes = torch.randint(32, (batch, kept, time))
+    with torch.inference_mode():
+        mine = quantizer.decode(codes)
+        for wrong in (-1, 32):
+            spoiled = codes.clone()
+            spoiled[-1, -1, -1] = wrong
+            with pytest.raises(IndexError, match="codes lie between 0 and 31"):
+                quantizer.decode(spoiled)
+        quantizer.packed = None
+        torch.testing.assert_close(mine, quantizer.decode(codes), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["log-mel", "analysis", "synthesis"])
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_windows_and_spectra_are_torchs_for_any_chunks_and_frozen_rows(
+    kind: str, data: st.DataObject
+) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    batch = data.draw(st.integers(1, 3))
+    sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))  # hops; a window has 4
+    module = {"log-mel": LogMel, "analysis": Analysis, "synthesis": Synthesis}[kind]
+    made: Any = module() if kind == "log-mel" else module(960)
+    shapes = {
+        "log-mel": lambda hops: (batch, 1, 240 * hops),
+        "analysis": lambda hops: (batch, 240 * hops),
+        "synthesis": lambda hops: (batch, hops, 962),
+    }
+    chunks = [torch.randn(shapes[kind](size)) for size in sizes]
+    active = [torch.rand(batch) < 0.7 for _ in sizes]
+    ways = []
+    for few in (layers.FEW, 0):
+        with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+            patch.setattr(layers, "FEW", few)
+            state, said = made.new_state(batch), []
+            for chunk, awake in zip(chunks, active, strict=True):
+                state.active.copy_(awake)
+                said.append(made(chunk, state)[awake].flatten())
+            ways.append((torch.cat(said), state.tensors()))
+    torch.testing.assert_close(ways[0][0], ways[1][0], rtol=1e-4, atol=1e-4)
+    for one, other in zip(ways[0][1], ways[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_not_a_number_stays_in_its_row() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from streams import Streaming, Tick, assert_streams, chunkings, scripts, streaming_settings
 from torch import Tensor
 
+from audio_codec import layers
 from audio_codec.audio import FRAME_SIZE
 from audio_codec.codec import Codec, coded_by
+from audio_codec.layers import Linear, lay_out
 from audio_codec.spectral import (
     HOP,
     Analysis,
@@ -306,6 +310,57 @@ def test_training_moves_the_codec_and_not_the_tokenizer() -> None:
             assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
             assert bool(parameter.grad.any()), f"{name} gets no gradient"
     assert all(torch.equal(before[n], t) for n, t in codec.tokenizer.state_dict().items())
+
+
+def as_stored(config: SpectralConfig) -> SpectralCodec:
+    """With matrices as a checkpoint in int8 brings them back, laid out."""
+    codec = build(config)
+    for part in codec.modules():
+        if isinstance(part, Linear):
+            scale = part.weight.abs().amax(1, keepdim=True) / 127
+            part.weight.data = (part.weight / scale).round() * scale
+    lay_out(codec)
+    return codec
+
+
+@pytest.mark.parametrize("config", [CONFIG, DISTILLED], ids=["tokenizer", "distilled"])
+@torch.inference_mode()
+def test_in_compiled_loops_a_stream_is_what_it_is_in_one_pass_of_torchs(
+    config: SpectralConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, pcm = as_stored(config), noise(2, 1, 12 * FRAME_SIZE)
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "FEW", 0)
+        codes = codec.encode(pcm)
+        whole = codec.decode(codes)
+    # Live, none of what would wake torch's other threads: they spin longer than a frame takes.
+    for place, name in ((torch.fft, "rfft"), (torch.fft, "irfft"), (torch, "log"), (F, "gelu")):
+        monkeypatch.setattr(place, name, pytest.fail)
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", pytest.fail)
+    states = codec.new_encoder_state(2), codec.new_decoder_state(2)
+    heard, said = [], []
+    for frame in pcm.split(FRAME_SIZE, 2):
+        heard.append(codec.encode(frame, states[0]))
+        said.append(codec.decode(codes[:, :, len(said) : len(said) + 1], states[1]))
+    assert float((torch.cat(heard, 2) == codes).float().mean()) > 0.97  # a rounding can tip a tie
+    torch.testing.assert_close(torch.cat(said, 2), whole, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_what_codebook_0_adds_is_known_until_it_changes() -> None:
+    codec = as_stored(CONFIG)
+    codes = torch.randint(60, (2, 5))
+    table, exact = codec._embed(codes), codec.semantic(codec.embed_semantic(codes))
+    assert codec.unchanged()
+    torch.testing.assert_close(table, exact, rtol=0, atol=1e-5)
+    codec = copy.deepcopy(codec)
+    assert not codec.unchanged()
+    with torch.inference_mode(False):
+        trained = as_stored(CONFIG)
+        with torch.no_grad():
+            trained.semantic[2].weight.mul_(2)
+    assert not trained.unchanged()
+    assert not torch.allclose(trained._embed(codes), table)
 
 
 @pytest.mark.parametrize("config", [CONFIG, DISTILLED], ids=["tokenizer", "distilled"])
