@@ -21,19 +21,27 @@ AdversarialLoss = Literal["hinge", "lsgan"]
 
 
 class MultiScaleMel(nn.Module):
-    """L1 distance of log-mel spectra at several resolutions, and of their frame-to-frame change.
+    """L1 distance of log-mel spectra at several resolutions, and of the envelopes of their bands.
 
-    Coarse windows see harmonics, fine ones see onsets; the logarithm makes quiet sounds count.
+    Coarse windows see harmonics, fine ones see onsets; the logarithm makes quiet sounds count. What
+    listeners understand hangs on the course of each band's loud parts (Taal et al., 2011), of which
+    a logarithm tells little: hence the other term, the error of a band's magnitudes relative to
+    their norm, as spectral convergence (arXiv 1808.06719) is that of all bands together.
     """
 
     def __init__(
         self,
         scales: Sequence[tuple[int, int]] = ((256, 20), (512, 40), (1024, 80), (2048, 160)),
         floor: float = 1e-5,
+        envelopes: float = 0.0,
     ) -> None:
-        """`scales`: (FFT size, mel bands) of each resolution; a hop is a quarter of a window."""
+        """`scales`: (FFT size, mel bands) of each resolution; a hop is a quarter of a window.
+
+        `envelopes`: weight of their error beside that of the logarithms.
+        """
         super().__init__()
         self.floor = floor
+        self.envelopes = envelopes
         self.sizes = [size for size, _ in scales]
         for size, bands in scales:
             self.register_buffer(f"window{size}", torch.hann_window(size), persistent=False)
@@ -60,7 +68,18 @@ class MultiScaleMel(nn.Module):
         """Mean distance of two waveforms [B, S]."""
         with torch.autocast(decoded.device.type, enabled=False):
             pairs = zip(self.spectra(decoded.float()), self.spectra(original.float()), strict=True)
-            return torch.stack([(a - b).abs().mean() for a, b in pairs]).mean()
+            return torch.stack([self._distance(a, b) for a, b in pairs]).mean()
+
+    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Of log-mel spectra [B, frames, bands], the second of which is the original."""
+        distance = (a - b).abs().mean()
+        if not self.envelopes:
+            return distance
+        whole = b.exp()
+        error = (a.exp() - whole).square().sum(1)
+        # The floor is in both, so that a silent band's norm is that of the floor.
+        relative = (error / whole.square().sum(1) + 1e-8).sqrt()
+        return distance + self.envelopes * relative.mean()
 
 
 def discriminator_loss(

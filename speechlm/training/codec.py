@@ -123,6 +123,8 @@ class TrainConfig(BaseModel):
     """Length of a crop in frames of 80 ms."""
     gain_db: tuple[float, float] = (-15.0, 3.0)
     mel_weight: float = 15.0
+    envelope_weight: float = Field(0.0, ge=0)
+    """Within the mel distance, of the error of each band's envelope; see `MultiScaleMel`."""
     commitment_weight: float = 1.0
     dropout_share: float = Field(0.25, ge=0, le=1)
     """Share of rows that keep only a random number of the residual codebooks, from none."""
@@ -520,7 +522,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     for source in config.sources:
         shards.shard_paths(source.path)
     sources = [(source.weight, load_waveforms(source.path)) for source in config.sources]
-    criterion = MultiScaleMel().to(run.device)
+    criterion = MultiScaleMel(envelopes=config.envelope_weight).to(run.device)
     bare = Objective(codec, None if teacher is None else teacher.width).to(run.device)
     optimizer = config.optimizer.build(bare)
     run.restore(bare, optimizer)
