@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import pytest
@@ -82,18 +83,18 @@ def test_the_gradient_is_that_of_the_loss() -> None:
 
 def test_envelopes_are_judged_by_their_loud_parts(criterion: MultiScaleMel) -> None:
     both = MultiScaleMel(envelopes=1.0)
-    sound = noise(2, 24_000)
-    sound[:, 12_000:] *= 0.01  # the second half is 40 dB softer
+    original = sound(2, 24_000)
+    original[:, 12_000:] *= 0.05  # the second half is 26 dB softer
     for loud in (True, False):
         part = slice(0, 12_000) if loud else slice(12_000, None)
-        spoiled = sound.clone()
+        spoiled = original.clone()
         spoiled[:, part] *= 0.5
-        by_logarithm = criterion(spoiled, sound)
-        by_envelope = both(spoiled, sound) - by_logarithm
-        assert float(by_logarithm) == pytest.approx(math.log(2) / 2, rel=0.1)
-        assert float(by_envelope) == pytest.approx(0.5 if loud else 0.005, rel=0.1)
-    assert float(both(sound, sound)) < 1e-3
-    quiet = both(1e-6 * sound.neg(), torch.zeros_like(sound))  # no band has anything in it
+        by_logarithm = criterion(spoiled, original)
+        by_envelope = both(spoiled, original) - by_logarithm
+        assert float(by_logarithm) == pytest.approx(math.log(2) / 2, rel=0.15)  # above the floor
+        assert float(by_envelope) == pytest.approx(0.5 if loud else 0.025, rel=0.1)
+    assert float(both(original, original)) < 1e-3
+    quiet = both(1e-6 * original, torch.zeros_like(original))  # no band has anything in it
     assert float(quiet) < 0.1
 
 
