@@ -450,6 +450,57 @@ def overlap_add(x: Any, tail: Any, active: Any, shape: Any, y: Any) -> None:
                 tail[b, k] = tail[b, k + time] if k + time < past else x[b, k + time - past]
 
 
+@_compiled(_i(_i))
+def _mix(x: Any) -> Any:
+    """As in `sampling`."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+_GOLDEN = -7046029254386353131
+
+_each = numba.int64[::1]
+
+
+@_compiled(numba.void(_m, numba.int64[:, ::1], _each, _each, _v, _each, _v, _each))
+def draw(
+    value: Any,
+    index: Any,
+    seed: Any,
+    counter: Any,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    drawn: Any,
+) -> None:
+    """`sampling.sample` of falling logits and their tokens [B, V], settings a row each [B]."""
+    p = np.empty(value.shape[1], F)
+    for b in range(len(value)):
+        drawn[b] = index[b, 0]
+        if temperature[b] <= 0:
+            continue
+        kept = len(p) if top_k[b] <= 0 else min(top_k[b], len(p))
+        heat, whole = max(temperature[b], F(1e-4)), F(0)
+        for v in range(kept):
+            p[v] = F(math.exp((value[b, v] - value[b, 0]) / heat))
+            whole += p[v]
+        reach, limit, last = F(0), top_p[b] * whole, 0
+        for v in range(kept):
+            if not reach < limit:
+                break
+            reach += p[v]
+            last = v
+        bits = _mix(_mix(seed[b] + _GOLDEN) + counter[b] * _GOLDEN)
+        target = (F((bits >> 41) & 0x7FFFFF) + F(0.5)) / F(2**23) * reach
+        reach = F(0)
+        for v in range(last + 1):
+            reach += p[v]
+            if not reach < target:
+                drawn[b] = index[b, v]
+                break
+
+
 @_compiled(numba.boolean(numba.int64[:, ::1], _t, _m))
 def residual_sum(codes: Any, codebooks: Any, y: Any) -> Any:
     """The vectors [K, L, D] of codes [K' ≤ K, M], summed over K' → y [M, D].

@@ -7,9 +7,14 @@ generators cannot give that (one stream serves the whole batch), a hash of (seed
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+
+from audio_codec.layers import few_rows
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
 
@@ -55,16 +60,22 @@ def sample(
     temperature: Tensor | float = 1.0,
     top_k: Tensor | int = 0,
     top_p: Tensor | float = 1.0,
+    most: int | None = None,
 ) -> Tensor:
     """Draw one token a row: logits [B, V] → int64 [B].
 
-    `temperature`, `top_k` and `top_p` are one for all or one a row ([B]). By inverse transform on
-    the probabilities in falling order, so one uniform number a row is enough.
+    `temperature`, `top_k` and `top_p` are one for all or one a row ([B]); no row has more than the
+    `most` likeliest tokens. By inverse transform on the probabilities in falling order, so one
+    uniform number a row is enough.
     """
-    if isinstance(top_k, int) and 0 < top_k < logits.shape[1]:
-        value, index = logits.float().topk(top_k, dim=1)  # far cheaper than a full sort
+    if isinstance(top_k, int) and top_k > 0:
+        most = min(top_k, most or top_k)
+    if most is not None and most < logits.shape[1]:
+        value, index = logits.float().topk(most, dim=1)  # far cheaper than a full sort
     else:
         value, index = logits.float().sort(dim=1, descending=True)
+    if few_rows(value):
+        return _draw_few(value, index, seed, counter, temperature, top_k, top_p)
     row = torch.as_tensor(temperature, device=logits.device, dtype=torch.float32).expand(len(value))
     p = torch.softmax(value / row.clamp(min=1e-4).unsqueeze(1), dim=1)
     if isinstance(top_k, Tensor):
@@ -77,3 +88,21 @@ def sample(
     pick = (reach < target).sum(1, keepdim=True).clamp(max=p.shape[1] - 1)
     pick = torch.where(row.unsqueeze(1) <= 0, torch.zeros_like(pick), pick)
     return index.gather(1, pick).squeeze(1)
+
+
+def _draw_few(value: Tensor, index: Tensor, *settings: Tensor | float) -> Tensor:
+    """What `sample` draws of some rows of falling logits [B, V] and their tokens [B, V]."""
+    from audio_codec import kernels
+
+    kinds = (np.int64, np.int64, np.float32, np.int64, np.float32)
+    rows = [_a_row(each, len(value), kind) for each, kind in zip(settings, kinds, strict=True)]
+    drawn = torch.empty(len(value), dtype=torch.int64)
+    kernels.draw(value.numpy(), index.numpy(), *rows, drawn.numpy())
+    return drawn
+
+
+def _a_row(setting: Tensor | float, rows: int, kind: Any) -> Any:
+    """A number a row, of one for all or of one each."""
+    if isinstance(setting, Tensor):
+        return np.array(np.broadcast_to(setting.numpy(), rows), kind)
+    return np.full(rows, setting, kind)

@@ -108,9 +108,8 @@ def _settings(default: Sampling, temperature: Tensor, top_k: Tensor) -> _Setting
 
 def _draw(logits: Tensor, settings: _Settings, seed: Tensor, counter: Tensor) -> Tensor:
     """[B, V] → int64 [B]."""
-    value, index = logits.float().topk(min(MAX_TOP_K, logits.shape[1]), dim=1)
-    pick = sample(value, seed, counter, settings.temperature, settings.top_k, settings.top_p)
-    return index.gather(1, pick[:, None]).squeeze(1)
+    how = (settings.temperature, settings.top_k, settings.top_p)
+    return sample(logits, seed, counter, *how, most=MAX_TOP_K)
 
 
 def _sayable(logits: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from scipy import stats
 from torch import Tensor
 
+from audio_codec import layers
 from audio_codec.sampling import Sampling, normal, sample, uniform
 
 DRAWS = 40_000
@@ -239,3 +240,46 @@ def test_normal_numbers_are_normal_and_belong_to_their_pair() -> None:
         assert stats.kstest(row.numpy(), "norm").pvalue > 1e-3
     assert abs(float(torch.corrcoef(drawn)[0, 1])) < 0.03
     assert torch.equal(normal(torch.tensor(4), counter[100:200]), drawn[1, 100:200])
+
+
+# --- In compiled loops ----------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    size=st.integers(1, 60),
+    top_k=st.lists(st.integers(0, 70), min_size=9, max_size=9),
+    top_p=st.floats(0.01, 1.0),
+    heat=st.lists(st.floats(-1, 3, width=32), min_size=9, max_size=9),
+    most=st.none() | st.integers(1, 70),
+    ruled_out=st.booleans(),
+)
+def test_a_few_rows_are_drawn_as_many_are(
+    rows: int,
+    size: int,
+    top_k: list[int],
+    top_p: float,
+    heat: list[float],
+    most: int | None,
+    ruled_out: bool,
+) -> None:
+    logits = logits_of(rows, size)
+    if ruled_out:
+        logits[:, size // 2 :: 2] = -torch.inf
+    arguments = (numbers(rows), numbers(rows, 2), torch.tensor(heat[:rows]))
+    rest = (torch.tensor(top_k[:rows]), top_p, most)
+    with torch.no_grad():
+        few = sample(logits, *arguments, *rest)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "FEW", 0)
+            assert torch.equal(few, sample(logits, *arguments, *rest))
+    assert not most or bool((few[:, None] == logits.topk(min(most, size)).indices).any(1).all())
+
+
+def test_logits_that_are_no_numbers_are_drawn_from_all_the_same() -> None:
+    for wrong in (torch.nan, -torch.inf):
+        logits = torch.full((2, 5), wrong)
+        with torch.no_grad():
+            drawn = sample(logits, numbers(2), numbers(2, 2))
+        assert bool(((drawn >= 0) & (drawn < 5)).all())
