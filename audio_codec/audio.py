@@ -398,7 +398,7 @@ class LogMel(nn.Module):
         window = torch.hann_window(self._window_size, device="cpu")
         # Unit energy: white noise of power p then has a spectrum of mean power p.
         self.window = (window / window.square().sum().sqrt()).to(device)
-        filters = mel_filterbank(*self._band)
+        filters = mel_filterbank(*self._band).cpu()
         within = (filters > 0).int()
         ends = len(filters) - within.flip(0).argmax(0)
         self._spans = torch.stack((within.argmax(0), ends), dim=1).numpy()
@@ -438,10 +438,10 @@ class LogMel(nn.Module):
         from audio_codec import kernels
 
         batch, time, _ = frames.shape
-        spectrum = scipy.fft.rfft(frames.numpy(), self.n_fft).reshape(batch * time, -1)
+        spectrum = scipy.fft.rfft(frames.numpy(), self.n_fft).reshape(-1, len(self.filters))
         y = frames.new_empty(batch, time, self.n_mels)
         tables = (self.filters.numpy(), self._spans, self.FLOOR, self.MEAN, self.DEVIATION)
-        kernels.log_mel(spectrum, *tables, y.numpy().reshape(batch * time, -1))
+        kernels.log_mel(spectrum, *tables, y.numpy().reshape(-1, self.n_mels))
         return y
 
 

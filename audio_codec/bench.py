@@ -6,7 +6,7 @@
 A turn is a few frames, so that whatever else the machine does slows all contestants alike, and a
 ratio is taken within its round. The first frame of a turn is not counted: it finds the caches of
 the processor full of somebody else's weights, which a codec in service does not. Python's
-collector of cycles rests meanwhile, as it does in `timeit` and `speechlm serve`. Ours, which is
+collector of cycles leaves alone what was loaded, as it does in `speechlm serve`. Ours, which is
 several times as fast as the others, gets `OWN_SHARE` times their frames: its turn then takes about
 as long as theirs, and of one frame in a hundred a few hundred can tell. Each figure says of how
 many trials it is (n).
@@ -275,6 +275,8 @@ def measure(
     contestants = {OURS: load()}
     for implementations in chosen.values():
         contestants |= {name: build() for name, build in implementations.items()}
+    gc.collect()
+    gc.freeze()
     before = torch.get_num_threads()
     times: dict[Setting, dict[str, Contest]] = {}
     try:
@@ -284,6 +286,7 @@ def measure(
                 times[threads, batch] = in_turns(contestants, batch, frames // ROUNDS)
     finally:
         torch.set_num_threads(before)
+        gc.unfreeze()
     return figures(times, {peer: list(names) for peer, names in chosen.items()})
 
 
@@ -307,14 +310,11 @@ def in_turns(
         states[name] = codec.new_encoder_state(batch, chunk), codec.new_decoder_state(batch, chunk)
     found = {name: Contest() for name in contestants}
     for _ in range(rounds):
-        gc.collect()
-        gc.freeze()
         for name, codec in contestants.items():
             frames = sound[..., : (turn * times[name] + 1) * FRAME_SIZE].split(FRAME_SIZE, 2)
             found[name].frames.add([_code(codec, frame, *states[name]) for frame in frames][1:])
         for name, codec in contestants.items():
             found[name].sounds.add([_code(codec, whole) for _ in range(times[name])])
-    gc.unfreeze()
     return found
 
 

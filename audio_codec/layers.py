@@ -23,7 +23,7 @@ def lay_out(module: nn.Module) -> None:
 
     Matrices lie in memory with long lines, whichever side of them that is; what they hold and what
     shape they say they have stay the same. Layers that `kernels` know of pack their weights for
-    them, where matrices were stored in int8.
+    them: float32 on a CPU, and of matrices those that were stored in int8.
     """
     for part in module.modules():
         matrices: list[Tensor] = []
@@ -40,7 +40,7 @@ def lay_out(module: nn.Module) -> None:
 
 
 FEW = 64
-"""Rows [B, T] up to which the loops of `kernels` are faster than torch."""
+"""Rows [B, T] up to which the loops of `kernels` are faster than torch; sound [B, S] has B."""
 
 
 def few_rows(x: Tensor) -> bool:
@@ -59,9 +59,9 @@ def array(tensor: Tensor) -> Any:
 
 
 class Packing(nn.Module, ABC):
-    """A layer that `kernels` know of.
+    """A layer that `kernels` know of, or that has a table of what it would compute.
 
-    Once packed it holds its weights as they take them, until they change or are about to: who
+    Once packed it holds its weights as they are taken, until they change or are about to: who
     trains a loaded model, moves it, or puts an adapter on it, gets torch's way until it is laid out
     anew. So does a copy.
     """
@@ -83,7 +83,7 @@ class Packing(nn.Module, ABC):
 
     @abstractmethod
     def weights(self) -> tuple[Any, ...] | None:
-        """What a kernel takes of them; None where one is not what it computes with."""
+        """What is taken of them; None where one is not what a kernel computes with."""
 
     def takes(self, x: Tensor) -> bool:
         """Whether a kernel may be given `x` [B, T, C]."""
@@ -91,8 +91,9 @@ class Packing(nn.Module, ABC):
 
     def unchanged(self) -> bool:
         """Whether what is packed still is what the layer holds."""
-        versions = [tensor._version for tensor in self._packed_of]
-        return self.packed is not None and versions == self._versions
+        if self.packed is None:
+            return False
+        return [tensor._version for tensor in self._packed_of] == self._versions
 
     def train(self, mode: bool = True) -> Self:
         """As of any module; a fused optimizer changes weights without counting versions."""
@@ -174,6 +175,8 @@ class LayerNorm(nn.LayerNorm, Packing):
 
     def weights(self) -> tuple[Any, ...] | None:
         """Scale and shift, and what keeps a division from 0."""
+        if self.weight is None or self.bias is None or len(self.normalized_shape) > 1:
+            return None
         return array(self.weight), array(self.bias), self.eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -214,6 +217,7 @@ def windows(x: Tensor, shape: Tensor, hop: int, tail: Tensor, active: Tensor) ->
 
     tail [B, W − hop]: the samples before, which move on where `active` [B].
     """
+    assert tail.shape == (len(x), len(shape) - hop) and len(active) == len(x), (x.shape, tail.shape)
     if few_rows(x) and tail.dtype == torch.float32 and not tail.requires_grad:
         from audio_codec import kernels
 
@@ -222,7 +226,7 @@ def windows(x: Tensor, shape: Tensor, hop: int, tail: Tensor, active: Tensor) ->
         kernels.windows(array(x), *rest)
         return y
     padded = torch.cat((tail.to(x.dtype), x), dim=1)
-    advance(tail, padded[:, x.shape[1] :], active)
+    advance(tail, padded[:, x.shape[1] :].to(tail.dtype), active)
     return padded.unfold(1, len(shape), hop) * shape
 
 

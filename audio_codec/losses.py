@@ -21,12 +21,13 @@ AdversarialLoss = Literal["hinge", "lsgan"]
 
 
 class MultiScaleMel(nn.Module):
-    """L1 distance of log-mel spectra at several resolutions, and of the envelopes of their bands.
+    """L1 distance of log-mel spectra at several resolutions.
 
     Coarse windows see harmonics, fine ones see onsets; the logarithm makes quiet sounds count. What
     listeners understand hangs on the course of each band's loud parts (Taal et al., 2011), of which
-    a logarithm tells little: hence the other term, the error of a band's magnitudes relative to
-    their norm, as spectral convergence (arXiv 1808.06719) is that of all bands together.
+    a logarithm tells little: hence, with `envelopes`, another term, the error of a band's
+    magnitudes relative to their norm, as spectral convergence (arXiv 1808.06719) is that of all
+    bands together.
     """
 
     def __init__(

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from audio_codec.layers import FEW, Packing, array
+from audio_codec import layers
+from audio_codec.layers import Packing, array
 
 
 def entropy_bits(counts: Tensor) -> float:
@@ -276,7 +277,8 @@ class ResidualVQ(Packing):
     def decode(self, codes: Tensor) -> Tensor:
         """int [B, K' ≤ K, T] → [B, T, D]; fewer levels give a coarser vector."""
         batch, count, time = codes.shape
-        if count and batch * time <= FEW and self.unchanged() and not torch.is_grad_enabled():
+        few = 0 < batch * time <= layers.FEW and not torch.is_grad_enabled()
+        if count and few and self.unchanged():
             return self._live(codes[:, : len(self.levels)])
         return torch.stack(
             [
@@ -290,7 +292,8 @@ class ResidualVQ(Packing):
 
         assert self.packed is not None
         codebooks, (batch, count, time) = self.packed[0], codes.shape
-        y = torch.empty(batch, time, codebooks.shape[-1])
+        assert count <= len(codebooks), (count, len(codebooks))
+        y = torch.empty(batch, time, codebooks.shape[-1], dtype=torch.float32, device="cpu")
         rows = array(codes.transpose(0, 1).long()).reshape(count, batch * time)
         if not kernels.residual_sum(rows, codebooks, y.numpy().reshape(batch * time, -1)):
             raise IndexError(f"codes lie between 0 and {codebooks.shape[1] - 1}")

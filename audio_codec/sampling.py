@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from audio_codec.layers import few_rows
+from audio_codec.layers import array, few_rows
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
 
@@ -96,13 +96,14 @@ def _draw_few(value: Tensor, index: Tensor, *settings: Tensor | float) -> Tensor
 
     kinds = (np.int64, np.int64, np.float32, np.int64, np.float32)
     rows = [_a_row(each, len(value), kind) for each, kind in zip(settings, kinds, strict=True)]
-    drawn = torch.empty(len(value), dtype=torch.int64)
-    kernels.draw(value.numpy(), index.numpy(), *rows, drawn.numpy())
+    drawn = torch.empty(len(value), dtype=torch.int64, device="cpu")
+    kernels.draw(array(value), array(index), *rows, drawn.numpy())
     return drawn
 
 
 def _a_row(setting: Tensor | float, rows: int, kind: Any) -> Any:
     """A number a row, of one for all or of one each."""
     if isinstance(setting, Tensor):
-        return np.array(np.broadcast_to(setting.numpy(), rows), kind)
+        wide = setting.float() if setting.is_floating_point() else setting
+        return np.array(np.broadcast_to(wide.reshape(-1).numpy(), rows), kind)
     return np.full(rows, setting, kind)

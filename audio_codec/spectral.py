@@ -214,6 +214,8 @@ class Synthesis(nn.Module):
         from audio_codec import kernels
 
         batch, hops, width = head.shape
+        past = (batch, self.overlap - 1, self.window)
+        assert width == self.window + 2 and state.tail.shape == past, (head.shape, past)
         spectrum = np.empty((batch, hops, width // 2), np.complex64)
         kernels.polar(array(head).reshape(-1, width), _LOUDEST, spectrum.reshape(-1, width // 2))
         frames = scipy.fft.irfft(spectrum, self.window, overwrite_x=True)
@@ -271,6 +273,9 @@ class SemanticVQ(nn.Module):
         vectors, codes, commitment = self.vq(x)
         return x + (vectors - x).detach(), codes, commitment
 
+
+_LISTED = 2**16
+"""Codes up to which a table is made of what they add to the latent."""
 
 _DECODER = ("from_latent", "decoder_latent", "up", "back", "head", "synthesis")
 
@@ -394,9 +399,12 @@ class SpectralCodec(Packing):
         return [*self.semantic.parameters(), *coder.buffers()]
 
     @torch.inference_mode()
-    def weights(self) -> tuple[Any, ...]:
-        """What each code of codebook 0 adds to the latent, [L, D]."""
-        codes = torch.arange(math.prod(self.codebooks[0]))
+    def weights(self) -> tuple[Any, ...] | None:
+        """What each code of codebook 0 adds to the latent, [L, D]; None of too many."""
+        count = math.prod(self.codebooks[0])
+        if count > _LISTED:
+            return None
+        codes = torch.arange(count, device=self.up.weight.device)
         return (self.semantic(self.embed_semantic(codes)).float(),)
 
     def embed_semantic(self, codes: Tensor) -> Tensor:

@@ -483,10 +483,11 @@ def run(
     Ends by Ctrl-C at once; by SIGTERM after the live calls, or `drain_seconds`.
     """
     config = config or ServerConfig()
-    # What was loaded stays: Python's collector of cycles need not look through it in a live frame.
-    gc.collect()
-    gc.freeze()
-    with contextlib.closing(listen(host, port)) as listener:
+    with contextlib.closing(listen(host, port)) as listener, contextlib.ExitStack() as stack:
+        # Python's collector of cycles need not look through what was loaded, for two live frames.
+        gc.collect()
+        gc.freeze()
+        stack.callback(gc.unfreeze)
         settings = uvicorn.Config(
             app,
             log_level="warning",

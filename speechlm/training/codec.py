@@ -124,7 +124,8 @@ class TrainConfig(BaseModel):
     gain_db: tuple[float, float] = (-15.0, 3.0)
     mel_weight: float = 15.0
     envelope_weight: float = Field(0.0, ge=0)
-    """Within the mel distance, of the error of each band's envelope; see `MultiScaleMel`."""
+    """Within the mel distance that is minimized, not in `mel_validation`: how much the error of
+    each band's envelope counts; see `MultiScaleMel`."""
     commitment_weight: float = 1.0
     dropout_share: float = Field(0.25, ge=0, le=1)
     """Share of rows that keep only a random number of the residual codebooks, from none."""
@@ -523,6 +524,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         shards.shard_paths(source.path)
     sources = [(source.weight, load_waveforms(source.path)) for source in config.sources]
     criterion = MultiScaleMel(envelopes=config.envelope_weight).to(run.device)
+    plain = MultiScaleMel().to(run.device)  # whose numbers compare with those of any run
     bare = Objective(codec, None if teacher is None else teacher.width).to(run.device)
     optimizer = config.optimizer.build(bare)
     run.restore(bare, optimizer)
@@ -550,7 +552,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         if average is not None:
             average.swap(codec)
         codec.eval()
-        found, pairs = evaluate(codec, held_out, criterion, config)
+        found, pairs = evaluate(codec, held_out, plain, config)
         codec.train()
         if average is not None:
             average.swap(codec)

@@ -163,6 +163,7 @@ def test_sums_of_residual_codes_are_torchs(data: st.DataObject) -> None:
             spoiled[-1, -1, -1] = wrong
             with pytest.raises(IndexError, match="codes lie between 0 and 31"):
                 quantizer.decode(spoiled)
+        assert quantizer.decode(codes[:0]).shape == (0, time, 8)
         quantizer.packed = None
         torch.testing.assert_close(mine, quantizer.decode(codes), rtol=0, atol=1e-6)
 
@@ -316,3 +317,12 @@ class TestPacking:
             for module in (stack, transformer):
                 with pytest.raises(AssertionError, match="2, 1, 8"):
                     module(torch.randn(2, 1, 8), module.new_state(1))  # type: ignore[operator]
+            rows = {LogMel(): (2, 1, 240), Analysis(960): (2, 240), Synthesis(960): (2, 1, 962)}
+            for module, shape in rows.items():
+                with pytest.raises(AssertionError, match="2"):
+                    module(torch.randn(shape), module.new_state(1))  # type: ignore[operator]
+            narrow = Analysis(480).new_state(2)
+            with pytest.raises(AssertionError, match="240"):
+                Analysis(960)(torch.randn(2, 240), narrow)
+            with pytest.raises(AssertionError, match="480"):
+                Synthesis(960)(torch.randn(2, 1, 480), Synthesis(960).new_state(2))

@@ -277,6 +277,15 @@ def test_a_few_rows_are_drawn_as_many_are(
     assert not most or bool((few[:, None] == logits.topk(min(most, size)).indices).any(1).all())
 
 
+def test_settings_and_logits_of_any_layout_will_do() -> None:
+    logits = logits_of(40, 6).T
+    with torch.no_grad():
+        plain = sample(logits.contiguous(), numbers(6), numbers(6, 2), 0.7, 0, 0.9)
+        heat = torch.full((6,), 0.7, dtype=torch.float64)
+        share = torch.full((6, 1), 0.9, dtype=torch.float64)
+        assert torch.equal(sample(logits, numbers(6), numbers(6, 2), heat, 0, share), plain)
+
+
 def test_logits_that_are_no_numbers_are_drawn_from_all_the_same() -> None:
     for wrong in (torch.nan, -torch.inf):
         logits = torch.full((2, 5), wrong)

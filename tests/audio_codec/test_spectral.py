@@ -12,7 +12,7 @@ from hypothesis import given
 from streams import Streaming, Tick, assert_streams, chunkings, scripts, streaming_settings
 from torch import Tensor
 
-from audio_codec import layers
+from audio_codec import layers, spectral
 from audio_codec.audio import FRAME_SIZE
 from audio_codec.codec import Codec, coded_by
 from audio_codec.layers import Linear, lay_out
@@ -347,7 +347,19 @@ def test_in_compiled_loops_a_stream_is_what_it_is_in_one_pass_of_torchs(
 
 
 @torch.inference_mode()
-def test_what_codebook_0_adds_is_known_until_it_changes() -> None:
+def test_analysis_in_half_precision_is_that_of_single(monkeypatch: pytest.MonkeyPatch) -> None:
+    single, half = Analysis(960), Analysis(960).bfloat16()
+    pcm = noise(2, 6 * HOP)
+    for few in (layers.FEW, 0):
+        monkeypatch.setattr(layers, "FEW", few)
+        torch.testing.assert_close(half(pcm), single(pcm), rtol=0.05, atol=0.02)
+        state = half.new_state(2)
+        parts = [half(part, state) for part in pcm.split(HOP, 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), single(pcm), rtol=0.05, atol=0.02)
+
+
+@torch.inference_mode()
+def test_what_codebook_0_adds_is_known_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     codec = as_stored(CONFIG)
     codes = torch.randint(60, (2, 5))
     table, exact = codec._embed(codes), codec.semantic(codec.embed_semantic(codes))
@@ -361,6 +373,11 @@ def test_what_codebook_0_adds_is_known_until_it_changes() -> None:
             trained.semantic[2].weight.mul_(2)
     assert not trained.unchanged()
     assert not torch.allclose(trained._embed(codes), table)
+    many = as_stored(DISTILLED)
+    assert many.packed is not None
+    monkeypatch.setattr(spectral, "_LISTED", 31)
+    many.pack()
+    assert many.packed is None  # a table of them all would be too long
 
 
 @pytest.mark.parametrize("config", [CONFIG, DISTILLED], ids=["tokenizer", "distilled"])
