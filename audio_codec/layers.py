@@ -109,6 +109,11 @@ class Packing(nn.Module, ABC):
             self.packed = None
         return self
 
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        # `load_state_dict(…, assign=True)` puts other tensors in place of those that are counted.
+        self.packed = None
+        super()._load_from_state_dict(*arguments, **options)
+
     def _held(self) -> list[Tensor]:
         return [*self.parameters(), *self.buffers()]
 

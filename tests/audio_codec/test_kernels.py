@@ -305,6 +305,15 @@ class TestPacking:
             live = block(x, block.new_state(1))  # type: ignore[operator]
             torch.testing.assert_close(live, block(x))
 
+    def test_weights_that_are_put_in_place_of_others_are_used(self) -> None:
+        stack, other = as_stored(ConvNeXtStack(8, 1)), as_stored(ConvNeXtStack(8, 1))
+        lay_out(stack)
+        x = torch.randn(1, 1, 8)
+        stack.load_state_dict(other.state_dict(), assign=True)
+        with torch.inference_mode():
+            y = stack(x, stack.new_state(1))  # type: ignore[operator]
+            torch.testing.assert_close(y, other(x))
+
     def test_wrong_shapes_are_refused_before_a_loop_runs_past_them(self) -> None:
         linear, stack = as_stored(Linear(6, 4)), as_stored(ConvNeXtStack(8, 1))
         config = TransformerConfig(dim=8, layers=1, heads=2, window=4)
